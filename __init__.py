@@ -1,0 +1,1 @@
+"""GPT-OSS-Vision for NVIDIA Megatron-Bridge."""
