@@ -1,0 +1,220 @@
+"""The quickstart's data: 1,797 handwritten digits as a chat dataset, and the questions it is judged by.
+
+The scans ship inside scikit-learn, so nothing is downloaded. They are 8×8 pixels in 17 shades, from the UCI collection
+«Optical Recognition of Handwritten Digits» (E. Alpaydin and C. Kaynak, 1998, CC BY 4.0).
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NO_IMAGE = "no image"
+QUESTIONS = (
+    "Which digit is this?",
+    "What number do you see?",
+    "What digit is written here?",
+    "Read the handwritten digit.",
+    "Name the digit in the picture.",
+    "Which number does the image show?",
+    "Can you read this number?",
+    "Tell me the digit.",
+)
+HARMONY_WORDS = ("system", "developer", "user", "assistant", "tool", "analysis", "commentary", "final")
+
+HELD_OUT = 297
+TEXT_ONLY_SHARE = 0.08
+# Each scanned pixel becomes a block, so that a person who opens the file sees a digit and not a speck.
+PIXELS_PER_PIXEL = 8
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DigitsSplit:
+    """Where the dataset lies and how many rows it has. `train_path` and `test_path` are JSONL files in `folder`."""
+
+    folder: Path
+    seed: int
+    train_with_image: int
+    train_text_only: int
+    test_with_image: int
+
+    @property
+    def train_path(self) -> Path:
+        return self.folder / "train.jsonl"
+
+    @property
+    def test_path(self) -> Path:
+        return self.folder / "test.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRow:
+    """One held-out question asked three ways.
+
+    `truth` is the word for the scan in `image_path`, and the answer that all three messages are compared with; a model
+    that looks gives it for `right_image` only. `shown` is the word for the scan in `wrong_image_path`, never `truth`;
+    `NO_IMAGE` is the honest answer to `no_image`. The message lists are what a processor's chat template takes.
+    """
+
+    question: str
+    truth: str
+    shown: str
+    image_path: Path
+    wrong_image_path: Path
+    right_image: list[Message]
+    wrong_image: list[Message]
+    no_image: list[Message]
+
+
+def all_texts() -> list[str]:
+    """Every text the dataset can hold, and the words of the harmony headers: what a tokenizer for it is trained on."""
+    return [*QUESTIONS, *WORDS, NO_IMAGE, *HARMONY_WORDS]
+
+
+def write_digits(folder: str | Path, seed: int = 0) -> DigitsSplit:
+    """Write `images/*.png`, `train.jsonl` and `test.jsonl` under `folder`.
+
+    297 scans are held out, every digit in its share; the other 1,500 are shuffled among text-only rows, which ask the
+    same questions and are answered «no image»: eight rows in a hundred, so that a model learns to tell seeing from
+    guessing. The same seed writes the same bytes. A folder that already holds this dataset is left as it is; one that holds
+    it for another seed is replaced whole.
+
+    Raises:
+        FileExistsError: `folder` holds something that this function did not write.
+    """
+    folder = Path(folder).absolute()
+    scans, digits = _load_scans()
+    train, test = _rows(digits, seed)
+    split = DigitsSplit(
+        folder=folder,
+        seed=seed,
+        train_with_image=len(digits) - HELD_OUT,
+        train_text_only=len(train) - (len(digits) - HELD_OUT),
+        test_with_image=HELD_OUT,
+    )
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "digits.json").is_file():
+            raise FileExistsError(f"{folder} holds other files; name an empty or a new folder for the digits")
+        if _holds(folder, scans=len(scans), train=train, test=test):
+            return split
+    _replace(folder, lambda partial: _write(partial, split, scans, train, test))
+    return split
+
+
+def evaluation_rows(split: DigitsSplit) -> Iterator[EvaluationRow]:
+    """The held-out questions, in the file's order, each with its right image, with another digit's image, and with none.
+
+    The wrong image is another held-out scan, chosen by the split's seed.
+    """
+    rows = [json.loads(line) for line in split.test_path.read_text().splitlines()]
+    paths = [split.folder / _image_path(row) for row in rows]
+    truths = [row["messages"][1]["content"][0]["text"] for row in rows]
+    rng = random.Random(split.seed)
+    for row, path, truth in zip(rows, paths, truths, strict=True):
+        wrong = rng.choice([i for i, other in enumerate(truths) if other != truth])
+        content = row["messages"][0]["content"]
+        yield EvaluationRow(
+            question=next(part["text"] for part in content if part["type"] == "text"),
+            truth=truth,
+            shown=truths[wrong],
+            image_path=path,
+            wrong_image_path=paths[wrong],
+            right_image=_with_image(content, path),
+            wrong_image=_with_image(content, paths[wrong]),
+            no_image=_with_image(content, None),
+        )
+
+
+def _load_scans() -> tuple[Any, list[int]]:
+    # Imported here: scikit-learn takes a second, and a caller that only wants the texts should not pay for it.
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return data.images, [int(digit) for digit in data.target]
+
+
+def _rows(digits: list[int], seed: int) -> tuple[list[Message], list[Message]]:
+    """The training and the held-out rows. `digits[i]` is what scan i shows."""
+    from sklearn.model_selection import train_test_split
+
+    train_scans, test_scans = train_test_split(
+        range(len(digits)), test_size=HELD_OUT, stratify=digits, random_state=seed
+    )
+    rng = random.Random(seed)
+    train = [_row(rng, WORDS[digits[i]], i) for i in train_scans]
+    text_only = round(len(train) * TEXT_ONLY_SHARE / (1 - TEXT_ONLY_SHARE))
+    train += [_row(rng, NO_IMAGE, None) for _ in range(text_only)]
+    rng.shuffle(train)
+    return train, [_row(rng, WORDS[digits[i]], i) for i in test_scans]
+
+
+def _row(rng: random.Random, answer: str, scan: int | None) -> Message:
+    content: list[Message] = [{"type": "text", "text": rng.choice(QUESTIONS)}]
+    if scan is not None:
+        # Before or after the words by chance: a model must find the image by its tokens, not by its place.
+        content.insert(rng.randrange(2), {"type": "image", "path": f"images/{scan:04d}.png"})
+    return {
+        "messages": [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+    }
+
+
+def _image_path(row: Message) -> str:
+    return next(part["path"] for part in row["messages"][0]["content"] if part["type"] == "image")
+
+
+def _with_image(content: list[Message], path: Path | None) -> list[Message]:
+    parts = [{"type": "image", "path": str(path)} if part["type"] == "image" else dict(part) for part in content]
+    if path is None:
+        parts = [part for part in parts if part["type"] != "image"]
+    return [{"role": "user", "content": parts}]
+
+
+def _jsonl(rows: list[Message]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _holds(folder: Path, *, scans: int, train: list[Message], test: list[Message]) -> bool:
+    """Whether `folder` is complete and for these rows: comparing texts needs no version number to be kept."""
+    files = {folder / "train.jsonl": _jsonl(train), folder / "test.jsonl": _jsonl(test)}
+    texts_match = all(path.is_file() and path.read_text() == text for path, text in files.items())
+    return texts_match and all((folder / f"images/{i:04d}.png").is_file() for i in range(scans))
+
+
+def _write(folder: Path, split: DigitsSplit, scans: Any, train: list[Message], test: list[Message]) -> None:
+    (folder / "images").mkdir(parents=True)
+    for i, scan in enumerate(scans):
+        # 0 is paper and 16 is ink; the file shows dark ink on white paper.
+        grey = np.rint(255 - scan * (255 / 16)).astype(np.uint8)
+        blocks = grey.repeat(PIXELS_PER_PIXEL, axis=0).repeat(PIXELS_PER_PIXEL, axis=1)
+        Image.fromarray(blocks).save(folder / f"images/{i:04d}.png")
+    (folder / "train.jsonl").write_text(_jsonl(train))
+    (folder / "test.jsonl").write_text(_jsonl(test))
+    about = {name: value for name, value in asdict(split).items() if name != "folder"}
+    about["source"] = "UCI Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998, CC BY 4.0"
+    (folder / "digits.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `folder`, then put it in its place: readers see the old one or the new one."""
+    partial, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+    try:
+        write(partial)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
