@@ -1,1 +1,65 @@
-"""GPT-OSS-Vision for NVIDIA Megatron-Bridge."""
+"""GPT-OSS-Vision for NVIDIA Megatron-Bridge.
+
+Importing this package loads neither torch nor transformers nor Megatron: public names are resolved on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+    from .bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
+    from .bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionModel
+    from .bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+    from .bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+    from .bridge.megatron.bridge import GPTOSSVisionBridge
+    from .bridge.megatron.provider import GPTOSSVisionProvider
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "GPTOSSVisionConfig": ".bridge.hf.configuration_gpt_oss_vision",
+    "GPTOSSVisionModel": ".bridge.hf.modeling_gpt_oss_vision",
+    "GPTOSSVisionForCausalLM": ".bridge.hf.modeling_gpt_oss_vision",
+    "GPTOSSVisionProcessor": ".bridge.hf.processing_gpt_oss_vision",
+    "GPTOSSVisionImageProcessor": ".bridge.hf.image_processing_gpt_oss_vision",
+    "GPTOSSVisionTokenizer": ".bridge.hf.tokenization_gpt_oss_vision",
+    "GPTOSSVisionProvider": ".bridge.megatron.provider",
+    "GPTOSSVisionBridge": ".bridge.megatron.bridge",
+}
+
+__all__ = [
+    "GPTOSSVisionBridge",
+    "GPTOSSVisionConfig",
+    "GPTOSSVisionForCausalLM",
+    "GPTOSSVisionImageProcessor",
+    "GPTOSSVisionModel",
+    "GPTOSSVisionProcessor",
+    "GPTOSSVisionProvider",
+    "GPTOSSVisionTokenizer",
+    "__version__",
+    "register",
+]
+
+
+def register() -> None:
+    """Make transformers' Auto classes know `gpt_oss_vision` checkpoints. Calling it again changes nothing.
+
+    Megatron takes ten seconds and more to import, so a process that uses it registers with it by
+    `gpt_oss_vision.bridge.megatron.register()`.
+    """
+    from .bridge.hf import register_auto_classes
+
+    register_auto_classes()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
