@@ -1,0 +1,195 @@
+"""The configuration of GPT-OSS-Vision: gpt-oss's own, plus a vision tower, NoPE layers and a placeholder token."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, CLIPVisionConfig, GptOssConfig, PreTrainedConfig, SiglipVisionConfig, ViTConfig
+
+VISION_CONFIGS = {config.model_type: config for config in (ViTConfig, CLIPVisionConfig, SiglipVisionConfig)}
+TOWERS_WITHOUT_CLS = {SiglipVisionConfig.model_type}
+
+# The flat arguments of the original model, and the field of the vision config that each one names.
+FLAT_VISION_ARGUMENTS = {
+    "vision_embed_dim": ("hidden_size", 1024),
+    "vision_patch_size": ("patch_size", 14),
+    "vision_num_channels": ("num_channels", 3),
+    "vision_num_layers": ("num_hidden_layers", 24),
+    "vision_num_heads": ("num_attention_heads", 16),
+    "vision_image_size": ("image_size", 224),
+}
+
+# A stock gpt-oss checkpoint is a GPT-OSS-Vision checkpoint whose added weights are still missing.
+LOADABLE_MODEL_TYPES = ("gpt_oss_vision", GptOssConfig.model_type)
+
+
+def _vision_field(name: str) -> property:
+    """A flat vision argument as a view of `vision_config`, so that each number is kept once."""
+
+    def read(self: "GPTOSSVisionConfig") -> Any:
+        return getattr(self.vision_config, name)
+
+    def write(self: "GPTOSSVisionConfig", value: Any) -> None:
+        setattr(self.vision_config, name, value)
+
+    return property(read, write, doc=f"`vision_config.{name}`")
+
+
+def _height_width(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@strict
+class GPTOSSVisionConfig(GptOssConfig):
+    r"""
+    Configuration of [`GPTOSSVisionModel`]. Every argument of [`~transformers.GptOssConfig`] is accepted and means the
+    same; rotary parameters under either name (`rope_parameters`, or `rope_scaling` with `rope_theta`). The defaults
+    have the shape of gpt-oss-120b with a ViT-L/14 at 224 pixels.
+
+    Args:
+        use_vision (`bool`, *optional*, defaults to `True`):
+            Whether the model has a vision adapter. Without it, `image_token_id` is an ordinary token.
+        vision_pool_token (`bool`, *optional*, defaults to `True`):
+            Whether each image starts with one learned token, ahead of the tower's own.
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            The tower: a `vit`, `clip_vision_model` or `siglip_vision_model` configuration. A dictionary without
+            `model_type` is a `vit`. Without it, a `vit` is built from the flat arguments below; with it, they are
+            ignored. Either way they stay readable and writable as attributes, as views of `vision_config`.
+        vision_embed_dim (`int`, *optional*, defaults to 1024): Width of the tower; its MLP is four times as wide.
+        vision_patch_size (`int`, *optional*, defaults to 14): Side of a patch, in pixels.
+        vision_num_channels (`int`, *optional*, defaults to 3): Channels of an image, 1 or 3.
+        vision_num_layers (`int`, *optional*, defaults to 24): Layers of the tower.
+        vision_num_heads (`int`, *optional*, defaults to 16): Attention heads of the tower.
+        vision_image_size (`int`, *optional*, defaults to 224): Side of an image, in pixels.
+        image_token_id (`int`, *optional*, defaults to 200013):
+            The placeholder token that image features replace, `<|reserved_200013|>` in gpt-oss's vocabulary.
+        use_nope (`bool`, *optional*, defaults to `False`):
+            Whether every `nope_stride`-th layer has no positional embedding. May be set on an existing configuration.
+        nope_stride (`int`, *optional*, defaults to 4):
+            Layer `i`, from 0, skips rotation when `(i + 1) % nope_stride == 0`.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.0):
+            Weight of the load-balancing loss, taken when `output_router_logits` is set.
+
+    Raises:
+        ValueError: when fields contradict each other; the sentence names both values.
+
+    Example:
+
+    ```python
+    >>> config = GPTOSSVisionConfig(num_hidden_layers=8)
+    >>> config.use_nope = True
+    >>> config.nope_layers
+    [0, 0, 0, 1, 0, 0, 0, 1]
+    >>> config.num_image_tokens
+    258
+    ```"""
+
+    model_type = "gpt_oss_vision"
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig}
+
+    use_vision: bool = True
+    vision_pool_token: bool = True
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 200013
+    use_nope: bool = False
+    nope_stride: int = 4
+    router_aux_loss_coef: float = 0.0
+
+    vision_embed_dim = _vision_field("hidden_size")
+    vision_patch_size = _vision_field("patch_size")
+    vision_num_channels = _vision_field("num_channels")
+    vision_num_layers = _vision_field("num_hidden_layers")
+    vision_num_heads = _vision_field("num_attention_heads")
+    vision_image_size = _vision_field("image_size")
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        flat = {name: kwargs.pop(name, default) for name, (_, default) in FLAT_VISION_ARGUMENTS.items()}
+        for derived in ("nope_layers", "num_image_tokens"):
+            kwargs.pop(derived, None)
+        self.vision_config = self._build_vision_config(flat)
+        super().__post_init__(**kwargs)
+        # The decorator calls every validator after this, but wraps what it raises; users get the sentence itself.
+        self.validate_text_shape()
+        self.validate_vision()
+
+    def _build_vision_config(self, flat: dict[str, Any]) -> PreTrainedConfig:
+        config = self.vision_config
+        if config is None:
+            fields = {field: flat[name] for name, (field, _) in FLAT_VISION_ARGUMENTS.items()}
+            return ViTConfig(intermediate_size=4 * fields["hidden_size"], **fields)
+        model_type = config.get("model_type", ViTConfig.model_type) if isinstance(config, dict) else config.model_type
+        if model_type not in VISION_CONFIGS:
+            raise ValueError(f"`{model_type}` is not a supported vision tower; use one of {', '.join(VISION_CONFIGS)}.")
+        if isinstance(config, dict):
+            config = VISION_CONFIGS[model_type](**config)
+        if model_type == SiglipVisionConfig.model_type:
+            config.vision_use_head = False  # its output would reach nothing
+        return config
+
+    @property
+    def nope_layers(self) -> list[int]:
+        """
+        One entry per decoder layer: 1 where the layer has **no** rotation, 0 where it rotates. Megatron's
+        `no_rope_freq` lists mean the same; SmolLM3's `no_rope_layers` means the opposite.
+        """
+        return [int(self.use_nope and (i + 1) % self.nope_stride == 0) for i in range(self.num_hidden_layers)]
+
+    @property
+    def vision_grid(self) -> tuple[int, int]:
+        """Patches per image, down and across."""
+        height, width = _height_width(self.vision_image_size)
+        patch_height, patch_width = _height_width(self.vision_patch_size)
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholder tokens per image: the patches, CLS if the tower has one, the pool token if there is one."""
+        rows, columns = self.vision_grid
+        has_cls = self.vision_config.model_type not in TOWERS_WITHOUT_CLS
+        return rows * columns + int(has_cls) + int(self.vision_pool_token)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "GPTOSSVisionConfig":
+        """As in transformers, but a configuration of another architecture is refused by name, not reinterpreted."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type not in LOADABLE_MODEL_TYPES:
+            raise ValueError(
+                f"This is a checkpoint of `{model_type}`; GPT-OSS-Vision loads {' and '.join(LOADABLE_MODEL_TYPES)}."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def validate_text_shape(self) -> None:
+        """Part of `@strict`-powered validation. Checks the decoder's numbers against each other."""
+        if self.nope_stride < 1:
+            raise ValueError(f"nope_stride must be at least 1, got {self.nope_stride}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})."
+            )
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than "
+                f"num_local_experts ({self.num_local_experts})."
+            )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries for num_hidden_layers ({self.num_hidden_layers})."
+            )
+
+    def validate_vision(self) -> None:
+        """Part of `@strict`-powered validation. Checks the placeholder and the tower's numbers."""
+        if not self.use_vision:
+            return
+        if not 0 <= self.image_token_id < self.vocab_size:
+            raise ValueError(
+                f"image_token_id ({self.image_token_id}) is outside the vocabulary of {self.vocab_size} tokens."
+            )
+        image, patch = _height_width(self.vision_image_size), _height_width(self.vision_patch_size)
+        if image[0] % patch[0] or image[1] % patch[1]:
+            raise ValueError(
+                f"vision_image_size ({self.vision_image_size}) must be a multiple of "
+                f"vision_patch_size ({self.vision_patch_size})."
+            )
+
+
+__all__ = ["GPTOSSVisionConfig"]

@@ -1,0 +1,380 @@
+"""
+The GPT-OSS-Vision model, written as its differences to transformers' gpt-oss: image features at placeholder tokens,
+layers without rotation, and a router that knows which tokens are visual.
+
+Shapes: b rows, s positions, t = b * s tokens, h hidden size, e experts, k chosen experts, n images, p tokens per image.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationConfig
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    GptOssDecoderLayer,
+    GptOssExperts,
+    GptOssForCausalLM,
+    GptOssModel,
+    GptOssPreTrainedModel,
+    GptOssRMSNorm,
+    GptOssRotaryEmbedding,
+    GptOssTopKRouter,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.import_utils import torch_compilable_check
+
+from .configuration_gpt_oss_vision import GPTOSSVisionConfig
+
+
+class GPTOSSVisionAdapter(nn.Module):
+    """Images to tokens of the decoder: the tower, an optional learned token in front, a norm, a projection."""
+
+    def __init__(self, config: GPTOSSVisionConfig):
+        super().__init__()
+        vision = config.vision_config
+        self.vit = _build_tower(vision)
+        self.pool_token = nn.Parameter(torch.zeros(1, 1, vision.hidden_size)) if config.vision_pool_token else None
+        self.norm = nn.LayerNorm(vision.hidden_size)
+        self.proj = nn.Linear(vision.hidden_size, config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(n, channels, height, width)`): Any float type; the tower casts.
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: the tower's own output, with the projected features `(n, p, h)`, ordered
+            pool token, CLS, patches row by row, as `pooler_output`.
+        """
+        outputs = self.vit(pixel_values, **kwargs)
+        features = outputs.last_hidden_state
+        if self.pool_token is not None:
+            features = torch.cat((self.pool_token.expand(len(features), -1, -1), features), dim=1)
+        outputs.pooler_output = self.proj(self.norm(features))
+        return outputs
+
+
+def _build_tower(config: Any) -> PreTrainedModel:
+    """The tower without what only a pooled output would use: those parameters would never get a gradient."""
+    if config.model_type == "vit":
+        return ViTModel(config, add_pooling_layer=False)
+    if config.model_type == "siglip_vision_model":
+        return SiglipVisionModel(config)  # the config has switched its pooling head off
+    tower = CLIPVisionModel(config)
+    tower.post_layernorm = nn.Identity()
+    return tower
+
+
+class GPTOSSVisionTopKRouter(GptOssTopKRouter):
+    """gpt-oss's router, with a learned bias per expert that is added to the logits of visual tokens only."""
+
+    def __init__(self, config: GPTOSSVisionConfig):
+        super().__init__(config)
+        # Steps in bf16 would round away the small updates that a bias lives on.
+        self.vision_bias = nn.Parameter(torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def forward(
+        self, hidden_states: torch.Tensor, is_visual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(t, h)`).
+            is_visual (`torch.BoolTensor` of shape `(t,)`).
+
+        Returns:
+            Logits `(t, e)` with the bias included, weights `(t, k)` and indices `(t, k)` of the chosen experts.
+        """
+        router_logits = F.linear(hidden_states, self.weight, self.bias)
+        # Not behind `if is_visual.any()`: that waits for the GPU, and leaves the bias without a gradient on text.
+        # Back to the type of the logits, so that a bias of zero is gpt-oss bit for bit in bf16 too.
+        router_logits = (router_logits + is_visual[:, None] * self.vision_bias).to(router_logits.dtype)
+        top_logits, router_indices = torch.topk(router_logits, self.top_k, dim=-1)
+        return router_logits, F.softmax(top_logits, dim=-1, dtype=top_logits.dtype), router_indices
+
+
+class GPTOSSVisionMLP(nn.Module):
+    """Router and experts. Not a `GptOssMLP`: hub kernels replace that one's whole forward, and would drop the bias."""
+
+    def __init__(self, config: GPTOSSVisionConfig):
+        super().__init__()
+        self.router = GPTOSSVisionTopKRouter(config)
+        self.experts = GptOssExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor, is_visual: torch.Tensor) -> torch.Tensor:
+        """From `(b, s, h)` and `(b, s)` to `(b, s, h)`."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, router_scores, router_indices = self.router(tokens, is_visual.reshape(-1))
+        return self.experts(tokens, router_indices, router_scores).reshape(hidden_states.shape)
+
+
+class GPTOSSVisionDecoderLayer(GptOssDecoderLayer):
+    """gpt-oss's layer, told which tokens are visual, and without rotation where the config says so."""
+
+    def __init__(self, config: GPTOSSVisionConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.mlp = GPTOSSVisionMLP(config)
+        self.skips_rotation = bool(config.nope_layers[layer_idx])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        is_visual: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """From `(b, s, h)`, the modality `(b, s)` and cos, sin `(b, s, head_dim / 2)` to `(b, s, h)`."""
+        if self.skips_rotation:
+            cos, sin = position_embeddings
+            position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states), position_embeddings=position_embeddings, **kwargs
+        )
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), is_visual)
+
+
+class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
+    """Weight initialisation, saving and loading, as in transformers' models."""
+
+    config: GPTOSSVisionConfig
+    input_modalities = ("image", "text")
+    _no_split_modules: ClassVar[list[str]] = ["GPTOSSVisionDecoderLayer", "GPTOSSVisionAdapter"]
+    # gpt-oss's list says "norm", which would also take in the LayerNorms of a tower, and those don't mix types.
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["post_attention_layernorm", "input_layernorm", r"^(?:model\.)?norm\."]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vision_bias"]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for the experts' decorator in the file of the class; ours are gpt-oss's, in its file.
+        return GptOssPreTrainedModel._can_set_experts_implementation()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GPTOSSVisionTopKRouter):
+            init.zeros_(module.vision_bias)
+        elif isinstance(module, GPTOSSVisionAdapter) and module.pool_token is not None:
+            init.normal_(module.pool_token, mean=0.0, std=self.config.initializer_range)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but a ViT is saved under the names it has here, not under those of transformers 4."""
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
+    """The decoder with its vision adapter, without a language-model head."""
+
+    def __init__(self, config: GPTOSSVisionConfig):
+        # GptOssModel would build its own layers first, experts and all.
+        GPTOSSVisionPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([GPTOSSVisionDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = GptOssRotaryEmbedding(config=config)
+        self.vision_adapter = GPTOSSVisionAdapter(config) if config.use_vision else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(n, channels, height, width)`).
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: `pooler_output` holds what the decoder gets, `(n, p, h)`;
+            `last_hidden_state` the tower's own `(n, patches [+ 1], vision_embed_dim)`.
+
+        Raises:
+            ValueError: when the model was built without vision, or images don't have the tower's shape.
+        """
+        if self.vision_adapter is None:
+            raise ValueError("This model was built with use_vision=False and takes no images.")
+        expected = self._image_shape()
+        if tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(f"pixel_values must be (n, *{expected}), got {tuple(pixel_values.shape)}.")
+        return self.vision_adapter(pixel_values, **kwargs)
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        size = self.config.vision_image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.config.vision_num_channels, height, width
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
+    ) -> torch.BoolTensor:
+        """
+        Which positions are visual, `(b, s)`: those of `image_token_id`, or, given embeddings only, those that equal its
+        embedding. None are in a model without vision.
+        """
+        if self.vision_adapter is None:
+            positions = input_ids if input_ids is not None else inputs_embeds[..., 0]
+            return torch.zeros_like(positions, dtype=torch.bool)
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+    def _merge_images(
+        self, inputs_embeds: torch.Tensor, is_visual: torch.Tensor, pixel_values: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Puts image features `(n, p, h)` in the place of the placeholders of `(b, s, h)`, in order."""
+        num_images = 0 if pixel_values is None else len(pixel_values)
+        needed = num_images * self.config.num_image_tokens
+        torch_compilable_check(
+            is_visual.sum() == needed,
+            lambda: (
+                f"{num_images} image{'s need' if num_images != 1 else ' needs'} {needed} placeholder tokens; "
+                f"the prompt has {int(is_visual.sum())}"
+            ),
+        )
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, return_dict=True).pooler_output
+            return inputs_embeds.masked_scatter(is_visual[..., None], features.to(inputs_embeds))
+        if self.training and self.vision_adapter is not None:
+            # Every rank must run the adapter in every step, or the reduction of its gradients waits for ever.
+            blank = inputs_embeds.new_zeros(1, *self._image_shape())
+            features = self.get_image_features(blank, return_dict=True).pooler_output
+            return inputs_embeds + 0.0 * features.sum().to(inputs_embeds)
+        return inputs_embeds
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(n, channels, height, width)`, *optional*):
+                The batch's images, in the order of their placeholders. In cached generation, at the first step only.
+
+        Raises:
+            ValueError: when the images and the placeholders don't match in number; the sentence names both.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        is_visual = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        return super().forward(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=self._merge_images(inputs_embeds, is_visual, pixel_values),
+            use_cache=use_cache,
+            is_visual=is_visual,  # passed on to every layer
+            **kwargs,
+        )
+
+
+class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM):
+    """The model with its language-model head: text and images in, text out."""
+
+    def __init__(self, config: GPTOSSVisionConfig):
+        GPTOSSVisionPreTrainedModel.__init__(self, config)
+        self.model = GPTOSSVisionModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """See [`GPTOSSVisionModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        As [`GptOssForCausalLM.forward`], and:
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(n, channels, height, width)`, *optional*):
+                The batch's images, in the order of their placeholders. In cached generation, at the first step only.
+
+        Raises:
+            ValueError: when the images and the placeholders don't match in number; the sentence names both.
+        """
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            labels=labels,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Images go in at the first step; afterwards they are in the cache. Without a cache, at every step."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """A placeholder is never generated: no image would stand behind it."""
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if self.config.use_vision:
+            suppressed = set(generation_config.suppress_tokens or ()) | {self.config.image_token_id}
+            generation_config.suppress_tokens = sorted(suppressed)
+        return generation_config, model_kwargs
+
+
+__all__ = [
+    "GPTOSSVisionAdapter",
+    "GPTOSSVisionForCausalLM",
+    "GPTOSSVisionModel",
+    "GPTOSSVisionPreTrainedModel",
+    "GPTOSSVisionTopKRouter",
+]
