@@ -1,4 +1,4 @@
-"""What every test runs under: nothing is fetched from the Hub, and `gpu` tests are skipped where there is no CUDA device."""
+"""What every test runs under: nothing comes from the Hub, and `gpu` tests are skipped where there is no CUDA device."""
 
 import os
 from pathlib import Path

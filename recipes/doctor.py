@@ -1,0 +1,115 @@
+"""What this machine can run, what is missing, and the exact fix: the report of `gpt-oss-vision doctor`."""
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+GIB = 2**30
+QUICKSTART_MEMORY_GIB = 6
+QUICKSTART_DISK_GIB = 1
+
+
+def examine(folder: Path) -> tuple[str, bool]:
+    """Return the report as text, and whether the quickstart can run here with its output in `folder`."""
+    problems = [*_package_problems(), *_room_problems(folder)]
+    rows = [
+        ("python", platform.python_version()),
+        *((name, _installed(name) or "missing") for name in _pins()),
+        ("CUDA", _cuda()),
+        ("transformer-engine", _installed("transformer-engine-torch") or "missing"),
+        ("processors", str(os.cpu_count())),
+        ("memory available", _gib(_memory_available())),
+        ("disk free", _gib(shutil.disk_usage(folder).free)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    lines += [
+        "",
+        _verdict("quickstart on the CPU", problems),
+        _verdict("back end transformer_engine", _engine_problems()),
+    ]
+    return "\n".join(lines), not problems
+
+
+def _verdict(what: str, problems: list[str]) -> str:
+    if not problems:
+        return f"yes  {what}"
+    return "\n".join([f"no   {what}", *(f"     - {problem}" for problem in problems)])
+
+
+def _pins() -> dict[str, str]:
+    """Name and exact version of every direct dependency, extras left out."""
+    return dict(line.split("==") for line in requires("gpt-oss-vision") or [] if ";" not in line)
+
+
+def _package_problems() -> list[str]:
+    return [
+        f"{name} {pin} is needed, {_installed(name) or 'none'} is here: run `uv sync`, or `pip install {name}=={pin}`"
+        for name, pin in _pins().items()
+        if (_installed(name) or "").split("+")[0] != pin  # «2.11.0+cu130» is torch 2.11.0
+    ]
+
+
+def _room_problems(folder: Path) -> list[str]:
+    problems = []
+    memory, disk = _memory_available(), shutil.disk_usage(folder).free
+    if memory is not None and memory < QUICKSTART_MEMORY_GIB * GIB:
+        problems.append(
+            f"{_gib(memory)} of memory are available, {QUICKSTART_MEMORY_GIB} GiB are needed: end other programs"
+        )
+    if disk < QUICKSTART_DISK_GIB * GIB:
+        problems.append(
+            f"{_gib(disk)} are free in {folder}, {QUICKSTART_DISK_GIB} GiB are needed: choose another disk with --out"
+        )
+    return problems
+
+
+def _engine_problems() -> list[str]:
+    problems = []
+    if not _has_cuda():
+        problems.append("torch sees no CUDA device: use a machine with an NVIDIA GPU and its driver")
+    if _installed("transformer-engine-torch") is None:
+        problems.append("Transformer Engine is missing: run `uv sync --extra te` where the CUDA toolkit is installed")
+    return problems
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _has_cuda() -> bool:
+    if _installed("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _cuda() -> str:
+    if _installed("torch") is None:
+        return "unknown without torch"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"no device (torch is built for {torch.version.cuda or 'the CPU only'})"
+    device = torch.cuda.get_device_properties(0)
+    count, cudnn = torch.cuda.device_count(), torch.backends.cudnn.version()
+    return f"{torch.version.cuda}, cuDNN {cudnn}, {count} × {device.name} with {_gib(device.total_memory)}"
+
+
+def _memory_available() -> int | None:
+    """Bytes that a new program can take, or None where the system does not say (it does on Linux)."""
+    file = Path("/proc/meminfo")
+    if not file.exists():
+        return None
+    fields = dict(line.split(":") for line in file.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _gib(amount: int | None) -> str:
+    return "unknown" if amount is None else f"{amount / GIB:.1f} GiB"

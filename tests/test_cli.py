@@ -1,0 +1,168 @@
+"""The command's manners: exit codes, one sentence for a failure, and nothing of the user's damaged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from gpt_oss_vision.cli import one_sentence, output_folder
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a fresh process."""
+    line = [sys.executable, "-m", "gpt_oss_vision.cli", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL, timeout=60)
+
+
+def failure(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the user reads when `error` ends a subcommand; checks that it exits 1."""
+    with pytest.raises(typer.Exit) as ending, one_sentence(debug=False):
+        raise error
+    assert ending.value.exit_code == 1
+    return capsys.readouterr().err
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """A folder that an earlier run made, with a note of the user's own in it."""
+    (tmp_path / "hf").mkdir()
+    for name in ("report.json", "note.txt", "hf/config.json"):
+        (tmp_path / name).write_text("earlier")
+    return tmp_path
+
+
+def test_help_names_each_subcommand_and_exits_0():
+    done = command("--help")
+    assert done.returncode == 0
+    assert {"quickstart", "doctor"} <= set(done.stdout.split())
+
+
+def test_help_and_wrong_usage_import_nothing_heavy():
+    script = """
+import json, sys
+from gpt_oss_vision.cli import main
+try:
+    main()
+except SystemExit:
+    print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+    for arguments in (["--help"], ["quickstart", "--help"], ["quickstart", "--wrong"]):
+        line = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        loaded = set(json.loads(done.stdout.splitlines()[-1]))
+        assert not loaded & {"torch", "transformers", "megatron", "numpy", "matplotlib", "PIL", "sklearn", "rich"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["quickstrat"], "quickstrat"),
+        (["quickstart", "--step", "3"], "--step"),
+        (["quickstart", "--seed", "one"], "--seed"),
+        (["quickstart", "--seed", "-1"], "--seed"),
+        (["quickstart", "extra"], "extra"),
+    ],
+)
+def test_wrong_usage_is_named_and_exits_2(arguments: list[str], named: str):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_out_that_is_a_file_is_refused_in_one_sentence(tmp_path: Path):
+    (tmp_path / "out").write_text("mine")
+    done = command("quickstart", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "gpt-oss-vision: --out out cannot be written (File exists); name another folder\n"
+    assert contents(tmp_path) == {"out": "mine"}
+
+
+def test_an_out_below_a_file_is_refused_in_one_sentence(tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    done = command("quickstart", "--out", "file/out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "gpt-oss-vision: --out file/out cannot be written (Not a directory); name another folder\n"
+    assert contents(tmp_path) == {"file": "mine"}
+
+
+def test_a_full_out_is_left_alone_without_overwrite(earlier: Path):
+    before = contents(earlier)
+    done = command("quickstart", "--out", str(earlier))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"gpt-oss-vision: --out {earlier} is not empty; ")
+    assert contents(earlier) == before
+
+
+def test_overwrite_spares_a_folder_that_no_run_made(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    done = command("quickstart", "--out", str(tmp_path), "--overwrite")
+    assert done.returncode == 1
+    assert "holds no report.json" in done.stderr
+    assert contents(tmp_path) == {"thesis.tex": "mine"}
+
+
+def test_a_run_finds_its_folder_empty_and_replaces_what_it_makes(earlier: Path):
+    with output_folder(earlier, overwrite=True, proof="report.json"):
+        assert not contents(earlier).keys() & {"report.json", "hf/config.json"}
+        (earlier / "hf").mkdir()
+        (earlier / "hf" / "new.json").write_text("new")
+        (earlier / "report.json").write_text("new")
+    assert contents(earlier) == {"hf/new.json": "new", "report.json": "new", "note.txt": "earlier"}
+
+
+def test_a_failed_run_gives_back_what_was_there(earlier: Path):
+    before = contents(earlier)
+    with pytest.raises(KeyboardInterrupt), output_folder(earlier, overwrite=True, proof="report.json"):
+        (earlier / "hf").mkdir()
+        (earlier / "report.json").write_text("half")
+        raise KeyboardInterrupt
+    assert contents(earlier) == before
+
+
+def test_a_failed_run_leaves_no_new_folder(tmp_path: Path):
+    with pytest.raises(ValueError, match="stop"), output_folder(tmp_path / "a", overwrite=False, proof="report.json"):
+        (tmp_path / "a" / "half.json").write_text("half")
+        raise ValueError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, ModuleNotFoundError])
+def test_what_the_user_can_mend_is_its_message_alone(kind: type[Exception], capsys: pytest.CaptureFixture[str]):
+    assert failure(kind("2 images need 516 tokens;\n  make room"), capsys) == (
+        "gpt-oss-vision: 2 images need 516 tokens; make room\n"
+    )
+
+
+def test_an_error_of_the_system_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    missing = tmp_path / "missing.json"
+    with pytest.raises(FileNotFoundError) as caught:
+        missing.read_text()
+    assert failure(caught.value, capsys) == f"gpt-oss-vision: No such file or directory: {missing}\n"
+
+
+def test_any_other_exception_is_called_a_bug(capsys: pytest.CaptureFixture[str]):
+    assert failure(KeyError("sinks"), capsys) == (
+        "gpt-oss-vision: KeyError: 'sinks' (a bug in gpt-oss-vision; run again with --debug to see where)\n"
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("yours"), KeyError("ours")])
+def test_debug_lets_the_traceback_through(error: Exception):
+    with pytest.raises(type(error)), one_sentence(debug=True):
+        raise error
+
+
+def test_debug_shows_the_traceback(tmp_path: Path):
+    (tmp_path / "out").write_text("mine")
+    done = command("quickstart", "--out", "out", "--debug", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "FileExistsError" in done.stderr
