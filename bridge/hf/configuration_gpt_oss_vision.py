@@ -66,6 +66,8 @@ class GPTOSSVisionConfig(GptOssConfig):
             Whether every `nope_stride`-th layer has no positional embedding. May be set on an existing configuration.
         nope_stride (`int`, *optional*, defaults to 4):
             Layer `i`, from 0, skips rotation when `(i + 1) % nope_stride == 0`.
+        swiglu_limit (`float`, *optional*, defaults to 7.0):
+            Where the experts clamp both halves of their gated activation; gpt-oss's own field.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.0):
             Weight of the load-balancing loss, taken when `output_router_logits` is set.
 
@@ -92,6 +94,7 @@ class GPTOSSVisionConfig(GptOssConfig):
     image_token_id: int = 200013
     use_nope: bool = False
     nope_stride: int = 4
+    swiglu_limit: float = 7.0
     router_aux_loss_coef: float = 0.0
 
     vision_embed_dim = _vision_field("hidden_size")

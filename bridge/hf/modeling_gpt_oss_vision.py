@@ -110,6 +110,7 @@ class GPTOSSVisionMLP(nn.Module):
         super().__init__()
         self.router = GPTOSSVisionTopKRouter(config)
         self.experts = GptOssExperts(config)
+        self.experts.limit = config.swiglu_limit  # gpt-oss's class keeps a constant
 
     def forward(self, hidden_states: torch.Tensor, is_visual: torch.Tensor) -> torch.Tensor:
         """From `(b, s, h)` and `(b, s)` to `(b, s, h)`."""
