@@ -1,0 +1,81 @@
+"""Core attention of the `torch` back end: the learnable sink on Megatron's [s, b, …] layout."""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
+from megatron.core.utils import divide
+from torch import nn
+
+from ..ops.attention import sink_attention
+
+
+class SinkAttention(MegatronModule):
+    """`ModuleSpec` core attention with ``softmax_type="learnable"``, causal, windowed where the config says so.
+
+    Holds one parameter, ``softmax_offset [heads / tp]``, under the name that Megatron-Core's own and Transformer
+    Engine's core attention give it. Runs on any device: Megatron-Core 0.19.2's ``DotProductAttention`` allocates
+    this parameter on the current CUDA device.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        assert pg_collection is not None
+        self.tp_group = pg_collection.tp
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        # Megatron counts the positions before the query, gpt-oss counts the query too.
+        self.window = config.window_size[0] + 1 if windowed else None
+        heads = divide(config.num_attention_heads, self.tp_group.size())
+        self.softmax_offset = nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+        if config.perform_initialization:
+            config.init_method(self.softmax_offset)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params=None,
+    ) -> torch.Tensor:
+        """Query ``[s, b, heads/tp, d]``, key and value ``[s, b, groups/tp, d]`` to ``[s, b, heads/tp * d]``.
+
+        ``attention_mask`` is not read: padding is on the right, where a causal query cannot see it.
+        """
+        assert packed_seq_params is None and attention_bias is None
+        context = sink_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            self.softmax_offset,
+            scale=self.scale,
+            window=self.window,
+        )
+        return context.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """One entry, split over the tensor-parallel ranks along the heads."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )

@@ -1,0 +1,346 @@
+"""Megatron without a CUDA device: what has to be redirected, where, and why.
+
+Two things, both only where they are needed:
+
+- `import_megatron_bridge()` makes Megatron-Bridge importable where Transformer Engine or the NVIDIA resiliency
+  extension are not installed. It is called once, by the package `bridge.megatron`.
+- `runtime()` is a context in which Megatron's calls of ``torch.cuda`` end on the CPU, with gloo for collectives.
+  With a CUDA device it does nothing. `run_ranks()` forks ranks out of one process that has imported everything.
+
+Versions: megatron-bridge 0.6.2, megatron-core 0.19.2, torch 2.11.0. A test asks for every name in the tables.
+"""
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+_is_cuda_available = torch.cuda.is_available
+
+
+def cuda_is_real() -> bool:
+    """Whether there is a CUDA device, also inside `runtime()`, where ``torch.cuda.is_available()`` says so."""
+    return _is_cuda_available()
+
+
+# --- importing ---------------------------------------------------------------------------------------------------
+
+# Names that Megatron-Bridge 0.6.2 imports without asking whether they are there.
+STAND_INS: dict[str, tuple[str, ...]] = {
+    "transformer_engine": (),
+    "transformer_engine.pytorch": ("TransformerLayer",),
+    "transformer_engine.pytorch.ops": ("Sequential",),
+    "nvidia_resiliency_ext": (),
+    "nvidia_resiliency_ext.inprocess": ("CallWrapper",),
+}
+
+
+class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Answers for the packages that are missing, with modules whose classes refuse to be used."""
+
+    def __init__(self, packages: set[str]):
+        self.packages = packages
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None):
+        if fullname in STAND_INS and fullname.partition(".")[0] in self.packages:
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        package = module.__name__.partition(".")[0]
+        module.__version__ = "0.0.0"
+        for name in STAND_INS[module.__name__]:
+            setattr(module, name, _refusing_class(name, package))
+
+
+def _refusing_class(name: str, package: str) -> type:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise ImportError(f"{name} needs the package `{package}`, which is not installed here.")
+
+    return type(name, (), {"__init__": __init__})
+
+
+def import_megatron_bridge() -> None:
+    """Import Megatron-Bridge, standing in for Transformer Engine and the resiliency extension where they are missing.
+
+    Megatron-Core is imported first and sees honestly that they are not there. The stand-ins are gone again when
+    this returns, so that whoever asks for the packages later hears the truth too.
+    """
+    import megatron.core.dist_checkpointing.strategies.nvrx
+    import megatron.core.extensions.transformer_engine  # noqa: F401
+
+    packages = {name for name in STAND_INS if "." not in name}
+    missing = {name for name in packages if importlib.util.find_spec(name) is None}
+    finder = _StandInFinder(missing)
+    sys.meta_path.append(finder)
+    try:
+        for name in STAND_INS:
+            importlib.import_module(name)
+        for name in ("megatron.bridge", "megatron.bridge.training.pretrain", "megatron.bridge.recipes.common"):
+            importlib.import_module(name)
+    finally:
+        sys.meta_path.remove(finder)
+        for name in STAND_INS:
+            if name.partition(".")[0] in missing:
+                sys.modules.pop(name, None)
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+class _DevicesToCPU(TorchFunctionMode):
+    """Every torch call that names a CUDA device gets the CPU; ``tensor.type()`` answers in CUDA spelling."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if kwargs and _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.to:
+            args = tuple(CPU if _names_cuda(argument) else argument for argument in args)
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            # Megatron's optimizer and gradient clipping compare with "torch.cuda.FloatTensor".
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _Event:
+    """A CUDA event by the wall clock."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.at = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return (end.at - self.at) * 1e3
+
+    def synchronize(self) -> None:
+        pass
+
+    wait = record_stream = synchronize
+
+    def query(self) -> bool:
+        return True
+
+
+class _Stream(contextlib.nullcontext):
+    """A CUDA stream in which everything has already happened."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+
+    def _nothing(self, *args: Any) -> None:
+        pass
+
+    wait_stream = wait_event = synchronize = _nothing
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _device_properties(*args: Any, **kwargs: Any) -> SimpleNamespace:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return SimpleNamespace(name="cpu", major=0, minor=0, total_memory=memory, multi_processor_count=1)
+
+
+# What Megatron asks of torch.cuda, and what it is told. The first entry is why `runtime()` is a context: everybody
+# else must go on hearing that there is no CUDA.
+CUDA_ANSWERS: dict[str, Any] = {
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "is_current_stream_capturing": lambda: False,
+    "device_count": lambda: 1,
+    "current_device": lambda: CPU,
+    "set_device": _nothing,
+    "get_device_properties": _device_properties,
+    "get_device_capability": lambda *args: (0, 0),
+    "get_device_name": lambda *args: "cpu",
+    "manual_seed": lambda seed: torch.manual_seed(seed),
+    "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+    "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+    "synchronize": _nothing,
+    "current_stream": _Stream,
+    "default_stream": _Stream,
+    "stream": _Stream,
+    "set_stream": _nothing,
+    "Stream": _Stream,
+    "Event": _Event,
+    "empty_cache": _nothing,
+    "memory_allocated": _zero,
+    "max_memory_allocated": _zero,
+    "memory_reserved": _zero,
+    "max_memory_reserved": _zero,
+    "reset_peak_memory_stats": _nothing,
+    "memory_stats": lambda *args, **kwargs: {},
+}
+
+
+def _all_to_all_with_lists(original: Callable) -> Callable:
+    """Gloo wants split sizes as ints; Megatron's dispatcher may hand over tensors."""
+
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+        sizes = [
+            None if split is None else [int(size) for size in split]
+            for split in (output_split_sizes, input_split_sizes)
+        ]
+        return original(output, input, *sizes, group=group, async_op=async_op)
+
+    return all_to_all_single
+
+
+def redirections() -> list[tuple[Any, str, Any]]:
+    """Every ``(module, name, replacement)`` that `runtime()` puts in place."""
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    cuda = [(torch.cuda, name, answer) for name, answer in CUDA_ANSWERS.items()]
+    return [
+        *cuda,
+        (torch.nn.Module, "cuda", lambda self, *args, **kwargs: self),
+        (torch.cuda.nvtx, "range_push", _zero),
+        (torch.cuda.nvtx, "range_pop", _zero),
+        (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
+        (megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
+        (torch.distributed, "all_to_all_single", _all_to_all_with_lists(torch.distributed.all_to_all_single)),
+    ]
+
+
+_depth = 0
+
+
+@contextlib.contextmanager
+def runtime() -> Iterator[None]:
+    """Run Megatron on the CPU inside this context; with a CUDA device, change nothing. May be nested."""
+    global _depth
+    if cuda_is_real() or _depth:
+        yield
+        return
+    with contextlib.ExitStack() as undo:
+        for owner, name, replacement in redirections():
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+        # Compiling the fused activations takes longer than a tiny model's whole run.
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+        undo.enter_context(_DevicesToCPU())
+        _depth += 1
+        undo.callback(_leave)
+        yield
+
+
+def _leave() -> None:
+    global _depth
+    _depth -= 1
+
+
+# --- ranks -------------------------------------------------------------------------------------------------------
+
+
+def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any, timeout: float = 600.0) -> list[T]:
+    """Call a function on several ranks, forked from this process so that nothing is imported again.
+
+    Each rank has the environment of ``torchrun`` and runs inside `runtime()`.
+
+    Args:
+        world_size: number of ranks.
+        function: called as ``function(*args)`` in each; its result must be picklable.
+        timeout: seconds until the ranks are given up.
+
+    Returns:
+        The results in the order of the ranks.
+
+    Raises:
+        RuntimeError: with the traceback of the first rank that failed.
+    """
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    ranks = [
+        context.Process(target=_rank, args=(rank, world_size, port, pipes[rank][1], function, args))
+        for rank in range(world_size)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        return _collect([reader for reader, _ in pipes], ranks, time.monotonic() + timeout)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def _rank(rank: int, world_size: int, port: int, result: Any, function: Callable, args: tuple) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    # Threads of the parent's OpenMP pool do not exist in a fork; one thread needs no pool.
+    torch.set_num_threads(1)
+    try:
+        with runtime():
+            result.send((True, function(*args)))
+    except BaseException:
+        result.send((False, traceback.format_exc()))
+
+
+def _collect(readers: list, ranks: list, deadline: float) -> list:
+    results: dict[int, Any] = {}
+    while len(results) < len(ranks):
+        for index in set(range(len(ranks))) - set(results):
+            died = not ranks[index].is_alive()
+            if readers[index].poll(0.02):
+                succeeded, value = readers[index].recv()
+                if not succeeded:
+                    raise RuntimeError(f"Rank {index} of {len(ranks)} failed:\n{value}")
+                results[index] = value
+            elif died:
+                raise RuntimeError(f"Rank {index} of {len(ranks)} ended with exit code {ranks[index].exitcode}.")
+        if time.monotonic() > deadline:
+            late = sorted(set(range(len(ranks))) - set(results))
+            raise RuntimeError(f"Ranks {late} of {len(ranks)} did not finish in time.")
+    return [results[index] for index in range(len(ranks))]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

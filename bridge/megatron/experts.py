@@ -1,0 +1,154 @@
+"""Grouped experts of the `torch` back end, with the parameter names of Transformer Engine's grouped linears."""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from megatron.core.utils import divide
+from torch import nn
+
+from ..ops.experts import grouped_experts
+
+
+class GroupedLinear(nn.Module):
+    """One linear layer per local expert: parameters ``weight{i} [out, in]`` and ``bias{i} [out]``.
+
+    Args:
+        config: the TransformerConfig, for precision and initialisation.
+        num_experts: experts on this rank.
+        shape: ``(out, in)`` of this rank's part.
+        partition_dim: the axis of the weight that expert tensor parallelism splits; 0 splits the bias too.
+        init_method: fills a weight in place.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        num_experts: int,
+        shape: tuple[int, int],
+        partition_dim: int,
+        init_method: Callable[[torch.Tensor], object],
+    ):
+        super().__init__()
+        self.config = config
+        self.num_experts = num_experts
+        self.partition_dim = partition_dim
+        for expert in range(num_experts):
+            weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+            bias = nn.Parameter(torch.zeros(shape[0], dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(weight, True, partition_dim, 1)
+            set_tensor_model_parallel_attributes(bias, partition_dim == 0, 0, 1)
+            for parameter in (weight, bias):
+                # Megatron's word for «reduce over the expert data-parallel group, not the dense one».
+                parameter.allreduce = False
+            self.register_parameter(f"weight{expert}", weight)
+            self.register_parameter(f"bias{expert}", bias)
+            if config.perform_initialization:
+                with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                    init_method(weight)
+
+    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """``(weight, bias)`` of each local expert, in order."""
+        return [(getattr(self, f"weight{i}"), getattr(self, f"bias{i}")) for i in range(self.num_experts)]
+
+
+class GroupedExperts(MegatronModule):
+    """The experts of one MoE layer on one rank; takes the place of Megatron-Core's ``TEGroupedMLP``.
+
+    Same constructor, same parameter names (``linear_fc1.weight0``, …), same checkpoint keys.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(config=config)
+        assert pg_collection is not None and config.add_bias_linear and config.gated_linear_unit
+        self.num_local_experts = num_local_experts
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.expert_dp_group = pg_collection.expt_dp
+        ffn = divide(config.moe_ffn_hidden_size, self.tp_group.size())
+        self.linear_fc1 = GroupedLinear(
+            config, num_local_experts, (2 * ffn, config.hidden_size), partition_dim=0, init_method=config.init_method
+        )
+        self.linear_fc2 = GroupedLinear(
+            config,
+            num_local_experts,
+            (config.hidden_size, ffn),
+            partition_dim=1,
+            init_method=config.output_layer_init_method,
+        )
+
+    def forward(
+        self,
+        permuted_local_hidden_states: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        permuted_probs: torch.Tensor,
+    ) -> tuple[torch.Tensor, None]:
+        """Tokens ``[t, h]`` sorted by local expert, counts ``[E]``, weights ``[t]`` to ``[t, h]`` and no bias."""
+        output = grouped_experts(
+            permuted_local_hidden_states,
+            tokens_per_expert.tolist(),
+            permuted_probs,
+            self.linear_fc1.pairs(),
+            [(weight, self._share(bias)) for weight, bias in self.linear_fc2.pairs()],
+            limit=self.config.activation_func_clamp_value,
+            offset=self.config.glu_linear_offset,
+        )
+        return output, None
+
+    def _share(self, bias: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a bias whose output is summed over the expert tensor-parallel ranks."""
+        size = self.tp_group.size()
+        return bias if size == 1 else copy_to_tensor_model_parallel_region(bias, group=self.tp_group) / size
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
+        """``{prefix}experts.linear_fc{1,2}.{weight,bias}`` with an axis for experts, gate and up as two chunks."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        entries = {}
+        for name, linear in self.named_children():
+            assert isinstance(linear, GroupedLinear)
+            for expert in range(self.num_local_experts):
+                entries |= self._sharded_expert(name, linear, expert, prefix, sharded_offsets, metadata)
+        return entries
+
+    def _sharded_expert(self, name, linear, expert, prefix, sharded_offsets, metadata) -> dict:
+        singleton = metadata.get("singleton_local_shards", False)
+        index = self.ep_group.rank() * self.num_local_experts + expert
+        count = self.ep_group.size() * self.num_local_experts
+        key = f"{prefix}experts.{index}.{name}." if singleton else f"{prefix}experts.{name}."
+        offsets = sharded_offsets if singleton else (*sharded_offsets, (len(sharded_offsets), index, count))
+        weight, bias = linear.pairs()[expert]
+        split = {"weight": linear.partition_dim} | ({"bias": 0} if linear.partition_dim == 0 else {})
+        tensors = make_sharded_tensors_for_checkpoint(
+            {"weight": weight, "bias": bias},
+            key,
+            split,
+            offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        entries = {}
+        for kind, tensor in ((k.removeprefix(key), t) for k, t in tensors.items()):
+            # Copies of an expert live on its expert data-parallel ranks; rank 0 of those writes.
+            tensor.replica_id = (*tensor.replica_id[:2], self.expert_dp_group.rank())
+            if linear.partition_dim == 0:
+                tensor = apply_swiglu_sharded_factory(
+                    tensor, offsets, singleton, tp_group=self.tp_group, dp_group=metadata["dp_cp_group"]
+                )
+            entries[f"{prefix}{name}.{kind}{expert}"] = tensor
+        return entries

@@ -1,0 +1,123 @@
+"""GPT-OSS-Vision on Megatron-Core: a GPTModel with images in the place of placeholder tokens.
+
+Shapes: b rows, s positions, h hidden size, n images of the microbatch, p placeholder tokens per image.
+"""
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+
+from .vision import VisionStage
+
+
+class GPTOSSVisionModel(GPTModel):
+    """Megatron-Core's `GPTModel` with a vision stage on the first pipeline stage.
+
+    The decoder keeps GPTModel's parameter names, so a text-only gpt-oss checkpoint is this model's without
+    ``vision_adapter.*`` and ``vision_bias``. Takes GPTModel's arguments; the config is a `GPTOSSVisionProvider`.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        # Images are put between the embeddings of the whole sequence; only the result is scattered.
+        super().__init__(config, *args, scatter_embedding_sequence_parallel=False, **kwargs)
+        self.vision_adapter = VisionStage(config) if self.pre_process and config.use_vision else None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        *args,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """As `GPTModel.forward`, and images.
+
+        Args:
+            input_ids: ``[b, s]`` token ids, on every pipeline stage: the modality is read from them.
+            pixel_values: ``[n, channels, height, width]``, the images of all rows in the order of their
+                placeholders; None or n = 0 without images. Read on the first stage only.
+
+        Returns:
+            Loss per token ``[b, s]`` with labels, else logits ``[b, s, vocab / tp]``; on stages that are not
+            the last, hidden states ``[s / tp, b, h]``.
+
+        Raises:
+            ValueError: when placeholders and images don't match; both numbers are named.
+        """
+        is_visual = self.modality(input_ids)
+        if self.pre_process and decoder_input is None:
+            decoder_input = self.embed(input_ids, position_ids, is_visual, pixel_values)
+        return super().forward(
+            input_ids,
+            position_ids,
+            attention_mask,
+            decoder_input,
+            labels,
+            *args,
+            padding_mask=self.on_this_rank(is_visual),
+            **kwargs,
+        )
+
+    def modality(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``[b, s]`` bool, true where a token stands for a piece of an image."""
+        if not self.config.use_vision:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == self.config.image_token_id
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        is_visual: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Token embeddings with images merged in: ``[s, b, h]``, or this rank's ``[s / tp, b, h]`` of them."""
+        embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        if self.vision_adapter is not None:
+            embeddings = self.merge(embeddings, is_visual, pixel_values)
+        elif pixel_values is not None and len(pixel_values):
+            raise ValueError(f"{len(pixel_values)} images were given to a model that has use_vision=False.")
+        if self.config.sequence_parallel:
+            embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
+        return embeddings
+
+    def merge(
+        self, embeddings: torch.Tensor, is_visual: torch.Tensor, pixel_values: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Replace the placeholders of ``[s, b, h]`` embeddings by the tokens of the images."""
+        images = 0 if pixel_values is None else len(pixel_values)
+        check_placeholders(is_visual, images, self.config.num_image_tokens)
+        if images == 0:
+            return embeddings + self.vision_adapter.idle().to(embeddings.dtype)
+        image_tokens = self.vision_adapter(pixel_values).to(embeddings.dtype)
+        # Rows before positions: that is the order in which images are counted.
+        rows = embeddings.transpose(0, 1).masked_scatter(is_visual.unsqueeze(-1), image_tokens)
+        return rows.transpose(0, 1).contiguous()
+
+    def on_this_rank(self, is_visual: torch.Tensor) -> torch.Tensor:
+        """The modality of the tokens that this rank's layers see: ``[b, s]``, or its part of s under SP.
+
+        Megatron-Core 0.19.2 scatters what it calls ``padding_mask`` on the first pipeline stage only, and there only
+        when it embeds the tokens itself; here every stage takes its own part.
+        """
+        if not self.config.sequence_parallel:
+            return is_visual
+        group = self.pg_collection.tp
+        return is_visual.chunk(group.size(), dim=1)[group.rank()].contiguous()
+
+
+def check_placeholders(is_visual: torch.Tensor, images: int, tokens_per_image: int) -> None:
+    """Compare the room that a prompt has with the images that were given.
+
+    Raises:
+        ValueError: when they differ.
+    """
+    room = int(is_visual.sum())
+    if room != images * tokens_per_image:
+        raise ValueError(
+            f"{images} image{'s need' if images != 1 else ' needs'} {images * tokens_per_image} placeholder tokens; "
+            f"the batch has {room}."
+        )

@@ -1,0 +1,29 @@
+"""RMSNorm for the `torch` back end."""
+
+import torch
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm as gpt-oss computes it: in fp32, the weight multiplied in fp32, cast at the end.
+
+    Megatron-Core's ``WrappedTorchNorm`` refuses sequence parallelism; here the weight is marked, so that
+    its gradient is summed over the tensor-parallel ranks, each of which sees a part of the sequence.
+
+    Args:
+        config: the TransformerConfig; only ``sequence_parallel`` and ``params_dtype`` are read.
+        hidden_size: size of the last axis, the one that is normalised.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``[…, h]`` to ``[…, h]``, same dtype."""
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight.float() * wide).to(hidden_states.dtype)

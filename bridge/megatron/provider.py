@@ -1,0 +1,243 @@
+"""From a GPT-OSS-Vision config to a Megatron model: the `TransformerConfig` and what builds the model from it."""
+
+import logging
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.core.activations import quick_gelu
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+
+from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from . import cpu
+from .layer_spec import block_spec
+from .model import GPTOSSVisionModel
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "transformer_engine", "torch"]
+
+# One row, one number: the name in the transformers config, and in Megatron's.
+SAME_MEANING = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "moe_ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "seq_length",
+    "rms_norm_eps": "layernorm_epsilon",
+    "initializer_range": "init_method_std",
+    "attention_dropout": "attention_dropout",
+    "attention_bias": "add_bias_linear",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+    "num_local_experts": "num_moe_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "router_aux_loss_coef": "moe_aux_loss_coeff",
+    "swiglu_limit": "activation_func_clamp_value",
+    "use_vision": "use_vision",
+    "vision_pool_token": "vision_pool_token",
+    "image_token_id": "image_token_id",
+    "num_image_tokens": "num_image_tokens",
+}
+
+YARN = {
+    "factor": "yarn_rotary_scaling_factor",
+    "original_max_position_embeddings": "yarn_original_max_position_embeddings",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+    "truncate": "yarn_correction_range_round_to_int",
+    "mscale": "yarn_mscale",
+    "mscale_all_dim": "yarn_mscale_all_dim",
+}
+
+
+@dataclass(kw_only=True)
+class GPTOSSVisionProvider(GPTModelProvider):
+    """Megatron-Bridge provider of GPT-OSS-Vision.
+
+    Usually made by ``AutoBridge.from_hf_pretrained(path).to_megatron_provider()`` or `provider_from_config`; every
+    number of the architecture comes from the transformers config. Set parallel sizes and precision on it, then
+    ``finalize()`` refuses what cannot work.
+    """
+
+    backend: Backend = "auto"
+    """Whose kernels run the layers; ``auto`` is ``transformer_engine`` where CUDA and the package are, else ``torch``."""
+
+    use_vision: bool = True
+    vision_config: dict[str, Any] = field(default_factory=dict)
+    """The tower's transformers config as a plain dict, so that it survives ``run_config.yaml``."""
+    vision_pool_token: bool = True
+    image_token_id: int = 200013
+    num_image_tokens: int = 258
+    """Placeholder tokens per image; follows from the tower and is kept here for checks."""
+
+    # gpt-oss itself: not a choice, hence not arguments.
+    normalization: str = field(default="RMSNorm", init=False)
+    softmax_type: str = field(default="learnable", init=False)
+    gated_linear_unit: bool = field(default=True, init=False)
+    glu_linear_offset: float = field(default=1.0, init=False)
+    activation_func: Any = field(default=quick_gelu, init=False)
+    moe_router_score_function: str = field(default="softmax", init=False)
+    moe_router_pre_softmax: bool = field(default=False, init=False)
+    hidden_dropout: float = field(default=0.0, init=False)
+    bias_dropout_fusion: bool = field(default=False, init=False)
+    scatter_embedding_sequence_parallel: bool = field(default=False, init=False)
+
+    # Megatron-Core would take the size of tensor parallelism; it allows biased experts with 1 only.
+    expert_tensor_parallel_size: int | None = 1
+    moe_router_load_balancing_type: Any = "none"
+    moe_token_dispatcher_type: Any = "alltoall"
+
+    def finalize(self) -> None:
+        """Resolve the back end, check the layout against the model, derive Megatron's fields.
+
+        Raises:
+            ValueError: in one sentence with the numbers, when the layout cannot work for this model.
+        """
+        self.backend = resolve_backend(self.backend)
+        for name, value in BACKEND_SETTINGS[self.backend].items():
+            setattr(self, name, value)
+        # Megatron-Core wants the dense FFN size even where every layer is a mixture of experts.
+        self.ffn_hidden_size = self.moe_ffn_hidden_size
+        check_layout(self)
+        super().finalize()
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> GPTOSSVisionModel:
+        """Build this rank's part of the model; None for a flag means «as the pipeline rank says»."""
+        groups, vp_size = self._pg_collection, self.virtual_pipeline_model_parallel_size
+        if pre_process is None:
+            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(groups.pp)
+        if post_process is None:
+            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp)
+        if groups.pp.rank() == 0 and groups.tp.rank() == 0:
+            logger.info("GPT-OSS-Vision runs on the `%s` back end.", self.backend)
+        return GPTOSSVisionModel(
+            self,
+            transformer_layer_spec=block_spec(self, self.backend, vp_stage, groups),
+            vocab_size=self.vocab_size,
+            max_sequence_length=self.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
+            parallel_output=self.parallel_output,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type=self.position_embedding_type,
+            rotary_base=self.rotary_base,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+
+
+# What only one of the two can do. `torch` keeps to modules that exist on every device.
+BACKEND_SETTINGS: dict[str, dict[str, Any]] = {
+    "torch": {
+        "transformer_impl": "local",
+        "moe_grouped_gemm": False,
+        "moe_permute_fusion": False,
+        "moe_router_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "cross_entropy_loss_fusion": False,
+    },
+    "transformer_engine": {
+        "transformer_impl": "transformer_engine",
+        "moe_grouped_gemm": True,
+        "bias_activation_fusion": True,
+        # Megatron-Core's fused rotation leaves YaRN's factor out (Megatron-LM issue 2038).
+        "apply_rope_fusion": False,
+    },
+}
+
+
+def resolve_backend(backend: Backend) -> str:
+    """The back end to use.
+
+    Raises:
+        ValueError: when ``transformer_engine`` is asked for and cannot run here, or the name is unknown.
+    """
+    has_cuda, has_package = cpu.cuda_is_real(), find_spec("transformer_engine") is not None
+    if backend == "auto":
+        return "transformer_engine" if has_cuda and has_package else "torch"
+    if backend not in BACKEND_SETTINGS:
+        raise ValueError(f"backend={backend!r} is unknown; choose 'auto', 'transformer_engine' or 'torch'.")
+    if backend == "transformer_engine" and not (has_cuda and has_package):
+        missing = "a CUDA device" if not has_cuda else "the package (pip install 'gpt-oss-vision[te]')"
+        raise ValueError(f"backend='transformer_engine' needs {missing}; backend='torch' runs everywhere.")
+    return backend
+
+
+def check_layout(provider: GPTOSSVisionProvider) -> None:
+    """Refuse a parallel layout that this model cannot take.
+
+    Raises:
+        ValueError: naming the sizes that don't divide.
+    """
+    tp, ep = provider.tensor_model_parallel_size, provider.expert_model_parallel_size
+    for size, name, count, what in (
+        (tp, "tensor_model_parallel_size", provider.num_query_groups, "key/value groups"),
+        (tp, "tensor_model_parallel_size", provider.vocab_size, "vocabulary entries"),
+        (ep, "expert_model_parallel_size", provider.num_moe_experts, "experts"),
+        (
+            provider.expert_tensor_parallel_size or 1,
+            "expert_tensor_parallel_size",
+            provider.moe_ffn_hidden_size,
+            "columns of the expert FFN",
+        ),
+    ):
+        if count % size:
+            raise ValueError(f"{name}={size} does not divide the {count} {what} of this model.")
+    if provider.context_parallel_size > 1:
+        raise ValueError(f"context_parallel_size={provider.context_parallel_size} is not supported; use 1.")
+
+
+def provider_from_config(config: GPTOSSVisionConfig, **overrides: Any) -> GPTOSSVisionProvider:
+    """The provider of a transformers config, not finalized.
+
+    Args:
+        config: read whole; nothing about the architecture is assumed.
+        **overrides: provider fields to set last, for example ``tensor_model_parallel_size=2``.
+
+    Raises:
+        ValueError: for a kind of rotary embedding that Megatron-Core cannot express.
+    """
+    fields = {megatron: getattr(config, name) for name, megatron in SAME_MEANING.items()}
+    fields |= _rotary_fields(config) | _precision_fields(config.dtype or torch.float32)
+    fields["window_size"] = (config.sliding_window - 1, 0) if config.sliding_window else None
+    fields["window_attn_skip_freq"] = [int(kind == "sliding_attention") for kind in config.layer_types]
+    fields["no_rope_freq"] = config.nope_layers
+    fields["vision_config"] = config.vision_config.to_dict() if config.use_vision else {}
+    if config.router_aux_loss_coef:
+        fields["moe_router_load_balancing_type"] = "aux_loss"
+    return GPTOSSVisionProvider(**fields | overrides)
+
+
+def _rotary_fields(config: GPTOSSVisionConfig) -> dict[str, Any]:
+    rope = config.rope_parameters
+    fields: dict[str, Any] = {"rotary_base": rope["rope_theta"]}
+    if rope["rope_type"] == "default":
+        return fields | {"position_embedding_type": "rope"}
+    if rope["rope_type"] != "yarn" or rope.get("attention_factor") is not None:
+        raise ValueError(f"Megatron-Core has no rotary embedding like {rope}; it takes 'default' and plain 'yarn'.")
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    defaults["original_max_position_embeddings"] = config.max_position_embeddings
+    settings = {megatron: (defaults | rope).get(name) for name, megatron in YARN.items()}
+    return fields | settings | {"position_embedding_type": "yarn"}
+
+
+def _precision_fields(dtype: torch.dtype | str) -> dict[str, Any]:
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return {"params_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}

@@ -1,0 +1,46 @@
+"""Every touch of a private name of Megatron-Bridge or Megatron-Core, and every work-around, in one place.
+
+Versions: megatron-bridge 0.6.2, megatron-core 0.19.2. A test asks for each name and for each bug: when one has moved
+or has been mended, the test says which.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import megatron.bridge.training.initialize as bridge_initialize
+from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
+from megatron.core.datasets import utils as core_dataset_utils
+
+KEEP_IN_FP32 = "_keep_in_float32_parameter_names"
+"""Attribute of a module that names parameters which the half-precision wrapper leaves in fp32."""
+
+
+def apply() -> None:
+    """Put the work-arounds in place and open Megatron-Bridge's seams to us; idempotent."""
+    register_allowed_target_prefix("gpt_oss_vision.")
+    if not _helpers_can_be_compiled():
+        bridge_initialize.compile_helpers = _nothing_to_compile
+
+
+def _helpers_can_be_compiled() -> bool:
+    """Whether the dataset helper's Makefile is there.
+
+    The wheel of megatron-core 0.19.2 ships the helper compiled but not its Makefile, and ``compile_helpers()``
+    calls ``make`` and ends the process.
+    """
+    return (Path(core_dataset_utils.__file__).parent / "Makefile").exists()
+
+
+def _nothing_to_compile() -> None:
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        raise RuntimeError(
+            "megatron-core is installed without its compiled dataset helper; reinstall it with "
+            "`pip install --force-reinstall megatron-core`."
+        )
+
+
+def global_parameter_names(bridge, megatron_model) -> list[str]:
+    """Names of all parameters on all pipeline ranks, experts and layers numbered globally."""
+    names: Callable = bridge._megatron_global_param_names_all_pp_ranks
+    return names(megatron_model)
