@@ -6,12 +6,27 @@ The five files import one another by relative names only, so that they also work
 
 def register_auto_classes() -> None:
     """Makes transformers' Auto classes know `gpt_oss_vision` checkpoints. Calling it again changes nothing."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+    )
 
     from .configuration_gpt_oss_vision import GPTOSSVisionConfig
+    from .image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
     from .modeling_gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionModel
+    from .processing_gpt_oss_vision import GPTOSSVisionProcessor
+    from .tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 
     AutoConfig.register(GPTOSSVisionConfig.model_type, GPTOSSVisionConfig, exist_ok=True)
     AutoModel.register(GPTOSSVisionConfig, GPTOSSVisionModel, exist_ok=True)
     AutoModelForCausalLM.register(GPTOSSVisionConfig, GPTOSSVisionForCausalLM, exist_ok=True)
     AutoModelForImageTextToText.register(GPTOSSVisionConfig, GPTOSSVisionForCausalLM, exist_ok=True)
+    image_processors = {"torchvision": GPTOSSVisionImageProcessor, "pil": GPTOSSVisionImageProcessor}
+    AutoImageProcessor.register(GPTOSSVisionConfig, image_processor_classes=image_processors, exist_ok=True)
+    AutoProcessor.register(GPTOSSVisionConfig, GPTOSSVisionProcessor, exist_ok=True)
+    AutoTokenizer.register(GPTOSSVisionConfig, GPTOSSVisionTokenizer, exist_ok=True)

@@ -1,0 +1,165 @@
+"""The image processor: any picture in, the tower's square of normalised channels out."""
+
+import base64
+import binascii
+import os
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import PreTrainedConfig
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ImageInput,
+    PILImageResampling,
+    is_valid_image,
+    load_image,
+)
+from transformers.processing_utils import ImagesKwargs
+
+# What each tower was pretrained with; a ViT and SigLIP share theirs.
+MEAN_AND_STD = {"clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
+PIL_MODES = {1: "L", 3: "RGB"}
+SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class GPTOSSVisionImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    num_channels (`int`, *optional*, defaults to 3):
+        What the tower sees: 3 for RGB, 1 for grey.
+    """
+
+    num_channels: int
+
+
+class GPTOSSVisionImageProcessor(PilBackend):
+    r"""
+    Resizes to the tower's size (bicubic), rescales to 0…1 and normalises.
+
+    Takes paths, URLs, base64 strings, PIL images, NumPy arrays and tensors, one or lists of them, in any size and mode:
+    EXIF rotation is applied, of an animation the first frame is taken, transparency is laid on white, and 16-bit greys
+    keep their range. Arrays of floats are taken as they are; set `do_rescale=False` if they are 0…1 already.
+
+    Args:
+        size (`dict`, *optional*, defaults to `{"height": 224, "width": 224}`): The tower's image size.
+        num_channels (`int`, *optional*, defaults to 3): 3 for a tower that sees RGB, 1 for grey.
+        image_mean, image_std (`float` or `list[float]`, *optional*, defaults to 0.5): For normalisation.
+
+    Raises:
+        ValueError: when an image can't be read or has no pixels; the sentence names it.
+
+    Example:
+
+    ```python
+    >>> image_processor = GPTOSSVisionImageProcessor.from_config(config)
+    >>> image_processor(["cat.png", "dog.jpg"], return_tensors="pt").pixel_values.shape
+    torch.Size([2, 3, 224, 224])
+    ```"""
+
+    valid_kwargs = GPTOSSVisionImageProcessorKwargs
+    resample = PILImageResampling.BICUBIC
+    size = {"height": 224, "width": 224}  # noqa: RUF012 - transformers copies it into each instance
+    num_channels = 3
+    image_mean = IMAGENET_STANDARD_MEAN[0]  # one number for every channel, so that it also fits grey
+    image_std = IMAGENET_STANDARD_STD[0]
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> "GPTOSSVisionImageProcessor":
+        """The processor that fits the tower of a [`GPTOSSVisionConfig`]; `kwargs` override what follows from it."""
+        tower = config.vision_config
+        height, width = tower.image_size if isinstance(tower.image_size, (list, tuple)) else [tower.image_size] * 2
+        fields = {"size": {"height": height, "width": width}, "num_channels": tower.num_channels}
+        if tower.model_type in MEAN_AND_STD:
+            fields["image_mean"], fields["image_std"] = MEAN_AND_STD[tower.model_type]
+        return cls(**(fields | kwargs))
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Opens what is named by a path, a URL or base64, keeping the nesting; images pass through."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return _open(os.fspath(image_url_or_urls))
+        if is_valid_image(image_url_or_urls):
+            return image_url_or_urls
+        raise TypeError(
+            f"An image must be a path, a URL, a base64 string, a PIL image, an array or a tensor, "
+            f"got {type(image_url_or_urls).__name__}."
+        )
+
+    def process_image(self, image: ImageInput, num_channels: int = 3, **kwargs: Any) -> np.ndarray:
+        """One image of any kind to an array `(num_channels, height, width)`, 8-bit unless it came as floats."""
+        if num_channels not in PIL_MODES:
+            raise ValueError(f"num_channels must be one of {', '.join(map(str, PIL_MODES))}, got {num_channels}.")
+        if not isinstance(image, Image.Image):
+            array = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
+            if array.size == 0:
+                raise ValueError(f"The image has no pixels: its shape is {array.shape}.")
+            if array.dtype not in (np.uint8, np.uint16):
+                array = super().process_image(array, **kwargs)
+                return np.repeat(array, num_channels, axis=0) if len(array) == 1 else array
+            image = _to_pil(array, **kwargs)
+        if 0 in image.size:
+            raise ValueError(f"The image has no pixels: it is {image.width} x {image.height}.")
+        array = np.asarray(_to_mode(image, PIL_MODES[num_channels]))
+        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _open(source: str) -> Image.Image:
+    """The image that a string stands for, decoded, so that a file cut short is reported here and by name."""
+    if source.startswith(("http://", "https://")):
+        return load_image(source)
+    name = source if len(source) < 200 else f"{source[:40]}…"
+    try:
+        image = Image.open(source if os.path.isfile(source) else BytesIO(_decode_base64(source, name)))
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        if isinstance(error, UnidentifiedImageError):
+            raise ValueError(f"Can't read the image {name}: it is in no format that PIL knows, or damaged.") from error
+        raise ValueError(f"Can't read the image {name}: {error}.") from error
+    return image
+
+
+def _decode_base64(source: str, name: str) -> bytes:
+    data = source.split(",", 1)[1] if source.startswith("data:image/") else source
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error:
+        raise FileNotFoundError("there is no such file") from None
+
+
+def _to_pil(array: np.ndarray, input_data_format: Any = None, **kwargs: Any) -> Image.Image:
+    """An integer array `(h, w)`, `(h, w, c)` or `(c, h, w)`, with 1, 3 or 4 channels, as an image."""
+    if array.ndim == 3:
+        channels_first = array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4)
+        if input_data_format is not None:
+            channels_first = str(getattr(input_data_format, "value", input_data_format)) == "channels_first"
+        array = array.transpose(1, 2, 0) if channels_first else array
+        array = array[..., 0] if array.shape[-1] == 1 else array
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The picture that a viewer would show, as RGB or grey."""
+    if getattr(image, "is_animated", False):
+        image.seek(0)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in SIXTEEN_BIT_MODES:
+        # PIL's own conversion cuts everything above 255 off.
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("An image of floats has no fixed range; convert it to 8 bits first.")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+__all__ = ["GPTOSSVisionImageProcessor"]
