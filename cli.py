@@ -1,8 +1,8 @@
 """The command `gpt-oss-vision`: one small function per subcommand, which imports what it needs when it runs.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage. A failure is one sentence on stderr. The rooms share one rule for it: what
-the user can mend is raised as ValueError (a wrong value), OSError (a file, a folder, a disk) or ModuleNotFoundError (a
-package that is not installed), and its message says what is wrong, where, and what to do. Anything else is our bug.
+the user can mend is raised as ValueError (a wrong value), OSError (a file, a folder, a disk) or ImportError (a package
+that is not installed), and its message says what is wrong, where, and what to do. Anything else is our bug.
 """
 
 import shutil
@@ -30,6 +30,7 @@ def gpt_oss_vision() -> None:
 def quickstart(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints, plots and report.")] = Path("out"),
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same result.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; with few it learns little.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier quickstart in --out.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -39,9 +40,14 @@ def quickstart(
     by Megatron, exported, and asked about digits that it has not seen.
     """
     with one_sentence(debug), output_folder(out, overwrite, proof="report.json"):
+        print("Loading torch, transformers and Megatron-Bridge …", flush=True)
         from .recipes import quickstart as recipe
 
-        recipe.run(out, seed=seed)
+        settings = recipe.Settings(seed=seed) if steps is None else recipe.Settings(seed=seed, steps=steps)
+        report = recipe.run(out, settings=settings)
+    right, wrong, without = (report[f"accuracy_{image}_image"] for image in ("right", "wrong", "no"))
+    print(f"Digits named rightly: {right:.1%} with their image, {wrong:.1%} with another, {without:.1%} with none.")
+    print(f"Checkpoints, pictures and report.json are in {out}.")
 
 
 @app.command()
@@ -60,7 +66,7 @@ def one_sentence(debug: bool) -> Iterator[None]:
     """Turn an exception into one sentence and exit 1; with `debug`, let it through with its traceback."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
         _fail(_sentence(error))
