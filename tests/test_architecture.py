@@ -315,6 +315,8 @@ def test_python_on_the_pages_imports_what_exists(file: Path):
 def defines(module: str, name: str) -> bool:
     if module == "gpt_oss_vision":
         return name in gpt_oss_vision.__all__
-    path = ROOT.joinpath(*module.split(".")[1:])
+    home = module.removeprefix("gpt_oss_vision.")
+    path = ROOT.joinpath(*home.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    return file.is_file() and name in {getattr(node, "name", None) for node in tree_of(file).body}
+    is_defined = file.is_file() and name in {getattr(node, "name", None) for node in tree_of(file).body}
+    return is_defined or exists(f"{home}.{name}")
