@@ -1,5 +1,6 @@
 """The configuration of GPT-OSS-Vision: gpt-oss's own, plus a vision tower, NoPE layers and a placeholder token."""
 
+import copy
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -122,8 +123,7 @@ class GPTOSSVisionConfig(GptOssConfig):
         model_type = config.get("model_type", ViTConfig.model_type) if isinstance(config, dict) else config.model_type
         if model_type not in VISION_CONFIGS:
             raise ValueError(f"`{model_type}` is not a supported vision tower; use one of {', '.join(VISION_CONFIGS)}.")
-        if isinstance(config, dict):
-            config = VISION_CONFIGS[model_type](**config)
+        config = VISION_CONFIGS[model_type](**config) if isinstance(config, dict) else copy.deepcopy(config)
         if model_type == SiglipVisionConfig.model_type:
             config.vision_use_head = False  # its output would reach nothing
         return config
@@ -194,5 +194,8 @@ class GPTOSSVisionConfig(GptOssConfig):
                 f"vision_patch_size ({self.vision_patch_size})."
             )
 
+
+# A saved checkpoint carries these files and names them in its `auto_map`, so that it loads where this package isn't.
+GPTOSSVisionConfig.register_for_auto_class()
 
 __all__ = ["GPTOSSVisionConfig"]

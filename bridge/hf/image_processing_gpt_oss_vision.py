@@ -162,4 +162,6 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+GPTOSSVisionImageProcessor.register_for_auto_class()
+
 __all__ = ["GPTOSSVisionImageProcessor"]

@@ -36,6 +36,12 @@ from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_gpt_oss_vision import GPTOSSVisionConfig
 
+AUTO_CLASSES = {
+    "AutoModel": "GPTOSSVisionModel",
+    "AutoModelForCausalLM": "GPTOSSVisionForCausalLM",
+    "AutoModelForImageTextToText": "GPTOSSVisionForCausalLM",
+}
+
 
 class GPTOSSVisionAdapter(nn.Module):
     """Images to tokens of the decoder: the tower, an optional learned token in front, a norm, a projection."""
@@ -161,6 +167,12 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
         # transformers looks for the experts' decorator in the file of the class; ours are gpt-oss's, in its file.
         return GptOssPreTrainedModel._can_set_experts_implementation()
 
+    def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
+        raise ValueError(
+            'attn_implementation="sdpa" would drop the attention sinks, and with them the meaning of the weights; '
+            'use "eager", "flex_attention" or a flash kernel with sinks.'
+        )
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -172,6 +184,8 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but a ViT is saved under the names it has here, not under those of transformers 4."""
         kwargs.setdefault("save_original_format", False)
+        # transformers names the class that is saved; the other Auto classes must find theirs too.
+        self.config.auto_map = {auto: f"{__name__.rsplit('.', 1)[-1]}.{name}" for auto, name in AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -237,24 +251,29 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
         self, inputs_embeds: torch.Tensor, is_visual: torch.Tensor, pixel_values: torch.Tensor | None
     ) -> torch.Tensor:
         """Puts image features `(n, p, h)` in the place of the placeholders of `(b, s, h)`, in order."""
-        num_images = 0 if pixel_values is None else len(pixel_values)
+        if self.vision_adapter is None and pixel_values is None:
+            return inputs_embeds
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, return_dict=True).pooler_output
+            self._check_placeholders(is_visual, len(pixel_values))
+            return inputs_embeds.masked_scatter(is_visual[..., None], features.to(inputs_embeds))
+        self._check_placeholders(is_visual, num_images=0)
+        if not self.training:
+            return inputs_embeds
+        # Every rank must run the adapter in every step, or the reduction of its gradients waits for ever.
+        blank = inputs_embeds.new_zeros(1, *self._image_shape())
+        features = self.get_image_features(blank, return_dict=True).pooler_output
+        return inputs_embeds + 0.0 * features.sum().to(inputs_embeds)
+
+    def _check_placeholders(self, is_visual: torch.Tensor, num_images: int) -> None:
         needed = num_images * self.config.num_image_tokens
         torch_compilable_check(
             is_visual.sum() == needed,
             lambda: (
-                f"{num_images} image{'s need' if num_images != 1 else ' needs'} {needed} placeholder tokens; "
+                f"{num_images} image{' needs' if num_images == 1 else 's need'} {needed} placeholder tokens; "
                 f"the prompt has {int(is_visual.sum())}"
             ),
         )
-        if pixel_values is not None:
-            features = self.get_image_features(pixel_values, return_dict=True).pooler_output
-            return inputs_embeds.masked_scatter(is_visual[..., None], features.to(inputs_embeds))
-        if self.training and self.vision_adapter is not None:
-            # Every rank must run the adapter in every step, or the reduction of its gradients waits for ever.
-            blank = inputs_embeds.new_zeros(1, *self._image_shape())
-            features = self.get_image_features(blank, return_dict=True).pooler_output
-            return inputs_embeds + 0.0 * features.sum().to(inputs_embeds)
-        return inputs_embeds
 
     def forward(
         self,
@@ -361,6 +380,27 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM):
             inputs["pixel_values"] = pixel_values
         return inputs
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Beams and samples: a row is repeated with all of its images, where transformers would repeat each image."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1:
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            is_visual = self.model.get_placeholder_mask(None if inputs_embeds is not None else input_ids, inputs_embeds)
+            self.model._check_placeholders(is_visual, len(pixel_values))
+            images_per_row = (is_visual.sum(1) // self.config.num_image_tokens).tolist()
+            rows = [images.repeat(expand_size, 1, 1, 1) for images in pixel_values.split(images_per_row)]
+            pixel_values = torch.cat(rows)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | ({} if pixel_values is None else {"pixel_values": pixel_values})
+
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
@@ -371,6 +411,9 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM):
             generation_config.suppress_tokens = sorted(suppressed)
         return generation_config, model_kwargs
 
+
+GPTOSSVisionModel.register_for_auto_class("AutoModel")
+GPTOSSVisionForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
     "GPTOSSVisionAdapter",

@@ -185,4 +185,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+GPTOSSVisionProcessor.register_for_auto_class()
+
 __all__ = ["GPTOSSVisionProcessor"]

@@ -164,4 +164,6 @@ class GPTOSSVisionTokenizer(TokenizersBackend):
         return GenerationConfig(**(fields | kwargs))
 
 
+GPTOSSVisionTokenizer.register_for_auto_class()
+
 __all__ = ["GPTOSSVisionTokenizer"]
