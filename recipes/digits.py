@@ -86,8 +86,8 @@ def write_digits(folder: str | Path, seed: int = 0) -> DigitsSplit:
 
     297 scans are held out, every digit in its share; the other 1,500 are shuffled among text-only rows, which ask the
     same questions and are answered «no image»: eight rows in a hundred, so that a model learns to tell seeing from
-    guessing. The same seed writes the same bytes. A folder that already holds this dataset is left as it is; one that holds
-    it for another seed is replaced whole.
+    guessing. The same seed writes the same bytes. A folder that already holds this dataset is left as it is; one that
+    holds it for another seed is replaced whole.
 
     Raises:
         FileExistsError: `folder` holds something that this function did not write.
@@ -112,7 +112,7 @@ def write_digits(folder: str | Path, seed: int = 0) -> DigitsSplit:
 
 
 def evaluation_rows(split: DigitsSplit) -> Iterator[EvaluationRow]:
-    """The held-out questions, in the file's order, each with its right image, with another digit's image, and with none.
+    """The held-out questions, in the file's order, each with its right image, another digit's image, and none.
 
     The wrong image is another held-out scan, chosen by the split's seed.
     """

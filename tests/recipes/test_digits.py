@@ -138,7 +138,9 @@ def test_the_wrong_image_shows_another_digit_than_the_one_asked_for(split):
 
 def test_the_three_ways_of_asking_differ_in_the_image_only(split):
     for row in evaluation_rows(split):
-        images = [[p["path"] for p in m[0]["content"] if p["type"] == "image"] for m in (row.right_image, row.wrong_image)]
+        images = [
+            [p["path"] for p in m[0]["content"] if p["type"] == "image"] for m in (row.right_image, row.wrong_image)
+        ]
         assert images == [[str(row.image_path)], [str(row.wrong_image_path)]]
         assert row.no_image == [{"role": "user", "content": [{"type": "text", "text": row.question}]}]
         kinds = [[part["type"] for part in m[0]["content"]] for m in (row.right_image, row.wrong_image)]

@@ -1,0 +1,116 @@
+"""Chat data as Megatron-Bridge's training loop takes it: a dataset provider whose fields survive `run_config.yaml`."""
+
+# First: this makes Megatron-Bridge importable where Transformer Engine is missing.
+from ..bridge import megatron as _  # noqa: F401
+
+# isort: split
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.bridge.data import DatasetBuildContext, DatasetProvider
+from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
+
+from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from .data import ChatDataset, Sample, ShuffledEpochs, Skipped, collate, describe_skipped, find_unusable
+
+logger = logging.getLogger(__name__)
+
+
+class ChatBatches(ShuffledEpochs):
+    """Shuffled epochs of a chat file, with the `collate_fn` that Megatron-Bridge's loaders look for on a dataset."""
+
+    def __init__(self, dataset: ChatDataset, num_samples: int, seed: int) -> None:
+        super().__init__(dataset, num_samples, seed)
+        self.seq_length = dataset.seq_length
+        self.pad_token_id = dataset.processor.tokenizer.pad_token_id
+
+    def collate_fn(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """A micro-batch for `megatron.bridge.training.vlm_step`, which unpacks `visual_inputs` on the device."""
+        batch: dict[str, Any] = dict(collate(samples, self.seq_length, self.pad_token_id))
+        batch["visual_inputs"] = GenericVisualInputs(pixel_values=batch.pop("pixel_values"))
+        return batch
+
+
+@dataclass(kw_only=True)
+class ChatDatasetProvider(DatasetProvider):
+    """JSONL chat files (see `data.py`) for training, validation and test.
+
+    Rows that can't be used are found before the first step, each rank checking its share, and left out on all ranks;
+    rank 0 logs them. More than `max_skipped` (a fraction) stop the run. `decode_images` checks pixels and not only
+    headers, which takes as long as decoding every image once.
+
+    Every epoch has its own order, by `seed`; all samples are the same in every parallel layout and after a resume.
+    Batches are `seq_length` long, which must be the model's. `processor_path` is a folder or a name on the Hub.
+    """
+
+    train_path: str
+    processor_path: str
+    seq_length: int
+    valid_path: str | None = None
+    test_path: str | None = None
+    seed: int = 1234
+    max_skipped: float = 0.01
+    decode_images: bool = False
+    dataloader_type: Literal["single"] | None = "single"
+
+    def finalize(self) -> None:
+        """Refuse the loaders that would change what is trained on.
+
+        Raises:
+            ValueError: `dataloader_type` is not «single».
+        """
+        super().finalize()
+        if self.dataloader_type != "single":
+            # «cyclic» orders by a seed of its own and by the number of data-parallel ranks; «batch» cuts a global batch
+            # into micro-batches and gives each of them the images of all.
+            raise ValueError(
+                f"dataloader_type={self.dataloader_type!r}: chat data is shuffled by its dataset and read with 'single'"
+            )
+
+    def build_datasets(
+        self, context: DatasetBuildContext
+    ) -> tuple[ChatBatches | None, ChatBatches | None, ChatBatches | None]:
+        """The three datasets, None for those without a path. To be called on every rank: the ranks share the check."""
+        processor = GPTOSSVisionProcessor.from_pretrained(self.processor_path)
+        return (
+            self._split(self.train_path, context.train_samples, processor),
+            self._split(self.valid_path, context.valid_samples, processor),
+            self._split(self.test_path, context.test_samples, processor),
+        )
+
+    def _split(self, path: str | None, num_samples: int, processor: GPTOSSVisionProcessor) -> ChatBatches | None:
+        if path is None or num_samples == 0:
+            return None
+        skipped = _find_unusable_together(path, processor, self.seq_length, self.decode_images)
+        dataset = ChatDataset(path, processor, self.seq_length, max_skipped=self.max_skipped, skipped=skipped)
+        if skipped and _rank() == 0:
+            logger.warning("Skipped: %s", describe_skipped(path, skipped, len(dataset) + len(skipped)))
+        return ChatBatches(dataset, num_samples, self.seed)
+
+
+def _find_unusable_together(
+    path: str, processor: GPTOSSVisionProcessor, seq_length: int, decode_images: bool
+) -> list[Skipped]:
+    """`find_unusable` of the whole file, on every rank, each having looked at its share of the rows."""
+    if not torch.distributed.is_initialized():
+        return find_unusable(path, processor, seq_length, decode_images=decode_images)
+    ranks = torch.distributed.get_world_size()
+    try:
+        mine: Any = find_unusable(path, processor, seq_length, decode_images=decode_images, shard=_rank(), shards=ranks)
+    except OSError as error:
+        # Not raised yet: the other ranks would wait for this one until they time out.
+        mine = error
+    everyone: list[Any] = [None] * ranks
+    torch.distributed.all_gather_object(everyone, mine)
+    for rank, found in enumerate(everyone):
+        if isinstance(found, OSError):
+            raise OSError(f"Rank {rank} can't read the dataset: {found}") from found
+    return sorted(row for found in everyone for row in found)
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

@@ -1,0 +1,421 @@
+"""Chat data: what is learned, what is refused and named, and that every rank and every run gets the same samples."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+from gpt_oss_vision.recipes.data import (
+    IGNORE_INDEX,
+    ChatDataset,
+    ShuffledEpochs,
+    Skipped,
+    UnusableRow,
+    collate,
+    encode_row,
+    find_unusable,
+    learned_tokens,
+    parse_row,
+    resolve_image,
+)
+from gpt_oss_vision.recipes.digits import all_texts, write_digits
+from tiny import tiny_config
+
+SEQ_LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def processor() -> GPTOSSVisionProcessor:
+    tokenizer = GPTOSSVisionTokenizer.train_from_texts([*all_texts(), "It is a cat. It is a dog."], vocab_size=400)
+    image_token_id = tokenizer.convert_tokens_to_ids("<|reserved_200013|>")
+    config = tiny_config(vocab_size=len(tokenizer), image_token_id=image_token_id)
+    return GPTOSSVisionProcessor.from_config(config, tokenizer)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, colour in {"red": (200, 10, 10), "blue": (10, 10, 200)}.items():
+        Image.new("RGB", (12, 9), colour).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def picture(path: str) -> dict[str, str]:
+    return {"type": "image", "path": path}
+
+
+def chat(*turns: Any, **more: Any) -> dict[str, Any]:
+    """Turns alternate between user and assistant; an answer's further keys come in `more`."""
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": turn if isinstance(turn, list) else str(turn)}
+        for i, turn in enumerate(turns)
+    ]
+    messages[-1] |= more
+    return {"messages": messages}
+
+
+def write(folder: Path, *rows: Any) -> Path:
+    """Rows are objects, or strings that stand for themselves."""
+    path = folder / "data.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def encode(row: dict[str, Any], folder: Path, processor: GPTOSSVisionProcessor) -> Any:
+    return encode_row(parse_row(json.dumps(row), folder), processor)
+
+
+def learned_text(sample: Any, processor: GPTOSSVisionProcessor) -> str:
+    return processor.tokenizer.decode(sample["labels"][sample["loss_mask"].bool()])
+
+
+def answers(dataset: ChatDataset) -> list[str]:
+    texts = [learned_text(dataset[i], dataset.processor) for i in range(len(dataset))]
+    return [text.removeprefix("<|channel|>final<|message|>").removesuffix("<|return|>") for text in texts]
+
+
+def reason(row: Any, folder: Path, processor: GPTOSSVisionProcessor, seq_length: int = SEQ_LENGTH) -> str:
+    """Why the check refuses one row; it must."""
+    [skipped] = find_unusable(write(folder, row), processor, seq_length)
+    return skipped.reason
+
+
+# --- what is learned
+
+
+def test_the_answer_with_its_header_and_its_end_is_learned_and_nothing_else(folder, processor):
+    sample = encode(chat([picture("red.png"), {"type": "text", "text": "What is it?"}], "a cat"), folder, processor)
+    assert learned_text(sample, processor) == "<|channel|>final<|message|>a cat<|return|>"
+
+
+def test_every_assistant_turn_is_learned(folder, processor):
+    sample = encode(chat("one?", "two", "three?", "four"), folder, processor)
+    assert learned_text(sample, processor) == (
+        "<|channel|>final<|message|>two<|end|><|channel|>final<|message|>four<|return|>"
+    )
+
+
+def test_the_turn_between_a_thought_and_its_answer_is_learned(folder, processor):
+    sample = encode(chat("two?", "four", thinking="one"), folder, processor)
+    assert learned_text(sample, processor) == (
+        "<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>final<|message|>four<|return|>"
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"thinking": "a picture"}])
+def test_the_mask_is_that_of_the_chat_templates_generation_blocks(folder, processor, more):
+    row = chat([{"type": "text", "text": "Hi"}, picture("red.png")], "one", [picture("blue.png")], "two", **more)
+    messages = parse_row(json.dumps(row), folder).messages
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    expected = torch.as_tensor(inputs["assistant_masks"])[0].bool()
+    assert torch.equal(learned_tokens(inputs["input_ids"][0], processor), expected)
+
+
+def test_a_row_becomes_what_the_processor_makes_of_its_messages(folder, processor):
+    row = chat([picture("red.png"), {"type": "text", "text": "What is it?"}], "a cat")
+    inputs = processor.apply_chat_template(
+        parse_row(json.dumps(row), folder).messages, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    sample = encode(row, folder, processor)
+    assert torch.equal(sample["input_ids"], inputs["input_ids"][0])
+    assert torch.equal(sample["pixel_values"], inputs["pixel_values"])
+
+
+def test_labels_are_the_tokens_one_to_the_right(folder, processor):
+    sample = encode(chat([picture("red.png")], "a cat"), folder, processor)
+    places = sample["loss_mask"].nonzero()[:, 0]
+    assert len(places) > 3
+    assert torch.equal(sample["labels"][places], sample["input_ids"][places + 1])
+    assert (sample["labels"][sample["loss_mask"] == 0] == IGNORE_INDEX).all()
+
+
+def test_a_plain_text_is_learned_from_its_second_token_to_its_last(folder, processor):
+    sample = encode({"text": "It is a cat. It is a dog."}, folder, processor)
+    assert torch.equal(sample["labels"][:-1], sample["input_ids"][1:])
+    assert sample["loss_mask"].tolist() == [1.0] * (len(sample["input_ids"]) - 1) + [0.0]
+
+
+def test_a_plain_text_with_an_image_is_learned_whole_and_the_image_is_not(folder, processor):
+    sample = encode({"text": "It is a cat.", "image": "red.png"}, folder, processor)
+    assert learned_text(sample, processor) == "It is a cat."
+    assert (sample["input_ids"] == processor.image_token_id).sum() == processor.num_image_tokens
+
+
+def test_a_plain_text_that_is_a_chat_in_harmony_is_learned_as_one(folder, processor):
+    text = "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>one<|return|>"
+    sample = encode({"text": text}, folder, processor)
+    assert learned_text(sample, processor) == "<|channel|>final<|message|>one<|return|>"
+
+
+def test_images_come_in_the_order_of_their_tokens(folder, processor):
+    sample = encode(chat([picture("blue.png"), picture("red.png")], "two"), folder, processor)
+    red, blue = sample["pixel_values"][:, 0].mean((1, 2)), sample["pixel_values"][:, 2].mean((1, 2))
+    assert red[0] < blue[0]
+    assert red[1] > blue[1]
+
+
+# --- batches
+
+
+def test_a_mixed_batch_keeps_every_image_in_row_order(folder, processor):
+    rows = [
+        chat([picture("red.png")], "one"),
+        chat("no image?", "one"),
+        chat([picture("blue.png"), picture("red.png")], "two"),
+    ]
+    samples = [encode(row, folder, processor) for row in rows]
+    batch = collate(samples, SEQ_LENGTH, processor.tokenizer.pad_token_id)
+    assert torch.equal(batch["pixel_values"], torch.cat([samples[0]["pixel_values"], samples[2]["pixel_values"]]))
+    placeholders = (batch["tokens"] == processor.image_token_id).sum(1) // processor.num_image_tokens
+    assert placeholders.tolist() == [1, 0, 2]
+
+
+def test_a_batch_without_images_has_no_pixels(folder, processor):
+    batch = collate([encode(chat("Hi", "one"), folder, processor)], SEQ_LENGTH, 0)
+    assert batch["pixel_values"] is None
+
+
+def test_padding_stands_last_and_is_not_learned(folder, processor):
+    sample = encode(chat("Hi", "one"), folder, processor)
+    length, pad = len(sample["input_ids"]), processor.tokenizer.pad_token_id
+    batch = collate([sample], SEQ_LENGTH, pad)
+    assert torch.equal(batch["tokens"][0, :length], sample["input_ids"])
+    assert (batch["tokens"][0, length:] == pad).all()
+    assert (batch["labels"][0, length:] == IGNORE_INDEX).all()
+    assert batch["loss_mask"][0, length:].sum() == 0
+    assert torch.equal(batch["position_ids"][0], torch.arange(SEQ_LENGTH))
+
+
+def test_pixels_have_the_dtype_asked_for(folder, processor):
+    batch = collate([encode(chat([picture("red.png")], "one"), folder, processor)], SEQ_LENGTH, 0, torch.bfloat16)
+    assert batch["pixel_values"].dtype == torch.bfloat16
+
+
+def test_a_sample_too_long_for_the_batch_is_an_error_and_never_cut(folder, processor):
+    sample = encode(chat([picture("red.png")], "one"), folder, processor)
+    with pytest.raises(ValueError, match=f"{len(sample['input_ids'])} tokens doesn't fit a batch of 8"):
+        collate([sample], 8, 0)
+
+
+# --- rows that can't be used
+
+
+def test_a_bad_row_is_skipped_and_named_and_the_others_stay(folder, processor):
+    path = write(folder, chat("Hi", "one"), "", chat([picture("gone.png")], "two"), "{not json", chat("Hi", "three"))
+    dataset = ChatDataset(path, processor, SEQ_LENGTH, max_skipped=0.5)
+    assert [skipped.line for skipped in dataset.skipped] == [3, 4]
+    assert "gone.png is missing" in dataset.skipped[0].reason
+    assert answers(dataset) == ["one", "three"]
+
+
+def test_too_many_bad_rows_stop_with_the_first_few_by_line(folder, processor):
+    path = write(folder, *[chat("Hi", "one")] * 90, *[chat([picture("gone.png")], "one")] * 10)
+    with pytest.raises(
+        ValueError, match=r"10 of 100 rows can't be used \(10.0%\): line 91: .*; and 5 more.*At most 1.0%"
+    ):
+        ChatDataset(path, processor, SEQ_LENGTH)
+
+
+def test_a_file_of_which_nothing_can_be_used_stops_whatever_may_be_skipped(folder, processor):
+    with pytest.raises(ValueError, match="1 of 1 rows"):
+        ChatDataset(write(folder, "[]"), processor, SEQ_LENGTH, max_skipped=1.0)
+
+
+def test_an_empty_file_is_an_error(folder, processor):
+    with pytest.raises(ValueError, match="has no rows"):
+        ChatDataset(write(folder, ""), processor, SEQ_LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ("{not json", "malformed JSON"),
+        ("[" * 100_000, "malformed JSON"),
+        ("[1, 2]", "neither an object"),
+        ({"prompt": "Hi"}, "neither an object"),
+        ({"text": "Hi", "image": 7}, "«image» is not a path"),
+        ({"text": "   "}, "an empty text"),
+        ({"text": "\ud800"}, "surrogates"),
+        ({"text": "<|start|>user<|message|>Hi<|end|>"}, "no assistant"),
+        ({"text": "<image> and <image>", "image": "red.png"}, "2 times <image>, with 1 images"),
+        ({"text": "<image>"}, "1 times <image>, with 0 images"),
+        ({"messages": []}, "not a list of objects"),
+        ({"messages": ["Hi"]}, "not a list of objects"),
+        (chat("Hi"), "no assistant message"),
+        (chat("Hi", ""), "assistant message without text"),
+        (chat("Hi", [picture("red.png")]), "assistant message without text"),
+        (chat("Hi", "one", tool_calls=[{}]), "has tool_calls"),
+        (chat("Hi", "one", thinking=7), "must be texts"),
+        (chat("Hi", "one", role="judge"), "unknown role 'judge'"),
+        (chat([{"type": "video", "path": "a.mp4"}], "one"), "neither a text part"),
+        (chat([{"type": "image", "url": "a.png"}], "one"), "neither a text part"),
+        (chat("Hi <|end|>", "one"), "control token <|end|>"),
+        (chat("Hi <image>", "one"), "control token <image>"),
+        (chat("Hi", "one <|reserved_200013|>"), "control token <|reserved_200013|>"),
+        (chat("Hi", "one", thinking="<|call|>"), "control token <|call|>"),
+    ],
+)
+def test_what_cannot_be_learned_is_named(folder, processor, row, why):
+    assert why in reason(row, folder, processor)
+
+
+def test_a_file_that_is_no_image_is_named(folder, processor):
+    (folder / "notes.png").write_text("not a picture")
+    assert "notes.png is broken" in reason(chat([picture("notes.png")], "one"), folder, processor)
+
+
+def test_a_png_cut_off_is_found_without_decoding(folder, processor):
+    (folder / "cut.png").write_bytes((folder / "red.png").read_bytes()[:-20])
+    assert "cut.png is broken" in reason(chat([picture("cut.png")], "one"), folder, processor)
+
+
+def test_a_jpeg_cut_off_is_found_by_decoding(folder, processor):
+    Image.effect_noise((300, 300), 90).save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:5000])
+    path = write(folder, chat([picture("cut.jpg")], "one"), chat([picture("whole.jpg")], "one"))
+    assert find_unusable(path, processor, SEQ_LENGTH) == []
+    [skipped] = find_unusable(path, processor, SEQ_LENGTH, decode_images=True)
+    assert skipped.line == 1
+    assert "cut.jpg is broken" in skipped.reason
+
+
+def test_an_image_that_goes_after_the_check_stops_the_run_by_its_name(folder, processor):
+    dataset = ChatDataset(write(folder, chat([picture("red.png")], "one")), processor, SEQ_LENGTH)
+    (folder / "red.png").unlink()
+    with pytest.raises(RuntimeError, match=r"data.jsonl, line 1, .*red.png"):
+        dataset[0]
+
+
+def test_an_image_of_absurd_size_is_refused_by_its_header(folder, processor, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    assert "decompression bomb" in reason(chat([picture("red.png")], "one"), folder, processor)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        chat([picture("red.png"), {"type": "text", "text": "What is it?"}, picture("blue.png")], "It is a cat. " * 9),
+        {"text": "A dog: <image> It is a dog." + " Dogs." * 12, "image": "red.png"},
+        {"text": "It is a cat. " * 9, "image": "red.png"},
+        {"text": "It is a cat. " * 9},
+    ],
+)
+def test_a_row_is_used_if_and_only_if_its_tokens_fit(folder, processor, row):
+    length = len(encode(row, folder, processor)["input_ids"])
+    path = write(folder, row)
+    assert find_unusable(path, processor, length) == []
+    [skipped] = find_unusable(path, processor, length - 1)
+    assert f"{length} tokens" in skipped.reason
+
+
+# --- paths
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "images/../../secret.png"])
+def test_a_path_that_climbs_out_of_the_data_folder_is_refused(tmp_path, name):
+    Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UnusableRow, match="leaves the data folder"):
+        resolve_image(name, tmp_path / "data")
+
+
+def test_a_link_that_points_out_of_the_data_folder_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "images").symlink_to(tmp_path)
+    with pytest.raises(UnusableRow, match="leaves the data folder"):
+        resolve_image("images/secret.png", tmp_path / "data")
+
+
+def test_links_and_climbs_that_stay_inside_are_followed(folder):
+    (folder / "link.png").symlink_to("red.png")
+    assert resolve_image("link.png", folder) == resolve_image("deep/../red.png", folder) == folder.resolve() / "red.png"
+
+
+def test_an_absolute_path_may_lead_anywhere(folder, processor, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    row = chat([picture(str(folder / "red.png"))], "one")
+    assert find_unusable(write(elsewhere, row), processor, SEQ_LENGTH) == []
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+def test_a_name_that_no_file_can_have_is_refused(folder, processor, name):
+    assert "image" in reason(chat([picture(name)], "one"), folder, processor)
+
+
+def test_images_are_found_from_any_working_directory(folder, processor, monkeypatch):
+    monkeypatch.chdir(os.sep)
+    assert encode(chat([picture("red.png")], "one"), folder, processor)["pixel_values"].shape[0] == 1
+
+
+# --- the same samples for everybody
+
+
+@pytest.mark.parametrize("shards", [2, 5])
+def test_ranks_together_find_what_one_finds_alone(folder, processor, shards):
+    path = write(folder, *[chat("Hi", "one"), "{", "", chat([picture("gone.png")], "one")] * 5)
+    together = [find_unusable(path, processor, SEQ_LENGTH, shard=i, shards=shards) for i in range(shards)]
+    assert sorted(row for found in together for row in found) == find_unusable(path, processor, SEQ_LENGTH)
+
+
+def test_a_dataset_takes_over_what_the_ranks_have_found(folder, processor):
+    path = write(folder, *[chat("Hi", word) for word in ("one", "two", "three")])
+    skipped = [Skipped(2, "on a disk that only rank 1 lacks")]
+    dataset = ChatDataset(path, processor, SEQ_LENGTH, skipped=skipped, max_skipped=0.5)
+    assert answers(dataset) == ["one", "three"]
+
+
+@pytest.fixture
+def words(folder, processor) -> ChatDataset:
+    return ChatDataset(write(folder, *[chat("Hi", f"one {i}") for i in range(7)]), processor, SEQ_LENGTH)
+
+
+def order(samples: ShuffledEpochs) -> list[str]:
+    return [str(samples[i]["input_ids"].tolist()) for i in range(len(samples))]
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own(words):
+    epochs = order(ShuffledEpochs(words, num_samples=20, seed=1))
+    first, second, third = (epochs[i : i + 7] for i in (0, 7, 14))
+    assert sorted(first) == sorted(second) == sorted(third) == sorted(str(s["input_ids"].tolist()) for s in words)
+    assert len({tuple(first), tuple(second), tuple(third)}) == 3
+
+
+def test_the_seed_alone_decides_the_order(words):
+    assert order(ShuffledEpochs(words, 14, seed=1)) == order(ShuffledEpochs(words, 14, seed=1))
+    assert order(ShuffledEpochs(words, 14, seed=1)) != order(ShuffledEpochs(words, 14, seed=2))
+
+
+def test_a_sample_does_not_depend_on_what_was_asked_before(words):
+    straight = order(ShuffledEpochs(words, 20, seed=1))
+    resumed = ShuffledEpochs(words, 20, seed=1)
+    assert [str(resumed[i]["input_ids"].tolist()) for i in (15, 3, 15, 8)] == [straight[i] for i in (15, 3, 15, 8)]
+
+
+@pytest.mark.parametrize("num_samples", [0, 6, 7, 20])
+def test_there_are_always_more_samples_than_a_run_consumes(words, num_samples):
+    length = len(ShuffledEpochs(words, num_samples, seed=1))
+    assert length > num_samples
+    assert length % 7 == 0
+
+
+def test_a_sample_past_the_end_is_an_index_error(words):
+    with pytest.raises(IndexError):
+        ShuffledEpochs(words, 6, seed=1)[7]
+
+
+def test_loader_workers_deliver_what_the_dataset_holds(words):
+    loader = torch.utils.data.DataLoader(words, batch_size=None, num_workers=2)
+    assert [s["input_ids"].tolist() for s in loader] == [s["input_ids"].tolist() for s in words]
+
+
+def test_the_digits_are_all_usable(tmp_path, processor):
+    split = write_digits(tmp_path / "digits", seed=0)
+    dataset = ChatDataset(split.train_path, processor, SEQ_LENGTH, max_skipped=0.0)
+    assert len(dataset) == split.train_with_image + split.train_text_only
