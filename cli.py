@@ -3,79 +3,88 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage. A failure is one sentence on stderr. The rooms share one rule for it: what
 the user can mend is raised as ValueError (a wrong value), OSError (a file, a folder, a disk) or ImportError (a package
 that is not installed), and its message says what is wrong, where, and what to do. Anything else is our bug.
+
+argparse, because a usage error has to answer at once and typer imports pydantic for it.
 """
 
+import argparse
+import inspect
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
 
-import typer
-
-# Plain help and errors: rich's boxes cost a quarter of a second, and a log keeps them badly.
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+from . import __version__
 
 
-@app.callback()
-def gpt_oss_vision() -> None:
-    """GPT-OSS-Vision for NVIDIA Megatron-Bridge: train, convert, answer."""
-
-
-@app.command()
-def quickstart(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints, plots and report.")] = Path("out"),
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same result.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; with few it learns little.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier quickstart in --out.")] = False,
-    debug: Debug = False,
-) -> None:
+def quickstart(out: Path, seed: int, steps: int | None, overwrite: bool) -> int:
     """Train, convert and answer on a CPU, in minutes.
 
-    A tiny model with everything on learns to read real handwritten digits: written in Hugging Face format, trained
-    by Megatron, exported, and asked about digits that it has not seen.
+    A tiny model with everything on learns to read real handwritten digits: written in Hugging Face format, trained by
+    Megatron, exported, and asked about digits that it has not seen.
     """
-    with one_sentence(debug), output_folder(out, overwrite, proof="report.json"):
-        print("Loading torch, transformers and Megatron-Bridge …", flush=True)
-        from .recipes import quickstart as recipe
+    with output_folder(out, overwrite, proof="report.json"):
+        from .recipes.console import quiet
 
+        with quiet(out / "log.txt") as console:
+            console.print("Loading torch, transformers and Megatron-Bridge")
+            from .recipes import quickstart as recipe
         settings = recipe.Settings(seed=seed) if steps is None else recipe.Settings(seed=seed, steps=steps)
         report = recipe.run(out, settings=settings)
     right, wrong, without = (report[f"accuracy_{image}_image"] for image in ("right", "wrong", "no"))
     print(f"Digits named rightly: {right:.1%} with their image, {wrong:.1%} with another, {without:.1%} with none.")
     print(f"Checkpoints, pictures and report.json are in {out}.")
+    return 0
 
 
-@app.command()
-def doctor(debug: Debug = False) -> None:
+def doctor() -> int:
     """Show what this machine can run, and fixes for the rest."""
-    with one_sentence(debug):
-        from .recipes import doctor as recipe
+    from .recipes import doctor as recipe
 
-        text, is_ready = recipe.examine(Path.cwd())
+    text, is_ready = recipe.examine(Path.cwd())
     print(text)
-    raise typer.Exit(0 if is_ready else 1)
+    return 0 if is_ready else 1
 
 
-@contextmanager
-def one_sentence(debug: bool) -> Iterator[None]:
-    """Turn an exception into one sentence and exit 1; with `debug`, let it through with its traceback."""
+def parser() -> argparse.ArgumentParser:
+    """The command line: every subcommand with its options."""
+    top = argparse.ArgumentParser("gpt-oss-vision", description="GPT-OSS-Vision for NVIDIA Megatron-Bridge.")
+    top.add_argument("-V", "--version", action="version", version=__version__)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add = _command(commands, quickstart).add_argument
+    add("--out", type=Path, default="out", metavar="DIR", help="folder for checkpoints, plots and report (%(default)s)")
+    add("--seed", type=_at_least(0), default=0, metavar="N", help="same seed, same result (%(default)s)")
+    add("--steps", type=_at_least(1), metavar="N", help="optimizer steps; with few it learns little")
+    add("--overwrite", action="store_true", help="replace an earlier quickstart in --out")
+    _command(commands, doctor)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: the entry point of the installed script."""
+    arguments = vars(parser().parse_args(argv))
+    run, debug = arguments.pop("run"), arguments.pop("debug")
+    return attempt(partial(run, **arguments), debug)
+
+
+def attempt(run: Callable[[], int], debug: bool) -> int:
+    """Run a subcommand, turning an exception into one sentence and exit code 1; with `debug`, let it through."""
     try:
-        yield
+        return run()
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        _fail(_sentence(error))
+        return _fail(_sentence(error))
     except Exception as error:  # the last station: nobody above can say it better
         if debug:
             raise
-        _fail(
-            f"{type(error).__name__}: {_sentence(error)} (a bug in gpt-oss-vision; run again with --debug to see where)"
-        )
+        bug = f"{type(error).__name__}: {_sentence(error)}"
+        return _fail(f"{bug} (a bug in gpt-oss-vision; run again with --debug to see where)")
 
 
 def _sentence(error: Exception) -> str:
@@ -84,9 +93,27 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()) or "no message"
 
 
-def _fail(sentence: str) -> NoReturn:
+def _fail(sentence: str, code: int = 1) -> int:
     print(f"gpt-oss-vision: {sentence}", file=sys.stderr)
-    raise typer.Exit(1) from None
+    return code
+
+
+def _command(commands: argparse._SubParsersAction, run: Callable[..., int]) -> argparse.ArgumentParser:
+    """Add a subcommand that has the name and the docstring of its function."""
+    text = inspect.getdoc(run) or ""
+    command = commands.add_parser(run.__name__, help=text.splitlines()[0], description=text, allow_abbrev=False)
+    command.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    command.set_defaults(run=run)
+    return command
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        return int(text)
+
+    return integer  # argparse shows this function's name for what is no number
 
 
 @contextmanager
@@ -143,10 +170,5 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def main() -> None:
-    """Run the command line: the entry point of the installed script."""
-    app(prog_name="gpt-oss-vision")
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
 
-from gpt_oss_vision.cli import one_sentence, output_folder
+import gpt_oss_vision
+from gpt_oss_vision.cli import attempt, output_folder
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -17,11 +18,16 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
     return subprocess.run(line, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL, timeout=60)
 
 
+def failing(error: BaseException) -> Callable[[], int]:
+    def run() -> int:
+        raise error
+
+    return run
+
+
 def failure(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
     """What the user reads when `error` ends a subcommand; checks that it exits 1."""
-    with pytest.raises(typer.Exit) as ending, one_sentence(debug=False):
-        raise error
-    assert ending.value.exit_code == 1
+    assert attempt(failing(error), debug=False) == 1
     return capsys.readouterr().err
 
 
@@ -44,6 +50,10 @@ def test_help_names_each_subcommand_and_exits_0():
     assert {"quickstart", "doctor"} <= set(done.stdout.split())
 
 
+def test_version_is_the_packages():
+    assert command("--version").stdout.strip() == gpt_oss_vision.__version__
+
+
 def test_help_and_wrong_usage_import_nothing_heavy():
     script = """
 import json, sys
@@ -57,7 +67,17 @@ except SystemExit:
         line = [sys.executable, "-c", script, *arguments]
         done = subprocess.run(line, capture_output=True, text=True, check=True)
         loaded = set(json.loads(done.stdout.splitlines()[-1]))
-        assert not loaded & {"torch", "transformers", "megatron", "numpy", "matplotlib", "PIL", "sklearn", "rich"}
+        assert not loaded & {
+            "torch",
+            "transformers",
+            "megatron",
+            "numpy",
+            "matplotlib",
+            "PIL",
+            "sklearn",
+            "rich",
+            "pydantic",
+        }
 
 
 @pytest.mark.parametrize(
@@ -156,8 +176,13 @@ def test_any_other_exception_is_called_a_bug(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("error", [ValueError("yours"), KeyError("ours")])
 def test_debug_lets_the_traceback_through(error: Exception):
-    with pytest.raises(type(error)), one_sentence(debug=True):
-        raise error
+    with pytest.raises(type(error)):
+        attempt(failing(error), debug=True)
+
+
+def test_an_interrupt_is_no_failure_to_explain(capsys: pytest.CaptureFixture[str]):
+    assert attempt(failing(KeyboardInterrupt()), debug=False) == 130
+    assert capsys.readouterr().err == "gpt-oss-vision: interrupted\n"
 
 
 def test_debug_shows_the_traceback(tmp_path: Path):
