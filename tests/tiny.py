@@ -5,7 +5,10 @@ from typing import Any
 import torch
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 
 
 def tiny_config(**overrides: Any) -> GPTOSSVisionConfig:
@@ -121,3 +124,18 @@ def tiny_batch(
         size, channels = config.vision_image_size, config.vision_num_channels
         batch["pixel_values"] = torch.randn(sum(images_per_row), channels, size, size, generator=generator)
     return batch
+
+
+def tiny_processor(config: GPTOSSVisionConfig | None = None) -> GPTOSSVisionProcessor:
+    """
+    A processor for the tower of `tiny_config()`, or of the given configuration, with a tokenizer trained on a few words.
+
+    Its placeholder has its own id: a model for it needs `tiny_config(vocab_size=len(processor.tokenizer),
+    image_token_id=processor.image_token_id)`.
+    """
+    config = config if config is not None else tiny_config()
+    texts = ["user assistant system developer final analysis", "Which digit is this? It is a seven. What is in there?"]
+    tokenizer = GPTOSSVisionTokenizer.train_from_texts(texts, vocab_size=320)
+    return GPTOSSVisionProcessor(
+        GPTOSSVisionImageProcessor.from_config(config), tokenizer, num_image_tokens=config.num_image_tokens
+    )

@@ -1,0 +1,234 @@
+"""Saving and loading: bit for bit, in every type, under the agreed names, through the Auto classes, and without us."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
+
+from gpt_oss_vision.bridge.hf import register_auto_classes
+from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
+from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionModel
+from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+from tiny import tiny_batch, tiny_config, tiny_model, tiny_processor, tiny_vision_config
+
+TEXT_NAMES = {
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+    "model.layers.N.input_layernorm.weight",
+    "model.layers.N.post_attention_layernorm.weight",
+    *(f"model.layers.N.self_attn.{name}_proj.{kind}" for name in "qkvo" for kind in ("weight", "bias")),
+    "model.layers.N.self_attn.sinks",
+    *(f"model.layers.N.mlp.router.{name}" for name in ("weight", "bias", "vision_bias")),
+    *(f"model.layers.N.mlp.experts.{name}" for name in ("gate_up_proj", "gate_up_proj_bias")),
+    *(f"model.layers.N.mlp.experts.{name}" for name in ("down_proj", "down_proj_bias")),
+}
+ADAPTER_NAMES = {"pool_token", "norm.weight", "norm.bias", "proj.weight", "proj.bias"}
+
+
+def pairs(*names: str) -> set[str]:
+    return {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+
+
+CLIP_LAYER = (
+    "layer_norm1",
+    "layer_norm2",
+    "mlp.fc1",
+    "mlp.fc2",
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v")),
+)
+TOWER_NAMES = {
+    "vit": {"embeddings.cls_token", "embeddings.position_embeddings"}
+    | pairs("embeddings.patch_embeddings.projection", "layernorm")
+    | pairs(*(f"layers.N.{name}" for name in ("layernorm_before", "layernorm_after", "mlp.fc1", "mlp.fc2")))
+    | pairs(*(f"layers.N.attention.{name}_proj" for name in "qkvo")),
+    "clip_vision_model": {"embeddings.class_embedding", "embeddings.patch_embedding.weight"}
+    | {"embeddings.position_embedding.weight"}
+    | pairs("pre_layrnorm", *(f"encoder.layers.N.{name}" for name in (*CLIP_LAYER, "self_attn.out_proj"))),
+    "siglip_vision_model": {"embeddings.position_embedding.weight"}
+    | pairs("embeddings.patch_embedding", "post_layernorm")
+    | pairs(*(f"encoder.layers.N.{name}" for name in (*CLIP_LAYER, "self_attn.out_proj"))),
+}
+
+
+def saved_names(folder: Path) -> set[str]:
+    return {re.sub(r"layers\.\d+\.", "layers.N.", name) for name in load_file(folder / "model.safetensors")}
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("tower", TOWER_NAMES)
+def test_a_checkpoint_has_the_agreed_names(tmp_path, tower):
+    tiny_model(tiny_config(vision_config=tiny_vision_config(tower))).save_pretrained(tmp_path)
+    adapter = ADAPTER_NAMES | {f"vit.{name}" for name in TOWER_NAMES[tower]}
+    assert saved_names(tmp_path) == TEXT_NAMES | {f"model.vision_adapter.{name}" for name in adapter}
+
+
+def test_a_checkpoint_without_vision_has_gpt_oss_s_names_and_the_vision_bias(tmp_path):
+    tiny_model(tiny_config(use_vision=False)).save_pretrained(tmp_path)
+    assert saved_names(tmp_path) == TEXT_NAMES
+
+
+@pytest.mark.parametrize("tower", TOWER_NAMES)
+def test_a_saved_model_loads_bit_for_bit(tmp_path, tower):
+    model = tiny_model(tiny_config(vision_config=tiny_vision_config(tower)))
+    model.save_pretrained(tmp_path)
+    loaded, report = GPTOSSVisionForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert same_weights(loaded, model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("tower", TOWER_NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_vision_bias_stays_fp32_and_the_model_runs(tmp_path, dtype, tower):
+    config = tiny_config(vision_config=tiny_vision_config(tower))
+    model, batch = tiny_model(config), tiny_batch(config)
+    model.save_pretrained(tmp_path)
+    half = GPTOSSVisionForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    half.save_pretrained(tmp_path / "half")
+    again = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "half")
+    assert same_weights(again, half)
+    biases = {
+        name: weight for name, weight in load_file(tmp_path / "half/model.safetensors").items() if "vision_bias" in name
+    }
+    for name, bias in biases.items():
+        assert torch.equal(bias, model.state_dict()[name])
+    tower_types = {parameter.dtype for parameter in half.model.vision_adapter.parameters()}
+    assert tower_types == {dtype}  # a LayerNorm can't mix types
+    with torch.no_grad():
+        assert (again(**batch).logits.float() - model(**batch).logits).abs().mean() < 0.1
+
+
+def test_built_in_bf16_the_vision_bias_is_fp32():
+    model = GPTOSSVisionForCausalLM._from_config(tiny_config(), dtype=torch.bfloat16)
+    types = {name.rsplit(".", 1)[-1]: parameter.dtype for name, parameter in model.named_parameters()}
+    assert types.pop("vision_bias") == torch.float32
+    assert set(types.values()) == {torch.bfloat16}
+
+
+def test_a_tower_under_the_names_of_transformers_4_loads(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, save_original_format=True)
+    assert any(
+        "vit.encoder.layer.0.attention.attention.query" in name for name in load_file(tmp_path / "model.safetensors")
+    )
+    loaded, report = GPTOSSVisionForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert same_weights(loaded, model)
+    loaded.save_pretrained(tmp_path / "new")
+    assert load_file(tmp_path / "new/model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_a_stock_gpt_oss_checkpoint_loads_with_only_the_added_weights_missing(tmp_path):
+    config = tiny_config(use_nope=False)
+    fields = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
+    fields |= {name: getattr(config, name) for name in ("num_hidden_layers", "num_attention_heads", "sliding_window")}
+    fields |= {name: getattr(config, name) for name in ("num_key_value_heads", "num_local_experts", "rope_parameters")}
+    stock = GptOssForCausalLM(GptOssConfig(**fields, num_experts_per_tok=2)).eval()
+    stock.save_pretrained(tmp_path)
+    model, report = GPTOSSVisionForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
+    assert all("vision" in name for name in report["missing_keys"])
+    assert not report["unexpected_keys"]
+    input_ids = tiny_batch(config, images_per_row=(0,))["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, stock(input_ids).logits)
+
+
+def test_the_model_and_its_head_load_each_other(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    base, report = GPTOSSVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["unexpected_keys"] == {"lm_head.weight"}
+    assert same_weights(base, model.model)
+
+
+def test_another_architecture_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    with pytest.raises(ValueError, match="This is a checkpoint of `qwen3_moe`"):
+        GPTOSSVisionForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    processor = tiny_processor()
+    model = tiny_model(
+        processor_config := tiny_config(vocab_size=len(processor.tokenizer), image_token_id=processor.image_token_id)
+    )
+    assert processor_config.num_image_tokens == processor.num_image_tokens
+    model.generation_config = processor.tokenizer.generation_config()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_auto_classes_find_everything_and_registering_twice_is_harmless(checkpoint):
+    register_auto_classes()
+    register_auto_classes()
+    found = {
+        AutoConfig: GPTOSSVisionConfig,
+        AutoModel: GPTOSSVisionModel,
+        AutoModelForCausalLM: GPTOSSVisionForCausalLM,
+        AutoModelForImageTextToText: GPTOSSVisionForCausalLM,
+        AutoImageProcessor: GPTOSSVisionImageProcessor,
+        AutoProcessor: GPTOSSVisionProcessor,
+        AutoTokenizer: GPTOSSVisionTokenizer,
+    }
+    for auto, ours in found.items():
+        assert type(auto.from_pretrained(checkpoint)) is ours
+
+
+WITHOUT_US = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.modules["gpt_oss_vision"] = None  # importing it fails
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+folder, logits = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(text="Which digit?", images=Image.new("L", (30, 20), 90), return_tensors="pt")
+AutoModel.from_pretrained(folder, trust_remote_code=True)
+for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    model = auto.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, torch.load(logits, weights_only=True))
+model.save_pretrained(folder + "/again")
+"""
+
+
+def test_a_checkpoint_works_in_a_process_without_this_package(checkpoint, tmp_path, monkeypatch):
+    model = GPTOSSVisionForCausalLM.from_pretrained(checkpoint)
+    processor = GPTOSSVisionProcessor.from_pretrained(checkpoint)
+    inputs = processor(text="Which digit?", images=Image.new("L", (30, 20), 90), return_tensors="pt")
+    with torch.no_grad():
+        torch.save(model(**inputs).logits, tmp_path / "logits.pt")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    command = [sys.executable, "-c", WITHOUT_US, str(checkpoint), str(tmp_path / "logits.pt")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert (checkpoint / "again/modeling_gpt_oss_vision.py").exists()

@@ -1,0 +1,290 @@
+"""The model against the fp64 oracle and against gpt-oss, its gradients, and what it refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+import oracle
+from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from tiny import tiny_batch, tiny_config, tiny_model, tiny_vision_config
+
+TOWERS = ["vit", "clip_vision_model", "siglip_vision_model"]
+VARIANTS = {
+    **{tower: {"vision_config": tiny_vision_config(tower)} for tower in TOWERS},
+    "no pool token": {"vision_pool_token": False},
+    "grey images": {"vision_num_channels": 1},
+    "NoPE on a sliding layer": {"nope_stride": 3},
+    "NoPE everywhere": {"nope_stride": 1},
+    "no NoPE": {"use_nope": False},
+    "plain rotation": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "one expert": {"num_experts_per_tok": 1},
+    "no groups": {"num_key_value_heads": 4},
+    "square": {"intermediate_size": 32},
+}
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((value.double() - reference).abs().max() / reference.abs().max()).item()
+
+
+def is_idle(name: str) -> bool:
+    """A key's bias adds the same to all scores of a query; only rotation or a sink, which a tower lacks, can tell."""
+    return ".vit." in name and name.endswith("k_proj.bias")
+
+
+def text_fields(config: GPTOSSVisionConfig) -> dict:
+    names = GptOssConfig(num_hidden_layers=1).to_dict().keys() - {"model_type", "transformers_version", "id2label"}
+    return {name: getattr(config, name) for name in names if name not in ("label2id", "architectures")}
+
+
+def gpt_oss_of(model: GPTOSSVisionForCausalLM) -> GptOssForCausalLM:
+    """The stock model with the same text weights."""
+    twin = GptOssForCausalLM(GptOssConfig(**copy.deepcopy(text_fields(model.config)))).to(model.dtype).eval()
+    result = twin.load_state_dict(model.state_dict(), strict=False)
+    assert not result.missing_keys
+    return twin
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_the_oracle(variant):
+    config = tiny_config(**VARIANTS[variant])
+    model, batch = tiny_model(config), tiny_batch(config)
+    reference = oracle.forward(model.state_dict(), config.to_dict(), **batch)
+    with torch.no_grad():
+        assert relative_error(model(**batch).logits, reference) < 1e-5
+        model.set_experts_implementation("eager")  # grouped matrix products know no fp64
+        assert relative_error(model.double()(**batch).logits, reference) < 3e-6
+
+
+def test_logits_equal_the_oracle_past_the_real_window():
+    config = tiny_config(sliding_window=128)
+    model, batch = tiny_model(config), tiny_batch(config, images_per_row=(2, 0), length=300)
+    reference = oracle.forward(model.state_dict(), config.to_dict(), **batch)
+    with torch.no_grad():
+        assert relative_error(model(**batch).logits, reference) < 1e-5
+
+
+def test_every_parameter_matters_to_the_oracle():
+    """Or the comparison above could not see that the model drops it."""
+    config = tiny_config()
+    weights, batch = tiny_model(config).state_dict(), tiny_batch(config)
+    reference = oracle.forward(weights, config.to_dict(), **batch)
+    for name, weight in weights.items():
+        changed = oracle.forward(weights | {name: torch.zeros_like(weight)}, config.to_dict(), **batch)
+        assert is_idle(name) or relative_error(changed, reference) > 1e-4, name
+
+
+def test_yarn_equals_the_oracle_past_the_original_context():
+    config = GPTOSSVisionConfig(num_hidden_layers=1)
+    positions = torch.tensor([0, 1, 127, 128, 4095, 4096, 10_000, 131_071])
+    cos, sin = GptOssRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    expected_cos, expected_sin = oracle.rotation(config.to_dict(), 131_072)
+    concentration = 0.1 * math.log(32) + 1
+    assert expected_cos[0, 0].item() == pytest.approx(concentration)
+    # An angle of 131,071 has an error of 0.008 in fp32, so the comparison is at the accuracy of the angle.
+    tolerance = 1e-6 + positions[:, None] * 1e-7
+    assert ((cos[0].double() - expected_cos[positions]).abs() < tolerance).all()
+    assert ((sin[0].double() - expected_sin[positions]).abs() < tolerance).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("use_vision", [False, True])
+def test_on_text_the_model_is_gpt_oss_bit_for_bit(dtype, use_vision):
+    config = tiny_config(use_vision=use_vision, use_nope=False)
+    model = tiny_model(config).to(dtype)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.router.vision_bias.zero_()
+    input_ids = tiny_batch(config, images_per_row=(0, 0))["input_ids"]
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, :5] = 0
+    with torch.no_grad():
+        ours = model(input_ids, attention_mask=attention_mask, labels=input_ids)
+        stock = gpt_oss_of(model)(input_ids, attention_mask=attention_mask, labels=input_ids)
+    assert torch.equal(ours.logits, stock.logits)
+    assert torch.equal(ours.loss, stock.loss)
+
+
+def test_without_vision_the_placeholder_is_an_ordinary_token():
+    config = tiny_config(use_vision=False, use_nope=False)
+    model = tiny_model(config)
+    input_ids = tiny_batch(config, images_per_row=(1,))["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, gpt_oss_of(model)(input_ids).logits)
+
+
+def test_embeddings_in_place_of_ids_give_the_same_logits():
+    config = tiny_config()
+    model, batch = tiny_model(config), tiny_batch(config)
+    with torch.no_grad():
+        inputs_embeds = model.get_input_embeddings()(batch["input_ids"])
+        from_embeds = model(inputs_embeds=inputs_embeds, pixel_values=batch["pixel_values"]).logits
+        assert torch.equal(from_embeds, model(**batch).logits)
+
+
+def test_image_features_have_a_token_for_each_placeholder():
+    config = tiny_config()
+    outputs = tiny_model(config).get_image_features(torch.zeros(2, 3, 8, 8))
+    assert outputs.pooler_output.shape == (2, config.num_image_tokens, config.hidden_size)
+    assert outputs.last_hidden_state.shape == (2, config.num_image_tokens - 1, config.vision_embed_dim)
+
+
+def test_the_tower_does_not_run_on_text_at_inference():
+    config = tiny_config()
+    model = tiny_model(config)
+    model.model.vision_adapter.forward = None  # calling it would fail
+    with torch.no_grad():
+        model(**tiny_batch(config, images_per_row=(0,)))
+
+
+def test_optional_outputs_are_recorded():
+    config = tiny_config()
+    model, batch = tiny_model(config), tiny_batch(config)
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True, output_router_logits=True)
+    assert len(outputs.hidden_states) == config.num_hidden_layers + 1
+    assert len(outputs.attentions) == len(outputs.router_logits) == config.num_hidden_layers
+    assert outputs.router_logits[0].shape == (batch["input_ids"].numel(), config.num_local_experts)
+    assert isinstance(model(**batch, return_dict=False), tuple)
+
+
+def test_recorded_router_logits_include_the_vision_bias():
+    config = tiny_config()
+    model, batch = tiny_model(config), tiny_batch(config)
+    biased = model(**batch, output_router_logits=True).router_logits[0]
+    bias = model.model.layers[0].mlp.router.vision_bias
+    with torch.no_grad():
+        saved = bias.clone()
+        bias.zero_()
+    plain = model(**batch, output_router_logits=True).router_logits[0]
+    is_visual = batch["input_ids"].flatten() == config.image_token_id
+    torch.testing.assert_close(biased - plain, is_visual[:, None] * saved)
+
+
+def test_the_load_balancing_loss_is_added_with_its_coefficient():
+    config = tiny_config(router_aux_loss_coef=0.5)
+    model, batch = tiny_model(config), tiny_batch(config)
+    plain = model(**batch, labels=batch["input_ids"])
+    balanced = model(**batch, labels=batch["input_ids"], output_router_logits=True)
+    probabilities = torch.cat(balanced.router_logits).softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(config.num_experts_per_tok).indices, 1.0)
+    expected = config.num_local_experts * (chosen.mean(0) * probabilities.mean(0)).sum()
+    assert plain.aux_loss is None
+    torch.testing.assert_close(balanced.aux_loss, expected)
+    torch.testing.assert_close(balanced.loss, plain.loss + 0.5 * expected)
+
+
+# Gradients
+
+
+def gradients(model: GPTOSSVisionForCausalLM, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_parameter_takes_part_in_a_step_with_images(tower):
+    config = tiny_config(vision_config=tiny_vision_config(tower))
+    for name, gradient in gradients(tiny_model(config).train(), tiny_batch(config)).items():
+        assert is_idle(name) or gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_on_text_what_only_images_use_gets_a_gradient_of_zero(tower):
+    config = tiny_config(vision_config=tiny_vision_config(tower))
+    model, batch = tiny_model(config).train(), tiny_batch(config, images_per_row=(0, 0))
+    for name, gradient in gradients(model, batch).items():
+        only_images = "vision" in name
+        assert is_idle(name) or (gradient.abs().max() == 0) == only_images, name
+
+
+def test_taking_part_leaves_the_loss_on_text_as_it_is():
+    config = tiny_config()
+    model, batch = tiny_model(config), tiny_batch(config, images_per_row=(0, 0))
+    assert torch.equal(model.train()(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
+    config = tiny_config()
+    model, batch = tiny_model(config).train(), tiny_batch(config)
+    expected = gradients(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for name, gradient in gradients(model, batch).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_modality_stays_with_its_microbatch():
+    """As under a pipeline's schedule: both forwards first, with recomputation in the backwards."""
+    config = tiny_config()
+    model = tiny_model(config).train()
+    batches = [tiny_batch(config, images_per_row=(1,)), tiny_batch(config, images_per_row=(0,), seed=1)]
+    apart = [gradients(model, batch) for batch in batches]
+    model.gradient_checkpointing_enable()
+    model.zero_grad()
+    losses = [model(**batch, labels=batch["input_ids"]).loss for batch in batches]
+    for loss in losses:
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, apart[0][name] + apart[1][name], msg=name)
+
+
+def test_initialisation_is_gpt_oss_s_with_a_vision_bias_of_zero():
+    model = GPTOSSVisionForCausalLM(tiny_config(hidden_size=64, initializer_range=0.02))
+    for layer in model.model.layers:
+        assert layer.mlp.router.vision_bias.dtype == torch.float32
+        assert not layer.mlp.router.vision_bias.any()
+        assert 0 < layer.mlp.experts.gate_up_proj.std() < 0.03
+    assert 0 < model.model.vision_adapter.pool_token.std() < 0.1
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("images", "sentence"),
+    [
+        (1, "^1 image needs 6 placeholder tokens; the prompt has 12$"),
+        (3, "^3 images need 18 placeholder tokens; the prompt has 12$"),
+        (0, "^0 images need 0 placeholder tokens; the prompt has 12$"),
+    ],
+)
+def test_images_and_placeholders_must_match_in_number(images, sentence):
+    config = tiny_config()
+    input_ids = tiny_batch(config, images_per_row=(2,))["input_ids"]
+    pixel_values = torch.zeros(images, 3, 8, 8) if images else None
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model(config)(input_ids, pixel_values=pixel_values)
+
+
+def test_images_without_any_placeholder_are_refused():
+    config = tiny_config()
+    with pytest.raises(ValueError, match="^1 image needs 6 placeholder tokens; the prompt has 0$"):
+        tiny_model(config)(torch.ones(1, 4, dtype=torch.long), pixel_values=torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_images_of_another_size_are_refused(tower):
+    config = tiny_config(vision_config=tiny_vision_config(tower))
+    with pytest.raises(ValueError, match=r"^pixel_values must be \(n, \*\(3, 8, 8\)\), got \(1, 3, 12, 8\)\.$"):
+        tiny_model(config).get_image_features(torch.zeros(1, 3, 12, 8))
+
+
+def test_images_are_refused_by_a_model_without_vision():
+    model = tiny_model(tiny_config(use_vision=False))
+    with pytest.raises(ValueError, match="use_vision=False"):
+        model(torch.ones(1, 4, dtype=torch.long), pixel_values=torch.zeros(1, 3, 8, 8))
+
+
+def test_sdpa_is_refused_with_the_reason():
+    model = tiny_model()
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="would drop the attention sinks"):
+        GPTOSSVisionForCausalLM._from_config(tiny_config(), attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="would drop the attention sinks"):
+        model.set_attn_implementation("sdpa")
