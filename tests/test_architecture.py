@@ -45,7 +45,7 @@ RULES = {
     "conversion": Rule(("bridge",)),
     "recipes/quickstart.py": Rule(("recipes", "conversion", "bridge")),
     "recipes": Rule(("bridge",)),
-    "cli.py": Rule(ROOMS),
+    "cli.py": Rule(("", *ROOMS)),
     "__init__.py": Rule(("bridge",), frozenset()),
     "bridge/__init__.py": Rule((), frozenset()),
 }
