@@ -16,10 +16,12 @@ import importlib.abc
 import importlib.machinery
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -47,6 +49,17 @@ STAND_INS: dict[str, tuple[str, ...]] = {
     "nvidia_resiliency_ext": (),
     "nvidia_resiliency_ext.inprocess": ("CallWrapper",),
 }
+
+CORE_MODULES = (
+    "megatron.core.extensions.transformer_engine",
+    "megatron.core.dist_checkpointing.strategies.nvrx",
+)
+BRIDGE_MODULES = (
+    "megatron.bridge",
+    "megatron.bridge.training.pretrain",
+    "megatron.bridge.training.vlm_step",
+    "megatron.bridge.recipes.common",
+)
 
 
 class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -83,9 +96,18 @@ def import_megatron_bridge() -> None:
     Megatron-Core is imported first and sees honestly that they are not there. The stand-ins are gone again when
     this returns, so that whoever asks for the packages later hears the truth too.
     """
-    import megatron.core.dist_checkpointing.strategies.nvrx
-    import megatron.core.extensions.transformer_engine  # noqa: F401
+    with warnings.catch_warnings():
+        # Dozens, of deprecated names and absent kernels; none is about anything that a user of ours has done.
+        warnings.simplefilter("ignore")
+        for name in CORE_MODULES:
+            importlib.import_module(name)
+        with _stand_ins():
+            for name in BRIDGE_MODULES:
+                importlib.import_module(name)
 
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
     packages = {name for name in STAND_INS if "." not in name}
     missing = {name for name in packages if importlib.util.find_spec(name) is None}
     finder = _StandInFinder(missing)
@@ -93,8 +115,7 @@ def import_megatron_bridge() -> None:
     try:
         for name in STAND_INS:
             importlib.import_module(name)
-        for name in ("megatron.bridge", "megatron.bridge.training.pretrain", "megatron.bridge.recipes.common"):
-            importlib.import_module(name)
+        yield
     finally:
         sys.meta_path.remove(finder)
         for name in STAND_INS:
@@ -167,48 +188,45 @@ class _Stream(contextlib.nullcontext):
         return event or _Event()
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
-def _zero(*args: Any, **kwargs: Any) -> int:
-    return 0
-
-
 def _device_properties(*args: Any, **kwargs: Any) -> SimpleNamespace:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return SimpleNamespace(name="cpu", major=0, minor=0, total_memory=memory, multi_processor_count=1)
 
 
+def _always(value: Any) -> Callable[..., Any]:
+    """A new function each time: torch's compiler keeps a table of torch's functions and takes no object twice."""
+    return lambda *args, **kwargs: value
+
+
 # What Megatron asks of torch.cuda, and what it is told. The first entry is why `runtime()` is a context: everybody
 # else must go on hearing that there is no CUDA.
 CUDA_ANSWERS: dict[str, Any] = {
-    "is_available": lambda: True,
-    "is_initialized": lambda: True,
-    "is_current_stream_capturing": lambda: False,
-    "device_count": lambda: 1,
-    "current_device": lambda: CPU,
-    "set_device": _nothing,
+    "is_available": _always(True),
+    "is_initialized": _always(True),
+    "is_current_stream_capturing": _always(False),
+    "device_count": _always(1),
+    "current_device": _always(CPU),
+    "set_device": _always(None),
     "get_device_properties": _device_properties,
-    "get_device_capability": lambda *args: (0, 0),
-    "get_device_name": lambda *args: "cpu",
+    "get_device_capability": _always((0, 0)),
+    "get_device_name": _always("cpu"),
     "manual_seed": lambda seed: torch.manual_seed(seed),
     "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
     "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
-    "synchronize": _nothing,
-    "current_stream": _Stream,
-    "default_stream": _Stream,
-    "stream": _Stream,
-    "set_stream": _nothing,
+    "synchronize": _always(None),
     "Stream": _Stream,
+    "current_stream": lambda *args: _Stream(),
+    "default_stream": lambda *args: _Stream(),
+    "stream": lambda stream: _Stream(),
+    "set_stream": _always(None),
     "Event": _Event,
-    "empty_cache": _nothing,
-    "memory_allocated": _zero,
-    "max_memory_allocated": _zero,
-    "memory_reserved": _zero,
-    "max_memory_reserved": _zero,
-    "reset_peak_memory_stats": _nothing,
-    "memory_stats": lambda *args, **kwargs: {},
+    "empty_cache": _always(None),
+    "memory_allocated": _always(0),
+    "max_memory_allocated": _always(0),
+    "memory_reserved": _always(0),
+    "max_memory_reserved": _always(0),
+    "reset_peak_memory_stats": _always(None),
+    "memory_stats": _always({}),
 }
 
 
@@ -229,12 +247,11 @@ def redirections() -> list[tuple[Any, str, Any]]:
     """Every ``(module, name, replacement)`` that `runtime()` puts in place."""
     import megatron.core.tensor_parallel.random as megatron_random
 
-    cuda = [(torch.cuda, name, answer) for name, answer in CUDA_ANSWERS.items()]
     return [
-        *cuda,
+        *((torch.cuda, name, answer) for name, answer in CUDA_ANSWERS.items()),
         (torch.nn.Module, "cuda", lambda self, *args, **kwargs: self),
-        (torch.cuda.nvtx, "range_push", _zero),
-        (torch.cuda.nvtx, "range_pop", _zero),
+        (torch.cuda.nvtx, "range_push", _always(0)),
+        (torch.cuda.nvtx, "range_pop", _always(0)),
         (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
         (megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
         (torch.distributed, "all_to_all_single", _all_to_all_with_lists(torch.distributed.all_to_all_single)),
@@ -261,6 +278,23 @@ def runtime() -> Iterator[None]:
         _depth += 1
         undo.callback(_leave)
         yield
+
+
+def settle(config: Any) -> None:
+    """Set what a training configuration needs where there is no CUDA device; with one, change nothing.
+
+    Args:
+        config: Megatron-Bridge's ``ConfigContainer``. Precision is left alone: bf16 works, only slowly.
+    """
+    if cuda_is_real():
+        return
+    config.dist.distributed_backend = "gloo"
+    config.dist.use_gloo_process_groups = True
+    config.dataset.pin_memory = False
+    config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = False
+    # The first would need NCCL's averaging, the second shares its worker process with CUDA.
+    config.ddp.average_in_collective = False
+    config.checkpoint.async_save = False
 
 
 def _leave() -> None:
@@ -317,9 +351,11 @@ def _rank(rank: int, world_size: int, port: int, result: Any, function: Callable
     torch.set_num_threads(1)
     try:
         with runtime():
-            result.send((True, function(*args)))
+            answer = True, function(*args)
     except BaseException:
-        result.send((False, traceback.format_exc()))
+        answer = False, traceback.format_exc()
+    # Plainly pickled: multiprocessing's own way shares memory with tensors, and they would outlive this process.
+    result.send_bytes(pickle.dumps(answer))
 
 
 def _collect(readers: list, ranks: list, deadline: float) -> list:
@@ -328,7 +364,7 @@ def _collect(readers: list, ranks: list, deadline: float) -> list:
         for index in set(range(len(ranks))) - set(results):
             died = not ranks[index].is_alive()
             if readers[index].poll(0.02):
-                succeeded, value = readers[index].recv()
+                succeeded, value = pickle.loads(readers[index].recv_bytes())
                 if not succeeded:
                     raise RuntimeError(f"Rank {index} of {len(ranks)} failed:\n{value}")
                 results[index] = value

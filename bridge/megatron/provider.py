@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_first_stage,
     is_vp_last_stage,
 )
+from megatron.core.utils import log_single_rank
 
 from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from . import cpu
@@ -70,7 +71,7 @@ class GPTOSSVisionProvider(GPTModelProvider):
     """
 
     backend: Backend = "auto"
-    """Whose kernels run the layers; ``auto`` is ``transformer_engine`` where CUDA and the package are, else ``torch``."""
+    """Whose kernels run the layers; ``auto`` takes ``transformer_engine`` where it can run, else ``torch``."""
 
     use_vision: bool = True
     vision_config: dict[str, Any] = field(default_factory=dict)
@@ -103,8 +104,8 @@ class GPTOSSVisionProvider(GPTModelProvider):
         Raises:
             ValueError: in one sentence with the numbers, when the layout cannot work for this model.
         """
-        self.backend = resolve_backend(self.backend)
-        for name, value in BACKEND_SETTINGS[self.backend].items():
+        # `backend` itself stays as asked for: a checkpoint that says "auto" may be continued on another machine.
+        for name, value in BACKEND_SETTINGS[resolve_backend(self.backend)].items():
             setattr(self, name, value)
         # Megatron-Core wants the dense FFN size even where every layer is a mixture of experts.
         self.ffn_hidden_size = self.moe_ffn_hidden_size
@@ -120,11 +121,11 @@ class GPTOSSVisionProvider(GPTModelProvider):
             pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(groups.pp)
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp)
-        if groups.pp.rank() == 0 and groups.tp.rank() == 0:
-            logger.info("GPT-OSS-Vision runs on the `%s` back end.", self.backend)
+        backend = resolve_backend(self.backend)
+        log_single_rank(logger, logging.INFO, f"GPT-OSS-Vision runs on the `{backend}` back end.")
         return GPTOSSVisionModel(
             self,
-            transformer_layer_spec=block_spec(self, self.backend, vp_stage, groups),
+            transformer_layer_spec=block_spec(self, backend, vp_stage, groups),
             vocab_size=self.vocab_size,
             max_sequence_length=self.seq_length,
             pre_process=pre_process,

@@ -1,0 +1,345 @@
+"""The whole path on one machine without a GPU, on real input: images, a model trained by Megatron, a model that answers.
+
+Stations, each a function below: digits and a tiny Hugging Face checkpoint → Megatron checkpoint → Megatron-Bridge's
+training loop → Megatron checkpoint → Hugging Face checkpoint → questions about digits that were held out → report.
+"""
+
+from ..bridge import megatron  # first: it makes Megatron-Bridge importable without Transformer Engine
+
+# isort: split
+
+import json
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.bridge import AutoBridge
+from megatron.bridge.recipes.utils.optimizer_utils import distributed_fused_adam_with_cosine_annealing
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.bridge.training.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    DistributedDataParallelConfig,
+    DistributedInitConfig,
+    LoggerConfig,
+    RNGConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from megatron.bridge.training.model_load_save import temporary_distributed_context
+from PIL import Image
+from rich.console import Console
+
+from ..bridge import hf
+from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ..bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN, GPTOSSVisionTokenizer
+from ..bridge.megatron import cpu
+from . import figures
+from .console import Stage, quiet
+from .digits import DigitsSplit, EvaluationRow, all_texts, evaluation_rows, write_digits
+from .megatron_data import ChatDatasetProvider
+from .training import train
+
+VERSIONS = ("torch", "transformers", "megatron-core", "megatron-bridge", "gpt-oss-vision")
+ASKED_AT_ONCE = 99
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a run may change; the README's numbers come from the defaults."""
+
+    seed: int = 0
+    ranks: int = 1
+    steps: int = 400
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    vocab_size: int = 448
+    seq_length: int = 64
+    max_questions: int | None = None
+    """How many of the held-out scans are asked about; None is all of them."""
+
+
+def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
+    """Go the whole path and leave checkpoints, TensorBoard logs, pictures and ``report.json`` in a folder.
+
+    Args:
+        out: an existing folder.
+        settings: seed and size of the run.
+
+    Returns:
+        The report: accuracy with the right, a wrong and no image, first and last loss, the largest difference between
+        the logits of the exported and of the trained model, seconds, peak memory and versions.
+    """
+    out, settings, started = Path(out).absolute(), settings or Settings(), time.perf_counter()
+    hf.register_auto_classes()
+    megatron.register()
+    with quiet(out / "log.txt") as console:
+        console.print("Writing digits and a tiny checkpoint")
+        digits = write_digits(out / "digits", settings.seed)
+        write_checkpoint(out / "hf_start", settings)
+        # Each Megatron station has processes of its own: Megatron keeps its state in globals.
+        console.print("Hugging Face → Megatron")
+        cpu.run_ranks(1, import_checkpoint, out / "hf_start", out / "megatron_start")
+        losses = cpu.run_ranks(settings.ranks, fine_tune, out, digits, settings, console)[0]
+        console.print("Megatron → Hugging Face")
+        cpu.run_ranks(1, export_checkpoint, out / "hf_start", out / "megatron", out / "hf")
+        model, processor = load(out / "hf")
+        rows = list(evaluation_rows(digits))[: settings.max_questions]
+        with Stage(console, "Asking", 3 * len(list(batched(rows, ASKED_AT_ONCE)))) as stage:
+            answers = {image: ask(model, processor, rows, image, stage) for image in ("right", "wrong", "no")}
+        (difference,) = cpu.run_ranks(1, largest_difference, model, processor, rows, out / "megatron")
+        draw(out, losses, rows, answers["right"], expert_shares(model, processor, rows))
+    report = {f"accuracy_{image}_image": accuracy(rows, said) for image, said in answers.items()}
+    report |= {"loss_first": losses[0], "loss_last": losses[-1], "max_logit_difference": difference}
+    report |= {"seconds": round(time.perf_counter() - started, 1), "peak_rss_gib": round(peak_rss_gib(), 2)}
+    report |= {"versions": {name: version(name) for name in VERSIONS}}
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+# --- stations ----------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, settings: Settings) -> None:
+    """A tiny random checkpoint in Hugging Face format with everything on, and a tokenizer trained on the digits' texts."""
+    tokenizer = GPTOSSVisionTokenizer.train_from_texts(all_texts(), vocab_size=settings.vocab_size)
+    torch.manual_seed(settings.seed)
+    config = tiny_config(tokenizer)
+    model = GPTOSSVisionForCausalLM(config)
+    model.generation_config = tokenizer.generation_config()
+    model.save_pretrained(folder)
+    GPTOSSVisionProcessor.from_config(config, tokenizer).save_pretrained(folder)
+
+
+def tiny_config(tokenizer: GPTOSSVisionTokenizer) -> GPTOSSVisionConfig:
+    """gpt-oss's architecture at a size that learns in minutes on two cores: MoE, sinks, window, YaRN, NoPE, ViT."""
+    return GPTOSSVisionConfig(
+        num_hidden_layers=4,
+        hidden_size=64,
+        intermediate_size=96,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        max_position_embeddings=512,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+        use_nope=True,
+        nope_stride=4,
+        vision_embed_dim=64,
+        vision_patch_size=4,
+        vision_num_layers=2,
+        vision_num_heads=4,
+        vision_image_size=16,
+        vocab_size=len(tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,
+    )
+
+
+def import_checkpoint(hf_path: Path, megatron_path: Path) -> None:
+    """Hugging Face to Megatron, through Megatron-Bridge."""
+    with temporary_distributed_context(backend="gloo"):
+        AutoBridge.import_ckpt(hf_path, megatron_path)
+
+
+def export_checkpoint(like: Path, megatron_path: Path, hf_path: Path) -> None:
+    """Megatron to Hugging Face, through Megatron-Bridge; ``like`` gives config, tokenizer and processor."""
+    AutoBridge.from_hf_pretrained(like).export_ckpt(megatron_path, hf_path, strict=True)
+
+
+def fine_tune(out: Path, digits: DigitsSplit, settings: Settings, console: Console) -> list[float]:
+    """Train on the digits with Megatron-Bridge's own loop; the loss of every step, in nats per answer token."""
+    config = training_config(out, digits, settings)
+    with Stage(console, "Training", settings.steps) as stage:
+        history = LossHistory(stage)
+        train(config, callbacks=[history])
+    return history.losses
+
+
+@dataclass
+class LossHistory(Callback):
+    """Keeps every step's loss and moves the progress bar."""
+
+    stage: Stage
+    losses: list[float] = field(default_factory=list)
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        """Called by Megatron-Bridge after each optimizer step."""
+        assert context.loss_dict is not None
+        self.losses.append(float(context.loss_dict["lm loss"]))
+        self.stage.advance(f"loss {self.losses[-1]:.3f}")
+
+
+def training_config(out: Path, digits: DigitsSplit, settings: Settings) -> ConfigContainer:
+    """Megatron-Bridge's configuration of the run, in fp32."""
+    provider = AutoBridge.from_hf_pretrained(out / "hf_start").to_megatron_provider(load_weights=False)
+    provider.seq_length = settings.seq_length
+    provider.expert_model_parallel_size = settings.ranks
+    optimizer, scheduler = distributed_fused_adam_with_cosine_annealing(
+        lr_warmup_iters=settings.steps // 10,
+        lr_decay_iters=settings.steps,
+        max_lr=settings.learning_rate,
+        min_lr=settings.learning_rate / 100,
+        precision="32",
+    )
+    return ConfigContainer(
+        model=provider,
+        train=TrainingConfig(
+            train_iters=settings.steps,
+            global_batch_size=settings.batch_size,
+            micro_batch_size=settings.batch_size // settings.ranks,
+        ),
+        validation=ValidationConfig(eval_iters=0, eval_interval=None),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        ddp=DistributedDataParallelConfig(use_distributed_optimizer=True),
+        dataset=ChatDatasetProvider(
+            train_path=str(digits.train_path),
+            processor_path=str(out / "hf_start"),
+            seq_length=settings.seq_length,
+            seed=settings.seed,
+            num_workers=0,
+            persistent_workers=False,
+        ),
+        logger=LoggerConfig(log_interval=10, tensorboard_dir=str(out / "tensorboard")),
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=provider.vocab_size - 1),
+        checkpoint=CheckpointConfig(
+            pretrained_checkpoint=str(out / "megatron_start"),
+            save=str(out / "megatron"),
+            save_interval=settings.steps,
+        ),
+        rng=RNGConfig(seed=settings.seed + 1),
+        dist=DistributedInitConfig(),
+        mixed_precision=None,
+    )
+
+
+# --- questions ---------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> tuple[GPTOSSVisionForCausalLM, GPTOSSVisionProcessor]:
+    """The exported model and its processor, as any user of transformers loads them."""
+    return GPTOSSVisionForCausalLM.from_pretrained(folder).eval(), GPTOSSVisionProcessor.from_pretrained(folder)
+
+
+def prompts(processor: GPTOSSVisionProcessor, rows: Sequence[EvaluationRow], image: str) -> Any:
+    """The questions of some rows, asked with ``image`` («right», «wrong», «no»), as one left-padded batch."""
+    return processor.apply_chat_template(
+        [getattr(row, f"{image}_image") for row in rows],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+
+
+def ask(
+    model: GPTOSSVisionForCausalLM,
+    processor: GPTOSSVisionProcessor,
+    rows: Sequence[EvaluationRow],
+    image: str,
+    stage: Stage,
+) -> list[str]:
+    """What the model answers, word for word, generated greedily with its cache."""
+    answers = []
+    for some in batched(rows, ASKED_AT_ONCE):
+        inputs = prompts(processor, some, image)
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        answers += [spoken(processor, tokens) for tokens in output[:, inputs["input_ids"].shape[1] :]]
+        stage.advance()
+    return answers
+
+
+def spoken(processor: GPTOSSVisionProcessor, tokens: torch.Tensor) -> str:
+    """The text of the final channel: what stands after the last ``<|message|>``."""
+    text = processor.decode(tokens, skip_special_tokens=False).rpartition("<|message|>")[2]
+    return text.partition("<|return|>")[0].partition("<|end|>")[0].strip()
+
+
+def accuracy(rows: Sequence[EvaluationRow], answers: Sequence[str]) -> float:
+    """Share of answers that are the word for the row's own digit, whatever image was shown."""
+    return sum(said == row.truth for row, said in zip(rows, answers, strict=True)) / len(rows)
+
+
+def expert_shares(
+    model: GPTOSSVisionForCausalLM, processor: GPTOSSVisionProcessor, rows: Sequence[EvaluationRow]
+) -> np.ndarray:
+    """``[layers, 2, experts]``: which share of visual and of text tokens goes to each expert, over the questions."""
+    config = model.config
+    counts = torch.zeros(config.num_hidden_layers, 2, config.num_local_experts)
+    for some in batched(rows, ASKED_AT_ONCE):
+        inputs = prompts(processor, some, "right")
+        with torch.no_grad():
+            logits = model(**inputs, output_router_logits=True).router_logits
+        visual = (inputs["input_ids"] == config.image_token_id).flatten()
+        text = inputs["attention_mask"].bool().flatten() & ~visual
+        for layer, scores in enumerate(logits):
+            chosen = torch.zeros_like(scores).scatter(1, scores.topk(config.num_experts_per_tok).indices, 1.0)
+            counts[layer] += torch.stack([chosen[visual].sum(0), chosen[text].sum(0)])
+    return (counts / counts.sum(-1, keepdim=True)).numpy()
+
+
+def largest_difference(
+    model: GPTOSSVisionForCausalLM,
+    processor: GPTOSSVisionProcessor,
+    rows: Sequence[EvaluationRow],
+    megatron_path: Path,
+) -> float:
+    """The largest difference between any logit of the exported model and of the trained one, in fp32."""
+    some = rows[:ASKED_AT_ONCE]
+    largest = 0.0
+    with temporary_distributed_context(backend="gloo"), torch.no_grad():
+        (trained,) = AutoBridge.from_hf_pretrained(model.name_or_path).load_megatron_model(megatron_path)
+        trained.eval()
+        for image in ("right", "no"):
+            for row in some:
+                inputs = prompts(processor, [row], image)
+                theirs = trained(inputs["input_ids"], None, None, pixel_values=inputs.get("pixel_values"))
+                largest = max(largest, float((model(**inputs).logits - theirs).abs().max()))
+    return largest
+
+
+# --- what is left behind -----------------------------------------------------------------------------------------
+
+
+def draw(out: Path, losses: list[float], rows: Sequence[EvaluationRow], answers: list[str], shares: np.ndarray) -> None:
+    """The three pictures."""
+    figures.loss_figure(range(1, len(losses) + 1), losses, out / "loss.png")
+    figures.predictions_figure(
+        [Image.open(row.image_path) for row in rows],
+        [row.question for row in rows],
+        answers,
+        [row.truth for row in rows],
+        out / "predictions.png",
+    )
+    figures.experts_figure(shares, out / "experts.png")
+
+
+def peak_rss_gib() -> float:
+    """The most memory that this process held at once, plus the most that any of its workers did."""
+    kib = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return kib / 2**20
