@@ -1,7 +1,6 @@
 """Chat data as Megatron-Bridge's training loop takes it: a dataset provider whose fields survive `run_config.yaml`."""
 
-# First: this makes Megatron-Bridge importable where Transformer Engine is missing.
-from ..bridge import megatron as _  # noqa: F401
+from ..bridge import megatron as _  # noqa: F401 - first: it makes Megatron-Bridge importable without Transformer Engine
 
 # isort: split
 

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from gpt_oss_vision.recipes.data import (
     IGNORE_INDEX,
     ChatDataset,
@@ -24,25 +23,9 @@ from gpt_oss_vision.recipes.data import (
     parse_row,
     resolve_image,
 )
-from gpt_oss_vision.recipes.digits import all_texts, write_digits
-from tiny import tiny_config
+from gpt_oss_vision.recipes.digits import write_digits
 
 SEQ_LENGTH = 64
-
-
-@pytest.fixture(scope="module")
-def processor() -> GPTOSSVisionProcessor:
-    tokenizer = GPTOSSVisionTokenizer.train_from_texts([*all_texts(), "It is a cat. It is a dog."], vocab_size=400)
-    image_token_id = tokenizer.convert_tokens_to_ids("<|reserved_200013|>")
-    config = tiny_config(vocab_size=len(tokenizer), image_token_id=image_token_id)
-    return GPTOSSVisionProcessor.from_config(config, tokenizer)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name, colour in {"red": (200, 10, 10), "blue": (10, 10, 200)}.items():
-        Image.new("RGB", (12, 9), colour).save(tmp_path / f"{name}.png")
-    return tmp_path
 
 
 def picture(path: str) -> dict[str, str]:

@@ -1,0 +1,27 @@
+"""A tiny processor and two pictures, for the tests of data."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+from gpt_oss_vision.recipes.digits import all_texts
+from tiny import tiny_config
+
+
+@pytest.fixture(scope="session")
+def processor() -> GPTOSSVisionProcessor:
+    tokenizer = GPTOSSVisionTokenizer.train_from_texts([*all_texts(), "It is a cat. It is a dog."], vocab_size=400)
+    image_token_id = tokenizer.convert_tokens_to_ids("<|reserved_200013|>")
+    config = tiny_config(vocab_size=len(tokenizer), image_token_id=image_token_id)
+    return GPTOSSVisionProcessor.from_config(config, tokenizer)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Has `red.png` and `blue.png`."""
+    for name, colour in {"red": (200, 10, 10), "blue": (10, 10, 200)}.items():
+        Image.new("RGB", (12, 9), colour).save(tmp_path / f"{name}.png")
+    return tmp_path

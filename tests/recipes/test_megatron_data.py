@@ -1,0 +1,180 @@
+"""Chat data in Megatron-Bridge: its own loaders and step take it, the same in every layout, and YAML brings it back."""
+
+from gpt_oss_vision.bridge import megatron  # first: it makes Megatron-Bridge importable without Transformer Engine
+
+# isort: split
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.bridge.data import DatasetBuildContext
+from megatron.bridge.data.samplers import build_pretraining_data_loader
+from megatron.bridge.data.utils import get_dataset_provider
+from megatron.bridge.training.config import (
+    CheckpointConfig,
+    ConfigContainer,
+    LoggerConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
+from megatron.bridge.training.vlm_step import get_batch_from_iterator
+
+from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.recipes.data import IGNORE_INDEX
+from gpt_oss_vision.recipes.megatron_data import ChatBatches, ChatDatasetProvider
+
+SEQ_LENGTH = 40
+ROWS = 6
+
+
+@pytest.fixture
+def fields(folder, processor) -> dict[str, Any]:
+    """Of a provider over six rows, every second one with an image, and one that can't be used."""
+    rows = []
+    for i in range(ROWS):
+        content = [{"type": "text", "text": f"What is {i}?"}]
+        content += [{"type": "image", "path": "red.png"}] * (i % 2)
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f"one {i}"}]
+        rows.append(json.dumps({"messages": messages}))
+    rows.insert(3, "{")
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    processor.save_pretrained(folder / "processor")
+    return {
+        "train_path": str(folder / "train.jsonl"),
+        "processor_path": str(folder / "processor"),
+        "seq_length": SEQ_LENGTH,
+        "max_skipped": 0.5,
+        "num_workers": 0,
+        "pin_memory": False,
+    }
+
+
+def train_set(fields: dict[str, Any], num_samples: int = 12) -> ChatBatches:
+    provider = ChatDatasetProvider(**fields)
+    provider.finalize()
+    train, valid, test = get_dataset_provider(provider)([num_samples, 4, 4], provider)
+    assert valid is None
+    assert test is None
+    return train
+
+
+def loader(dataset: ChatBatches, consumed: int = 0, rank: int = 0, ranks: int = 1, micro_batch_size: int = 2) -> Any:
+    """Megatron-Bridge's, as its training loop builds it."""
+    return build_pretraining_data_loader(
+        dataset,
+        consumed,
+        "single",
+        micro_batch_size,
+        num_workers=0,
+        data_sharding=True,
+        collate_fn=dataset.collate_fn,
+        pin_memory=False,
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
+    )
+
+
+def rows_of(batches: Any) -> list[list[int]]:
+    return [row for batch in batches for row in batch["tokens"].tolist()]
+
+
+def test_megatron_bridges_step_takes_the_batches(fields):
+    dataset = train_set(fields)
+    batch = next(iter(loader(dataset, micro_batch_size=ROWS)))
+    with cpu.runtime():
+        taken = get_batch_from_iterator(iter([batch]), is_first_pp_stage=True, is_last_pp_stage=True)
+    assert taken["visual_inputs"].normalized_for_model()["pixel_values"].shape == (ROWS // 2, 3, 8, 8)
+    for key in ("tokens", "labels", "loss_mask", "position_ids"):
+        assert taken[key].shape == (ROWS, SEQ_LENGTH)
+    assert (taken["labels"][taken["loss_mask"] == 0] == IGNORE_INDEX).all()
+
+
+def test_a_later_pipeline_stage_gets_tokens_and_no_pixels(fields):
+    batch = next(iter(loader(train_set(fields), micro_batch_size=ROWS)))
+    with cpu.runtime():
+        taken = get_batch_from_iterator(iter([batch]), is_first_pp_stage=False, is_last_pp_stage=False)
+    assert taken["visual_inputs"].normalized_for_model() == {}
+    assert taken["tokens"].shape == (ROWS, SEQ_LENGTH)
+
+
+def test_a_micro_batch_without_images_gives_the_model_no_pixels(fields):
+    dataset = train_set(fields)
+    texts = [sample for sample in (dataset[i] for i in range(ROWS)) if sample["pixel_values"] is None]
+    assert dataset.collate_fn(texts)["visual_inputs"].normalized_for_model() == {}
+
+
+def test_every_number_of_ranks_trains_on_the_same_global_batches(fields):
+    dataset = train_set(fields)
+    alone = rows_of(loader(dataset, micro_batch_size=4))
+    halves = zip(*(loader(dataset, rank=rank, ranks=2) for rank in range(2)), strict=True)
+    assert rows_of(batch for pair in halves for batch in pair) == alone
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(fields):
+    straight = rows_of(loader(train_set(fields)))
+    assert rows_of(loader(train_set(fields), consumed=8)) == straight[8:]
+
+
+def test_a_finished_run_can_be_resumed(fields):
+    assert len(rows_of(loader(train_set(fields, num_samples=12), consumed=12))) > 0
+
+
+def test_rows_that_cannot_be_used_are_logged(fields, caplog):
+    train_set(fields)
+    assert "1 of 7 rows can't be used (14.3%): line 4: malformed JSON" in caplog.text
+
+
+def test_all_ranks_leave_out_the_same_rows(fields):
+    found = cpu.run_ranks(2, _skipped_on_this_rank, fields)
+    assert found[0] == found[1] == [4]
+
+
+def test_a_file_that_one_rank_cannot_read_stops_all_ranks(fields):
+    with pytest.raises(RuntimeError, match=r"Rank 1 can't read the dataset: .*nowhere.jsonl"):
+        cpu.run_ranks(2, _lost_on_rank_1, fields, timeout=60)
+
+
+def _skipped_on_this_rank(fields: dict[str, Any]) -> list[int]:
+    torch.distributed.init_process_group("gloo")
+    return [row.line for row in train_set(fields).dataset.skipped]
+
+
+def _lost_on_rank_1(fields: dict[str, Any]) -> None:
+    torch.distributed.init_process_group("gloo")
+    if torch.distributed.get_rank() == 1:
+        fields["train_path"] = str(Path(fields["train_path"]).with_name("nowhere.jsonl"))
+    train_set(fields)
+
+
+def test_validation_and_test_files_become_datasets(fields):
+    provider = ChatDatasetProvider(**fields, valid_path=fields["train_path"], test_path=fields["train_path"])
+    _, valid, test = provider.build_datasets(DatasetBuildContext(train_samples=0, valid_samples=8, test_samples=0))
+    assert len(valid) > 8
+    assert test is None
+
+
+def test_the_configuration_survives_yaml(fields, tmp_path):
+    megatron.register()
+    config = ConfigContainer(
+        model=None,
+        train=TrainingConfig(),
+        optimizer=OptimizerConfig(),
+        scheduler=SchedulerConfig(),
+        dataset=ChatDatasetProvider(**fields),
+        logger=LoggerConfig(),
+        tokenizer=TokenizerConfig(),
+        checkpoint=CheckpointConfig(),
+    )
+    config.to_yaml(str(tmp_path / "run_config.yaml"))
+    assert ConfigContainer.from_yaml(str(tmp_path / "run_config.yaml")).dataset == config.dataset
+
+
+@pytest.mark.parametrize("dataloader_type", ["cyclic", "batch", None])
+def test_other_loaders_are_refused(fields, dataloader_type):
+    with pytest.raises(ValueError, match="'single'"):
+        ChatDatasetProvider(**fields, dataloader_type=dataloader_type).finalize()
