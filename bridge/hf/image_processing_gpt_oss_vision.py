@@ -4,6 +4,7 @@ import base64
 import binascii
 import os
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,8 @@ class GPTOSSVisionImageProcessor(PilBackend):
         if isinstance(image_url_or_urls, (str, os.PathLike)):
             return _open(os.fspath(image_url_or_urls))
         if is_valid_image(image_url_or_urls):
-            return image_url_or_urls
+            is_plane = getattr(image_url_or_urls, "ndim", 3) == 2
+            return image_url_or_urls[None] if is_plane else image_url_or_urls
         raise TypeError(
             f"An image must be a path, a URL, a base64 string, a PIL image, an array or a tensor, "
             f"got {type(image_url_or_urls).__name__}."
@@ -118,7 +120,8 @@ def _open(source: str) -> Image.Image:
         return load_image(source)
     name = source if len(source) < 200 else f"{source[:40]}…"
     try:
-        image = Image.open(source if os.path.isfile(source) else BytesIO(_decode_base64(source, name)))
+        content = Path(source).read_bytes() if os.path.isfile(source) else _decode_base64(source)
+        image = Image.open(BytesIO(content))
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, UnidentifiedImageError):
@@ -127,7 +130,7 @@ def _open(source: str) -> Image.Image:
     return image
 
 
-def _decode_base64(source: str, name: str) -> bytes:
+def _decode_base64(source: str) -> bytes:
     data = source.split(",", 1)[1] if source.startswith("data:image/") else source
     try:
         return base64.b64decode(data, validate=True)

@@ -221,6 +221,7 @@ model.save_pretrained(folder + "/again")
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_works_in_a_process_without_this_package(checkpoint, tmp_path, monkeypatch):
     model = GPTOSSVisionForCausalLM.from_pretrained(checkpoint)
     processor = GPTOSSVisionProcessor.from_pretrained(checkpoint)

@@ -264,7 +264,7 @@ def test_images_and_placeholders_must_match_in_number(images, sentence):
 
 def test_images_without_any_placeholder_are_refused():
     config = tiny_config()
-    with pytest.raises(ValueError, match="^1 image needs 6 placeholder tokens; the prompt has 0$"):
+    with pytest.raises(ValueError, match=r"^1 image needs 6 placeholder tokens; the prompt has 0$"):
         tiny_model(config)(torch.ones(1, 4, dtype=torch.long), pixel_values=torch.zeros(1, 3, 8, 8))
 
 

@@ -1,0 +1,112 @@
+"""Generation: the cache, padding, beams and images change nothing but speed."""
+
+import pytest
+import torch
+
+from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from tiny import tiny_batch, tiny_config, tiny_model
+
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+
+@pytest.fixture(scope="module")
+def config() -> GPTOSSVisionConfig:
+    return tiny_config()
+
+
+@pytest.fixture(scope="module")
+def model(config) -> GPTOSSVisionForCausalLM:
+    return tiny_model(config)
+
+
+def row(batch: dict[str, torch.Tensor], index: int, images_per_row: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """One row of a batch, with its images."""
+    alone = {"input_ids": batch["input_ids"][index : index + 1]}
+    if images_per_row[index]:
+        alone["pixel_values"] = batch["pixel_values"].split(images_per_row)[index]
+    return alone
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_with_and_without_a_cache_the_output_is_the_same(model, config, cache):
+    batch = tiny_batch(config)
+    cached = model.generate(**batch, **GREEDY, max_new_tokens=24, cache_implementation=cache, disable_compile=True)
+    without = model.generate(**batch, **GREEDY, max_new_tokens=24, use_cache=False)
+    assert torch.equal(cached.sequences, without.sequences)
+    for ours, theirs in zip(cached.logits, without.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_past_the_real_window_the_cache_changes_nothing():
+    config = tiny_config(sliding_window=128)
+    model, batch = tiny_model(config), tiny_batch(config, images_per_row=(2,), length=120)
+    cached = model.generate(**batch, **GREEDY, max_new_tokens=40)
+    without = model.generate(**batch, **GREEDY, max_new_tokens=40, use_cache=False)
+    assert torch.equal(cached.sequences, without.sequences)
+
+
+def test_a_row_in_a_left_padded_batch_is_the_row_alone(model, config):
+    images_per_row, lengths = (0, 1, 2), (9, 40, 26)
+    batch = tiny_batch(config, images_per_row)
+    input_ids = torch.full((3, 40), config.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for index, length in enumerate(lengths):
+        input_ids[index, -length:] = batch["input_ids"][index, :length]
+        attention_mask[index, -length:] = 1
+    padded = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": batch["pixel_values"]}
+    together = model.generate(**padded, **GREEDY, max_new_tokens=16)
+    for index, length in enumerate(lengths):
+        alone = row(batch, index, images_per_row)
+        alone["input_ids"] = alone["input_ids"][:, :length]
+        alone = model.generate(**alone, **GREEDY, max_new_tokens=16)
+        assert torch.equal(together.sequences[index, 40:], alone.sequences[0, length:])
+        for ours, theirs in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(ours[index], theirs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_beams_keep_each_row_s_own_images(model, config, beams):
+    images_per_row = (2, 0, 1)
+    batch = tiny_batch(config, images_per_row)
+    together = model.generate(**batch, do_sample=False, num_beams=beams, max_new_tokens=8)
+    for index in range(3):
+        alone = model.generate(**row(batch, index, images_per_row), do_sample=False, num_beams=beams, max_new_tokens=8)
+        assert torch.equal(together[index], alone[0])
+
+
+def test_a_conversation_goes_on_from_its_cache(model, config):
+    batch = tiny_batch(config, images_per_row=(1,))
+    first = model.generate(**batch, **GREEDY, max_new_tokens=6)
+    question = tiny_batch(config, images_per_row=(1,), length=20, seed=1)
+    input_ids = torch.cat((first.sequences, question["input_ids"]), dim=1)
+    # From the cache only the new image is needed; from scratch, both.
+    cached = model.generate(
+        input_ids=input_ids,
+        pixel_values=question["pixel_values"],
+        past_key_values=first.past_key_values,
+        **GREEDY,
+        max_new_tokens=6,
+    )
+    pixel_values = torch.cat((batch["pixel_values"], question["pixel_values"]))
+    scratch = model.generate(input_ids=input_ids, pixel_values=pixel_values, **GREEDY, max_new_tokens=6)
+    assert torch.equal(cached.sequences, scratch.sequences)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"suppress_tokens": [3]}, {"num_beams": 2}, {"use_cache": False}])
+def test_a_placeholder_is_never_generated(config, arguments):
+    model = tiny_model(config)
+    input_ids = tiny_batch(config, images_per_row=(0,))["input_ids"]
+    with torch.no_grad():  # make it the likeliest token by far
+        last = model.model(input_ids).last_hidden_state[0, -1]
+        model.lm_head.weight[config.image_token_id] = 100 * last
+        assert model(input_ids).logits[0, -1].argmax() == config.image_token_id
+    sequences = model.generate(input_ids, do_sample=False, max_new_tokens=5, **arguments)
+    assert not (sequences == config.image_token_id).any()
+    assert 3 not in sequences[0, 40:] or "suppress_tokens" not in arguments
+
+
+def test_placeholders_without_images_are_refused_in_generation(model, config):
+    input_ids = tiny_batch(config, images_per_row=(1,))["input_ids"]
+    with pytest.raises(ValueError, match=r"^0 images need 0 placeholder tokens; the prompt has 6$"):
+        model.generate(input_ids, max_new_tokens=2)

@@ -1,0 +1,206 @@
+"""The image processor: every kind of picture becomes what a viewer would show, or one clear sentence."""
+
+import base64
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN
+
+from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
+from tiny import tiny_config, tiny_vision_config
+
+SIDE = 8
+
+
+@pytest.fixture
+def processor() -> GPTOSSVisionImageProcessor:
+    return GPTOSSVisionImageProcessor(size={"height": SIDE, "width": SIDE})
+
+
+def picture(width: int = 24, height: int = 16) -> Image.Image:
+    """Smooth colours, unlike in every corner."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack((x, y, 255 - x), axis=-1).astype(np.uint8))
+
+
+def pixels(processor: GPTOSSVisionImageProcessor, images) -> torch.Tensor:
+    return processor(images, return_tensors="pt").pixel_values
+
+
+def test_pixels_are_resized_by_bicubic_rescaled_and_normalised(processor):
+    image = picture()
+    expected = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    expected = torch.from_numpy((expected - 0.5) / 0.5).permute(2, 0, 1)
+    torch.testing.assert_close(pixels(processor, image)[0], expected)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 300), (500, 3), (SIDE, SIDE)])
+def test_any_size_is_taken(processor, width, height):
+    assert pixels(processor, picture(width, height)).shape == (1, 3, SIDE, SIDE)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I"])
+def test_any_mode_is_taken(processor, mode):
+    image = picture().convert("L").convert(mode) if mode.startswith("I") else picture().convert(mode)
+    values = pixels(processor, image)
+    assert values.shape == (1, 3, SIDE, SIDE)
+    assert values.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["I;16", "I", "array", "png"])
+def test_sixteen_bits_keep_their_range(processor, kind):
+    grey = np.asarray(picture().convert("L"))
+    wide = grey.astype(np.uint16) * 257
+    image = Image.fromarray(wide)
+    if kind == "I":
+        image = Image.fromarray(wide.astype(np.int32))
+    elif kind == "array":
+        image = wide
+    elif kind == "png":
+        file = BytesIO()
+        image.save(file, "png")
+        image = Image.open(file)
+    torch.testing.assert_close(pixels(processor, image), pixels(processor, Image.fromarray(grey)))
+
+
+def test_a_palette_shows_its_colours(processor):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    assert pixels(processor, image)[0, :, 0, 0].tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "palette"])
+def test_transparency_is_laid_on_white(processor, mode):
+    image = Image.new("LA" if mode == "LA" else "RGBA", (4, 4), (0, 0) if mode == "LA" else (0, 0, 0, 0))
+    if mode == "palette":
+        image = Image.new("P", (4, 4), 0)
+        image.putpalette([0, 0, 0])
+        image.info["transparency"] = 0
+    assert (pixels(processor, image) == 1).all()
+
+
+def test_exif_rotation_is_applied(processor):
+    image, file = picture(), BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image.save(file, "png", exif=exif)
+    turned = image.rotate(-90, expand=True)
+    torch.testing.assert_close(pixels(processor, Image.open(file)), pixels(processor, turned))
+
+
+def test_of_an_animation_the_first_frame_is_taken(processor):
+    file = BytesIO()
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    first.save(file, "gif", save_all=True, append_images=[second])
+    animation = Image.open(file)
+    animation.seek(1)
+    assert pixels(processor, animation)[0, :, 0, 0].tolist() == [1, -1, -1]
+
+
+@pytest.mark.parametrize("layout", ["hwc", "chw", "tensor", "hw", "hw1", "1hw", "hwa"])
+def test_arrays_are_pictures_too(processor, layout):
+    image = picture()
+    array = np.asarray(image)
+    grey = np.asarray(image.convert("L"))
+    given, same_as = {
+        "hwc": (array, image),
+        "chw": (array.transpose(2, 0, 1), image),
+        "tensor": (torch.from_numpy(array.transpose(2, 0, 1).copy()), image),
+        "hw": (grey, image.convert("L")),
+        "hw1": (grey[..., None], image.convert("L")),
+        "1hw": (grey[None], image.convert("L")),
+        "hwa": (np.asarray(image.convert("RGBA")), image),
+    }[layout]
+    assert torch.equal(pixels(processor, given), pixels(processor, same_as))
+
+
+def test_floats_are_taken_as_they_are(processor):
+    array = np.asarray(picture(SIDE, SIDE), dtype=np.float32).transpose(2, 0, 1) / 255
+    torch.testing.assert_close(
+        processor(array, do_rescale=False, do_resize=False, return_tensors="pt").pixel_values[0],
+        torch.from_numpy((array - 0.5) / 0.5),
+    )
+
+
+@pytest.mark.parametrize("given", ["RGB", "L", "RGBA", "array"])
+def test_a_grey_tower_gets_one_channel(given):
+    processor = GPTOSSVisionImageProcessor(size={"height": SIDE, "width": SIDE}, num_channels=1)
+    image = np.asarray(picture()) if given == "array" else picture().convert(given)
+    values = pixels(processor, image)
+    assert values.shape == (1, 1, SIDE, SIDE)
+    expected = picture().convert("L")
+    torch.testing.assert_close(values, pixels(processor, expected))
+
+
+def test_paths_base64_and_lists_are_opened(processor, tmp_path):
+    path = tmp_path / "picture.png"
+    picture().save(path)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    given = [path, str(path), encoded, f"data:image/png;base64,{encoded}", picture()]
+    values = pixels(processor, given)
+    assert values.shape == (5, 3, SIDE, SIDE)
+    assert all(torch.equal(value, values[-1]) for value in values)
+
+
+def test_it_fits_the_tower_of_a_configuration():
+    clip = tiny_config(vision_config=tiny_vision_config("clip_vision_model", image_size=12, num_channels=3))
+    processor = GPTOSSVisionImageProcessor.from_config(clip)
+    assert pixels(processor, picture()).shape == (1, 3, 12, 12)
+    assert list(processor.image_mean) == OPENAI_CLIP_MEAN
+    grey = GPTOSSVisionImageProcessor.from_config(tiny_config(vision_num_channels=1))
+    assert pixels(grey, picture()).shape == (1, 1, 8, 8)
+
+
+def test_a_saved_processor_loads_as_it_was(tmp_path, processor):
+    processor.save_pretrained(tmp_path)
+    loaded = GPTOSSVisionImageProcessor.from_pretrained(tmp_path)
+    assert loaded.to_dict() == processor.to_dict()
+    assert torch.equal(pixels(loaded, picture()), pixels(processor, picture()))
+
+
+def broken(folder: Path, kind: str) -> Path:
+    path = folder / f"{kind}.png"
+    picture(200, 200).save(path)
+    content = path.read_bytes()
+    path.write_bytes({"cut off": content[: len(content) // 2], "text": b"not a picture", "empty": b""}[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["cut off", "text", "empty"])
+def test_a_broken_file_is_named(processor, tmp_path, kind):
+    path = broken(tmp_path, kind)
+    with pytest.raises(ValueError, match=rf"^Can't read the image .*{kind}\.png: .+\.$"):
+        processor(path)
+
+
+def test_a_missing_file_is_named(processor):
+    with pytest.raises(ValueError, match=r"^Can't read the image cat\.png: there is no such file\.$"):
+        processor("cat.png")
+
+
+def test_a_decompression_bomb_is_refused(processor, tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    picture(100, 100).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"^Can't read the image .*bomb\.png: .*decompression bomb"):
+        processor(path)
+
+
+@pytest.mark.parametrize("image", [Image.new("RGB", (0, 0)), Image.new("L", (0, 5)), np.zeros((0, 4, 3), np.uint8)])
+def test_an_image_without_pixels_is_refused(processor, image):
+    with pytest.raises(ValueError, match="The image has no pixels: "):
+        processor(image)
+
+
+def test_a_float_image_is_refused(processor):
+    with pytest.raises(ValueError, match="has no fixed range"):
+        processor(Image.new("F", (4, 4)))
+
+
+def test_something_else_is_refused(processor):
+    with pytest.raises(TypeError, match="An image must be a path"):
+        processor(3)
