@@ -1,4 +1,4 @@
-"""What a long run shows: a progress bar on a terminal, plain lines elsewhere; everything libraries print goes to a log."""
+"""What a long run shows: a progress bar on a terminal, plain lines elsewhere; what libraries print goes to a log."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The whole path on one machine without a GPU, on real input: images, a model trained by Megatron, a model that answers.
+"""The whole path on one machine without a GPU: real images, a model trained by Megatron, a model that answers.
 
 Stations, each a function below: digits and a tiny Hugging Face checkpoint → Megatron checkpoint → Megatron-Bridge's
 training loop → Megatron checkpoint → Hugging Face checkpoint → questions about digits that were held out → report.
@@ -11,7 +11,7 @@ from ..bridge import megatron  # first: it makes Megatron-Bridge importable with
 import json
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import batched
@@ -111,7 +111,7 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, settings: Settings) -> None:
-    """A tiny random checkpoint in Hugging Face format with everything on, and a tokenizer trained on the digits' texts."""
+    """A tiny random checkpoint in Hugging Face format with everything on, and a tokenizer made for the digits."""
     tokenizer = GPTOSSVisionTokenizer.train_from_texts(all_texts(), vocab_size=settings.vocab_size)
     torch.manual_seed(settings.seed)
     config = tiny_config(tokenizer)

@@ -1,7 +1,7 @@
 """One optimizer step's worth of Megatron at any parallel layout, and the same from the transformers model.
 
-Runs inside ranks that `cpu.run_ranks` forks. Gradients come back under transformers' names: the exported form of a model
-whose parameters are replaced by their gradients, so whatever the bridge does to a weight it does to its gradient.
+Runs inside ranks that `cpu.run_ranks` forks. Gradients come back under transformers' names: the exported form of a
+model whose parameters are replaced by their gradients, so what the bridge does to a weight it does to its gradient.
 """
 
 from collections.abc import Iterator

@@ -11,6 +11,7 @@ Versions: megatron-bridge 0.6.2, megatron-core 0.19.2, torch 2.11.0. A test asks
 """
 
 import contextlib
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -233,7 +234,14 @@ CUDA_ANSWERS: dict[str, Any] = {
 def _all_to_all_with_lists(original: Callable) -> Callable:
     """Gloo wants split sizes as ints; Megatron's dispatcher may hand over tensors."""
 
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,  # noqa: A002 - torch's own name, given by keyword
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
         sizes = [
             None if split is None else [int(size) for size in split]
             for split in (output_split_sizes, input_split_sizes)
@@ -347,12 +355,14 @@ def _rank(rank: int, world_size: int, port: int, result: Any, function: Callable
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    # What the parent has imported never becomes garbage; without this, every collection walks through all of it.
+    gc.freeze()
     # Threads of the parent's OpenMP pool do not exist in a fork; one thread needs no pool.
     torch.set_num_threads(1)
     try:
         with runtime():
             answer = True, function(*args)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
         answer = False, traceback.format_exc()
     # Plainly pickled: multiprocessing's own way shares memory with tensors, and they would outlive this process.
     result.send_bytes(pickle.dumps(answer))
@@ -364,7 +374,7 @@ def _collect(readers: list, ranks: list, deadline: float) -> list:
         for index in set(range(len(ranks))) - set(results):
             died = not ranks[index].is_alive()
             if readers[index].poll(0.02):
-                succeeded, value = pickle.loads(readers[index].recv_bytes())
+                succeeded, value = pickle.loads(readers[index].recv_bytes())  # noqa: S301 - from our own fork
                 if not succeeded:
                     raise RuntimeError(f"Rank {index} of {len(ranks)} failed:\n{value}")
                 results[index] = value

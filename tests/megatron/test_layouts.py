@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from gpt_oss_vision.bridge import hf, megatron
 from gpt_oss_vision.bridge.megatron import cpu
 from layouts import Layout, StepResult, megatron_step, reference_step, with_labels

@@ -1,0 +1,164 @@
+"""Conversion through Megatron-Bridge: exact, complete, and loud about what does not fit."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpt_oss_vision.bridge import hf, megatron
+from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+from gpt_oss_vision.bridge.megatron import cpu
+from tiny import tiny_config, tiny_model, tiny_vision_config
+
+LAYOUTS = {"one rank": {}, "TP2": {"tp": 2}, "PP2": {"pp": 2}, "EP2": {"ep": 2}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    hf.register_auto_classes()
+    megatron.register()
+
+
+def saved(folder: Path, **config: object) -> Path:
+    tiny_model(tiny_config(**config)).save_pretrained(folder)
+    GPTOSSVisionTokenizer.train_from_texts(["some text"], vocab_size=280).save_pretrained(folder)
+    return folder
+
+
+def there_and_back(source: Path, megatron_path: Path, target: Path) -> None:
+    """Import and export in one process, each on distributed groups of its own."""
+    from megatron.bridge import AutoBridge
+    from megatron.bridge.training.model_load_save import temporary_distributed_context
+
+    with temporary_distributed_context(backend="gloo"):
+        AutoBridge.import_ckpt(source, megatron_path)
+    AutoBridge.from_hf_pretrained(source).export_ckpt(megatron_path, target, strict=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"hidden_size": 32, "intermediate_size": 32},
+        {"vision_config": tiny_vision_config("siglip_vision_model")},
+        {"vision_config": tiny_vision_config("clip_vision_model")},
+        {"use_vision": False},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=["vit", "square", "siglip", "clip", "text only", "bf16"],
+)
+def test_there_and_back_keeps_every_bit(config: dict, tmp_path: Path):
+    source = saved(tmp_path / "hf", **config)
+    if "dtype" in config:
+        model = GPTOSSVisionForCausalLM.from_pretrained(source, dtype=config["dtype"])
+        model.save_pretrained(source)
+    cpu.run_ranks(1, there_and_back, source, tmp_path / "megatron", tmp_path / "back")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype, name
+        assert torch.equal(tensor, after[name]), name
+
+
+def exported(path: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    from megatron.bridge import AutoBridge
+
+    from layouts import Layout, build
+
+    torch.distributed.init_process_group("gloo")
+    bridge = AutoBridge.from_hf_pretrained(path)
+    model = build(bridge, Layout(**sizes))
+    return {name: weight.clone() for name, weight in bridge.export_hf_weights(model, show_progress=False)}
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_holds_the_same_weights(sizes: dict[str, int], tmp_path: Path):
+    source = saved(tmp_path)
+    before = load_file(source / "model.safetensors")
+    for after in cpu.run_ranks(max([1, *sizes.values()]), exported, source, sizes):
+        assert before.keys() == after.keys()
+        assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def fails(path: Path) -> str:
+    """What importing says."""
+    with pytest.raises(RuntimeError) as failure:
+        cpu.run_ranks(1, exported, path, {})
+    return str(failure.value)
+
+
+def changed(path: Path, change) -> Path:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_a_tensor_that_nothing_reads_is_named(tmp_path: Path):
+    path = changed(saved(tmp_path), lambda tensors: tensors.update({"model.layers.0.extra.weight": torch.ones(2)}))
+    assert "tensors of the checkpoint that nothing reads: model.layers.0.extra.weight" in fails(path)
+
+
+def test_a_tensor_that_is_missing_is_named(tmp_path: Path):
+    path = changed(saved(tmp_path), lambda tensors: tensors.pop("model.layers.1.self_attn.sinks"))
+    assert "tensors missing in the checkpoint: model.layers.1.self_attn.sinks" in fails(path)
+
+
+def test_a_megatron_parameter_without_a_row_is_named():
+    from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+
+    from gpt_oss_vision.bridge.megatron.bridge import check_coverage, mapping_of
+    from gpt_oss_vision.bridge.megatron.weights import ROWS
+
+    registry = MegatronMappingRegistry(*(mapping_of(row) for row in ROWS))
+    with pytest.raises(ValueError, match=re.escape("without a mapping: decoder.layers.0.mlp.novelty")):
+        check_coverage(["decoder.layers.0.mlp.novelty"], None, registry)
+
+
+def test_the_names_of_transformer_engine_have_rows_too():
+    from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+
+    from gpt_oss_vision.bridge.megatron.bridge import check_coverage, mapping_of
+    from gpt_oss_vision.bridge.megatron.weights import ROWS
+
+    registry = MegatronMappingRegistry(*(mapping_of(row) for row in ROWS))
+    fused = "decoder.layers.7.self_attention.linear_qkv.layer_norm_weight"
+    check_coverage([fused], ["model.layers.7.input_layernorm.weight"], registry)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path):
+    file = saved(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "incomplete" in fails(tmp_path).lower() or "invalid" in fails(tmp_path).lower()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_by_name(tmp_path: Path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)).save_pretrained(tmp_path)
+    assert "GPT2" in fails(tmp_path)
+
+
+def test_mxfp4_experts_are_read_in_the_right_orientation(tmp_path: Path):
+    """Square experts, where no shape could tell."""
+    from megatron.bridge.models.conversion.quantization_utils import dequantize_mxfp4
+
+    path = saved(tmp_path, hidden_size=64, intermediate_size=64)
+    torch.manual_seed(0)
+    expected = {}
+
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inside, outside = tensors.pop(name).shape
+            blocks = torch.randint(0, 256, (experts, outside, inside // 32, 16), dtype=torch.uint8)
+            scales = torch.randint(120, 130, (experts, outside, inside // 32), dtype=torch.uint8)
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+            expected[name] = dequantize_mxfp4(blocks, scales).mT.float()
+
+    (found,) = cpu.run_ranks(1, exported, changed(path, quantise), {})
+    assert len(expected) == 8
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
