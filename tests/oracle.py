@@ -105,10 +105,10 @@ def experts(weights: Weights, config: Config, x: Tensor, is_visual: Tensor) -> T
     logits = logits + is_visual.reshape(-1, 1) * weights["router.vision_bias"]
     top, chosen = logits.topk(config["num_experts_per_tok"])
     share = torch.zeros_like(logits).scatter(1, chosen, top.softmax(-1))  # (t, e)
-    out = torch.zeros_like(tokens)
+    out, limit = torch.zeros_like(tokens), config["swiglu_limit"]
     for expert in range(config["num_local_experts"]):
         gate_up = tokens @ weights["experts.gate_up_proj"][expert] + weights["experts.gate_up_proj_bias"][expert]
-        gate, up = gate_up[:, 0::2].clamp(max=7), gate_up[:, 1::2].clamp(-7, 7)
+        gate, up = gate_up[:, 0::2].clamp(max=limit), gate_up[:, 1::2].clamp(-limit, limit)
         inner = (up + 1) * gate * (1.702 * gate).sigmoid()
         y = inner @ weights["experts.down_proj"][expert] + weights["experts.down_proj_bias"][expert]
         out += share[:, expert, None] * y

@@ -128,7 +128,7 @@ def tiny_batch(
 
 def tiny_processor(config: GPTOSSVisionConfig | None = None) -> GPTOSSVisionProcessor:
     """
-    A processor for the tower of `tiny_config()`, or of the given configuration, with a tokenizer trained on a few words.
+    A processor for the tower of `tiny_config()`, or of the given one, with a tokenizer trained on a few words.
 
     Its placeholder has its own id: a model for it needs `tiny_config(vocab_size=len(processor.tokenizer),
     image_token_id=processor.image_token_id)`.

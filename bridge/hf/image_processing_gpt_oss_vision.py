@@ -78,7 +78,7 @@ class GPTOSSVisionImageProcessor(PilBackend):
         tower = config.vision_config
         height, width = tower.image_size if isinstance(tower.image_size, (list, tuple)) else [tower.image_size] * 2
         fields = {"size": {"height": height, "width": width}, "num_channels": tower.num_channels}
-        if tower.model_type in MEAN_AND_STD:
+        if tower.model_type in MEAN_AND_STD and tower.num_channels == 3:
             fields["image_mean"], fields["image_std"] = MEAN_AND_STD[tower.model_type]
         return cls(**(fields | kwargs))
 
@@ -106,6 +106,8 @@ class GPTOSSVisionImageProcessor(PilBackend):
                 raise ValueError(f"The image has no pixels: its shape is {array.shape}.")
             if array.dtype not in (np.uint8, np.uint16):
                 array = super().process_image(array, **kwargs)
+                if len(array) not in (1, num_channels):
+                    raise ValueError(f"The image has {len(array)} channels; the tower sees {num_channels}.")
                 return np.repeat(array, num_channels, axis=0) if len(array) == 1 else array
             image = _to_pil(array, **kwargs)
         if 0 in image.size:

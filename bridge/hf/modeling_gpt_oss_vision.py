@@ -193,6 +193,9 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
     """The decoder with its vision adapter, without a language-model head."""
 
     def __init__(self, config: GPTOSSVisionConfig):
+        # Fields may have been set since the config was built, as the model card does.
+        config.validate_text_shape()
+        config.validate_vision()
         # GptOssModel would build its own layers first, experts and all.
         GPTOSSVisionPreTrainedModel.__init__(self, config)
         self.padding_idx = config.pad_token_id
@@ -258,12 +261,12 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
             self._check_placeholders(is_visual, len(pixel_values))
             return inputs_embeds.masked_scatter(is_visual[..., None], features.to(inputs_embeds))
         self._check_placeholders(is_visual, num_images=0)
-        if not self.training:
+        if not (self.training and torch.is_grad_enabled()):
             return inputs_embeds
         # Every rank must run the adapter in every step, or the reduction of its gradients waits for ever.
         blank = inputs_embeds.new_zeros(1, *self._image_shape())
         features = self.get_image_features(blank, return_dict=True).pooler_output
-        return inputs_embeds + 0.0 * features.sum().to(inputs_embeds)
+        return inputs_embeds + 0.0 * features.mean().to(inputs_embeds)  # a sum could overflow in fp16
 
     def _check_placeholders(self, is_visual: torch.Tensor, num_images: int) -> None:
         needed = num_images * self.config.num_image_tokens

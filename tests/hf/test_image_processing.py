@@ -201,6 +201,11 @@ def test_a_float_image_is_refused(processor):
         processor(Image.new("F", (4, 4)))
 
 
+def test_floats_with_other_channels_are_refused(processor):
+    with pytest.raises(ValueError, match=r"^The image has 4 channels; the tower sees 3\.$"):
+        processor(np.zeros((4, 9, 9), np.float32), input_data_format="channels_first")
+
+
 def test_something_else_is_refused(processor):
     with pytest.raises(TypeError, match="An image must be a path"):
         processor(3)

@@ -25,6 +25,7 @@ VARIANTS = {
     "one expert": {"num_experts_per_tok": 1},
     "no groups": {"num_key_value_heads": 4},
     "square": {"intermediate_size": 32},
+    "another clamp": {"swiglu_limit": 3.0},
 }
 
 
@@ -134,9 +135,10 @@ def test_image_features_have_a_token_for_each_placeholder():
     assert outputs.last_hidden_state.shape == (2, config.num_image_tokens - 1, config.vision_embed_dim)
 
 
-def test_the_tower_does_not_run_on_text_at_inference():
+@pytest.mark.parametrize("mode", [False, True])
+def test_the_tower_does_not_run_on_text_at_inference(mode):
     config = tiny_config()
-    model = tiny_model(config)
+    model = tiny_model(config).train(mode)
     model.model.vision_adapter.forward = None  # calling it would fail
     with torch.no_grad():
         model(**tiny_batch(config, images_per_row=(0,)))
@@ -279,6 +281,13 @@ def test_images_are_refused_by_a_model_without_vision():
     model = tiny_model(tiny_config(use_vision=False))
     with pytest.raises(ValueError, match="use_vision=False"):
         model(torch.ones(1, 4, dtype=torch.long), pixel_values=torch.zeros(1, 3, 8, 8))
+
+
+def test_a_contradiction_set_after_the_config_was_built_is_refused():
+    config = tiny_config()
+    config.nope_stride = 0
+    with pytest.raises(ValueError, match=r"^nope_stride must be at least 1, got 0\.$"):
+        GPTOSSVisionForCausalLM(config)
 
 
 def test_sdpa_is_refused_with_the_reason():
