@@ -1,5 +1,6 @@
 """Chat data: what is learned, what is refused and named, and that every rank and every run gets the same samples."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -137,6 +138,12 @@ def test_a_plain_text_that_is_a_chat_in_harmony_is_learned_as_one(folder, proces
     assert learned_text(sample, processor) == "<|channel|>final<|message|>one<|return|>"
 
 
+def test_an_image_in_an_answer_is_not_learned_and_the_words_around_it_are(folder, processor):
+    answer = [{"type": "text", "text": "a cat"}, picture("red.png"), {"type": "text", "text": "a dog"}]
+    sample = encode(chat("Hi", answer), folder, processor)
+    assert learned_text(sample, processor) == "<|channel|>final<|message|>a cata dog<|return|>"
+
+
 def test_images_come_in_the_order_of_their_tokens(folder, processor):
     sample = encode(chat([picture("blue.png"), picture("red.png")], "two"), folder, processor)
     red, blue = sample["pixel_values"][:, 0].mean((1, 2)), sample["pixel_values"][:, 2].mean((1, 2))
@@ -247,6 +254,17 @@ def test_an_empty_file_is_an_error(folder, processor):
 )
 def test_what_cannot_be_learned_is_named(folder, processor, row, why):
     assert why in reason(row, folder, processor)
+
+
+def test_keys_without_a_value_are_as_good_as_none(folder, processor):
+    path = write(folder, chat("Hi", "one", thinking=None, tool_calls=None))
+    assert find_unusable(path, processor, SEQ_LENGTH) == []
+
+
+def test_a_token_that_users_added_and_that_controls_nothing_may_be_written(folder, processor):
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.add_tokens(["<cat>"])
+    assert find_unusable(write(folder, chat("Hi <cat>", "one")), processor, SEQ_LENGTH) == []
 
 
 def test_a_file_that_is_no_image_is_named(folder, processor):
