@@ -16,8 +16,8 @@ LINES_PER_STAGE = 10
 class Stage:
     """Progress of one stage of a run: ``advance`` after every step, with a few words about it."""
 
-    def __init__(self, console: Console, title: str, total: int):
-        self.console, self.title, self.total = console, title, total
+    def __init__(self, console: Console, title: str, total: int, *, shown: bool = True):
+        self.console, self.title, self.total, self.shown = console, title, total, shown
         self.done, self.started, self.every = 0, time.monotonic(), max(1, total // LINES_PER_STAGE)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -32,6 +32,8 @@ class Stage:
     def advance(self, words: str = "") -> None:
         """One step further."""
         self.done += 1
+        if not self.shown:
+            return
         if self.console.is_terminal:
             self.bar.update(self.task, completed=self.done, words=words)
         elif self.done % self.every == 0 or self.done == self.total:
@@ -39,7 +41,7 @@ class Stage:
             self.console.print(f"{self.title}: {self.done}/{self.total} {words} {left:.0f} s left")
 
     def __enter__(self) -> "Stage":
-        if self.console.is_terminal:
+        if self.shown and self.console.is_terminal:
             self.bar.start()
         return self
 

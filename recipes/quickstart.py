@@ -9,12 +9,13 @@ from ..bridge import megatron  # first: it makes Megatron-Bridge importable with
 # isort: split
 
 import json
+import math
+import os
 import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,15 @@ from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN, GPTOSSVisionTokenizer
 from ..bridge.megatron import cpu
+from ..bridge.megatron.provider import GPTOSSVisionProvider, provider_from_config
 from . import figures
+from .answers import ASKED_AT_ONCE, accuracy, ask, expert_shares, largest_difference, load
 from .console import Stage, quiet
 from .digits import DigitsSplit, EvaluationRow, all_texts, evaluation_rows, write_digits
 from .megatron_data import ChatDatasetProvider
 from .training import train
 
 VERSIONS = ("torch", "transformers", "megatron-core", "megatron-bridge", "gpt-oss-vision")
-ASKED_AT_ONCE = 99
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +61,9 @@ class Settings:
     """What a run may change; the README's numbers come from the defaults."""
 
     seed: int = 0
-    ranks: int = 1
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: int = 1
     steps: int = 400
     batch_size: int = 64
     learning_rate: float = 3e-3
@@ -68,6 +72,16 @@ class Settings:
     max_questions: int | None = None
     """How many of the held-out scans are asked about; None is all of them."""
 
+    @property
+    def ranks(self) -> int:
+        """Processes that the sizes ask for: expert parallelism lies over tensor and data parallelism."""
+        return self.pipeline_parallel * math.lcm(self.tensor_parallel, self.expert_parallel)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows that a rank computes at once: a batch has one microbatch per pipeline stage."""
+        return max(1, self.batch_size * self.tensor_parallel // self.ranks)
+
 
 def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
     """Go the whole path and leave checkpoints, TensorBoard logs, pictures and ``report.json`` in a folder.
@@ -75,6 +89,9 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
     Args:
         out: an existing folder.
         settings: seed and size of the run.
+
+    Raises:
+        ValueError: when the model cannot be trained with the parallel sizes asked for.
 
     Returns:
         The report: accuracy with the right, a wrong and no image, first and last loss, the largest difference between
@@ -87,15 +104,16 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
         console.print("Writing digits and a tiny checkpoint")
         digits = write_digits(out / "digits", settings.seed)
         write_checkpoint(out / "hf_start", settings)
+        provider_for(out / "hf_start", settings).finalize()  # refuses a layout that cannot work, before any work
         # Each Megatron station has processes of its own: Megatron keeps its state in globals.
         console.print("Hugging Face → Megatron")
         cpu.run_ranks(1, import_checkpoint, out / "hf_start", out / "megatron_start")
-        losses = cpu.run_ranks(settings.ranks, fine_tune, out, digits, settings, console)[0]
+        losses = cpu.run_ranks(settings.ranks, fine_tune, out, digits, settings, console)[-1]
         console.print("Megatron → Hugging Face")
         cpu.run_ranks(1, export_checkpoint, out / "hf_start", out / "megatron", out / "hf")
         model, processor = load(out / "hf")
         rows = list(evaluation_rows(digits))[: settings.max_questions]
-        with Stage(console, "Asking", 3 * len(list(batched(rows, ASKED_AT_ONCE)))) as stage:
+        with Stage(console, "Asking", 3 * math.ceil(len(rows) / ASKED_AT_ONCE)) as stage:
             answers = {image: ask(model, processor, rows, image, stage) for image in ("right", "wrong", "no")}
         (difference,) = cpu.run_ranks(1, largest_difference, model, processor, rows, out / "megatron")
         draw(out, losses, rows, answers["right"], expert_shares(model, processor, rows))
@@ -173,7 +191,8 @@ def export_checkpoint(like: Path, megatron_path: Path, hf_path: Path) -> None:
 def fine_tune(out: Path, digits: DigitsSplit, settings: Settings, console: Console) -> list[float]:
     """Train on the digits with Megatron-Bridge's own loop; the loss of every step, in nats per answer token."""
     config = training_config(out, digits, settings)
-    with Stage(console, "Training", settings.steps) as stage:
+    is_last = int(os.environ["RANK"]) == settings.ranks - 1  # the last pipeline stage knows the loss
+    with Stage(console, "Training", settings.steps, shown=is_last) as stage:
         history = LossHistory(stage)
         train(config, callbacks=[history])
     return history.losses
@@ -188,16 +207,26 @@ class LossHistory(Callback):
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Called by Megatron-Bridge after each optimizer step."""
-        assert context.loss_dict is not None
-        self.losses.append(float(context.loss_dict["lm loss"]))
-        self.stage.advance(f"loss {self.losses[-1]:.3f}")
+        if context.loss_dict:
+            self.losses.append(float(context.loss_dict["lm loss"]))
+            self.stage.advance(f"loss {self.losses[-1]:.3f}")
+
+
+def provider_for(checkpoint: Path, settings: Settings) -> GPTOSSVisionProvider:
+    """The Megatron model of a checkpoint at the parallel sizes of the run."""
+    return provider_from_config(
+        GPTOSSVisionConfig.from_pretrained(checkpoint),
+        seq_length=settings.seq_length,
+        tensor_model_parallel_size=settings.tensor_parallel,
+        sequence_parallel=settings.tensor_parallel > 1,
+        pipeline_model_parallel_size=settings.pipeline_parallel,
+        expert_model_parallel_size=settings.expert_parallel,
+    )
 
 
 def training_config(out: Path, digits: DigitsSplit, settings: Settings) -> ConfigContainer:
     """Megatron-Bridge's configuration of the run, in fp32."""
-    provider = AutoBridge.from_hf_pretrained(out / "hf_start").to_megatron_provider(load_weights=False)
-    provider.seq_length = settings.seq_length
-    provider.expert_model_parallel_size = settings.ranks
+    provider = provider_for(out / "hf_start", settings)
     optimizer, scheduler = distributed_fused_adam_with_cosine_annealing(
         lr_warmup_iters=settings.steps // 10,
         lr_decay_iters=settings.steps,
@@ -210,7 +239,7 @@ def training_config(out: Path, digits: DigitsSplit, settings: Settings) -> Confi
         train=TrainingConfig(
             train_iters=settings.steps,
             global_batch_size=settings.batch_size,
-            micro_batch_size=settings.batch_size // settings.ranks,
+            micro_batch_size=settings.micro_batch_size,
         ),
         validation=ValidationConfig(eval_iters=0, eval_interval=None),
         optimizer=optimizer,
@@ -235,92 +264,6 @@ def training_config(out: Path, digits: DigitsSplit, settings: Settings) -> Confi
         dist=DistributedInitConfig(),
         mixed_precision=None,
     )
-
-
-# --- questions ---------------------------------------------------------------------------------------------------
-
-
-def load(folder: Path) -> tuple[GPTOSSVisionForCausalLM, GPTOSSVisionProcessor]:
-    """The exported model and its processor, as any user of transformers loads them."""
-    return GPTOSSVisionForCausalLM.from_pretrained(folder).eval(), GPTOSSVisionProcessor.from_pretrained(folder)
-
-
-def prompts(processor: GPTOSSVisionProcessor, rows: Sequence[EvaluationRow], image: str) -> Any:
-    """The questions of some rows, asked with ``image`` («right», «wrong», «no»), as one left-padded batch."""
-    return processor.apply_chat_template(
-        [getattr(row, f"{image}_image") for row in rows],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-
-
-def ask(
-    model: GPTOSSVisionForCausalLM,
-    processor: GPTOSSVisionProcessor,
-    rows: Sequence[EvaluationRow],
-    image: str,
-    stage: Stage,
-) -> list[str]:
-    """What the model answers, word for word, generated greedily with its cache."""
-    answers = []
-    for some in batched(rows, ASKED_AT_ONCE):
-        inputs = prompts(processor, some, image)
-        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-        answers += [spoken(processor, tokens) for tokens in output[:, inputs["input_ids"].shape[1] :]]
-        stage.advance()
-    return answers
-
-
-def spoken(processor: GPTOSSVisionProcessor, tokens: torch.Tensor) -> str:
-    """The text of the final channel: what stands after the last ``<|message|>``."""
-    text = processor.decode(tokens, skip_special_tokens=False).rpartition("<|message|>")[2]
-    return text.partition("<|return|>")[0].partition("<|end|>")[0].strip()
-
-
-def accuracy(rows: Sequence[EvaluationRow], answers: Sequence[str]) -> float:
-    """Share of answers that are the word for the row's own digit, whatever image was shown."""
-    return sum(said == row.truth for row, said in zip(rows, answers, strict=True)) / len(rows)
-
-
-def expert_shares(
-    model: GPTOSSVisionForCausalLM, processor: GPTOSSVisionProcessor, rows: Sequence[EvaluationRow]
-) -> np.ndarray:
-    """``[layers, 2, experts]``: which share of visual and of text tokens goes to each expert, over the questions."""
-    config = model.config
-    counts = torch.zeros(config.num_hidden_layers, 2, config.num_local_experts)
-    for some in batched(rows, ASKED_AT_ONCE):
-        inputs = prompts(processor, some, "right")
-        with torch.no_grad():
-            logits = model(**inputs, output_router_logits=True).router_logits
-        visual = (inputs["input_ids"] == config.image_token_id).flatten()
-        text = inputs["attention_mask"].bool().flatten() & ~visual
-        for layer, scores in enumerate(logits):
-            chosen = torch.zeros_like(scores).scatter(1, scores.topk(config.num_experts_per_tok).indices, 1.0)
-            counts[layer] += torch.stack([chosen[visual].sum(0), chosen[text].sum(0)])
-    return (counts / counts.sum(-1, keepdim=True)).numpy()
-
-
-def largest_difference(
-    model: GPTOSSVisionForCausalLM,
-    processor: GPTOSSVisionProcessor,
-    rows: Sequence[EvaluationRow],
-    megatron_path: Path,
-) -> float:
-    """The largest difference between any logit of the exported model and of the trained one, in fp32."""
-    some = rows[:ASKED_AT_ONCE]
-    largest = 0.0
-    with temporary_distributed_context(backend="gloo"), torch.no_grad():
-        (trained,) = AutoBridge.from_hf_pretrained(model.name_or_path).load_megatron_model(megatron_path)
-        trained.eval()
-        for image in ("right", "no"):
-            for row in some:
-                inputs = prompts(processor, [row], image)
-                theirs = trained(inputs["input_ids"], None, None, pixel_values=inputs.get("pixel_values"))
-                largest = max(largest, float((model(**inputs).logits - theirs).abs().max()))
-    return largest
 
 
 # --- what is left behind -----------------------------------------------------------------------------------------

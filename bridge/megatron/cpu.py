@@ -24,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -327,7 +328,8 @@ def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any, timeou
         The results in the order of the ranks.
 
     Raises:
-        RuntimeError: with the traceback of the first rank that failed.
+        Exception: what the first rank that failed raised, with its number and traceback as a note.
+        RuntimeError: when a rank died or did not finish in time.
     """
     context = multiprocessing.get_context("fork")
     port = _free_port()
@@ -346,6 +348,13 @@ def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any, timeou
             rank.join()
 
 
+@dataclass
+class _Failure:
+    """What a rank sends instead of its result."""
+
+    error: Exception
+
+
 def _rank(rank: int, world_size: int, port: int, result: Any, function: Callable, args: tuple) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -361,9 +370,10 @@ def _rank(rank: int, world_size: int, port: int, result: Any, function: Callable
     torch.set_num_threads(1)
     try:
         with runtime():
-            answer = True, function(*args)
-    except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
-        answer = False, traceback.format_exc()
+            answer = function(*args)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
+        error.add_note(f"On rank {rank} of {world_size}:\n{traceback.format_exc()}")
+        answer = _Failure(error)
     # Plainly pickled: multiprocessing's own way shares memory with tensors, and they would outlive this process.
     result.send_bytes(pickle.dumps(answer))
 
@@ -374,10 +384,9 @@ def _collect(readers: list, ranks: list, deadline: float) -> list:
         for index in set(range(len(ranks))) - set(results):
             died = not ranks[index].is_alive()
             if readers[index].poll(0.02):
-                succeeded, value = pickle.loads(readers[index].recv_bytes())  # noqa: S301 - from our own fork
-                if not succeeded:
-                    raise RuntimeError(f"Rank {index} of {len(ranks)} failed:\n{value}")
-                results[index] = value
+                results[index] = pickle.loads(readers[index].recv_bytes())  # noqa: S301 - from our own fork
+                if isinstance(results[index], _Failure):
+                    raise results[index].error
             elif died:
                 raise RuntimeError(f"Rank {index} of {len(ranks)} ended with exit code {ranks[index].exitcode}.")
         if time.monotonic() > deadline:

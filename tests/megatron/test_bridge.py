@@ -85,7 +85,7 @@ def test_every_layout_holds_the_same_weights(sizes: dict[str, int], tmp_path: Pa
 
 def fails(path: Path) -> str:
     """What importing says."""
-    with pytest.raises(RuntimeError) as failure:
+    with pytest.raises(Exception) as failure:  # noqa: PT011 - the tests look at what it says
         cpu.run_ranks(1, exported, path, {})
     return str(failure.value)
 

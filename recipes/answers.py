@@ -1,0 +1,104 @@
+"""Asking a model about the held-out digits, and measuring what it answers and which experts it used."""
+
+
+# isort: split
+
+from collections.abc import Sequence
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.bridge import AutoBridge
+from megatron.bridge.training.model_load_save import temporary_distributed_context
+
+from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from .console import Stage
+from .digits import EvaluationRow
+
+ASKED_AT_ONCE = 99
+
+
+def load(folder: Path) -> tuple[GPTOSSVisionForCausalLM, GPTOSSVisionProcessor]:
+    """The exported model and its processor, as any user of transformers loads them."""
+    return GPTOSSVisionForCausalLM.from_pretrained(folder).eval(), GPTOSSVisionProcessor.from_pretrained(folder)
+
+
+def prompts(processor: GPTOSSVisionProcessor, rows: Sequence[EvaluationRow], image: str) -> Any:
+    """The questions of some rows, asked with ``image`` («right», «wrong», «no»), as one left-padded batch."""
+    return processor.apply_chat_template(
+        [getattr(row, f"{image}_image") for row in rows],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+
+
+def ask(
+    model: GPTOSSVisionForCausalLM,
+    processor: GPTOSSVisionProcessor,
+    rows: Sequence[EvaluationRow],
+    image: str,
+    stage: Stage,
+) -> list[str]:
+    """What the model answers, word for word, generated greedily with its cache."""
+    answers = []
+    for some in batched(rows, ASKED_AT_ONCE):
+        inputs = prompts(processor, some, image)
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        answers += [spoken(processor, tokens) for tokens in output[:, inputs["input_ids"].shape[1] :]]
+        stage.advance()
+    return answers
+
+
+def spoken(processor: GPTOSSVisionProcessor, tokens: torch.Tensor) -> str:
+    """The text of the final channel: what stands after the last ``<|message|>``."""
+    text = processor.decode(tokens, skip_special_tokens=False).rpartition("<|message|>")[2]
+    return text.partition("<|return|>")[0].partition("<|end|>")[0].strip()
+
+
+def accuracy(rows: Sequence[EvaluationRow], answers: Sequence[str]) -> float:
+    """Share of answers that are the word for the row's own digit, whatever image was shown."""
+    return sum(said == row.truth for row, said in zip(rows, answers, strict=True)) / len(rows)
+
+
+def expert_shares(
+    model: GPTOSSVisionForCausalLM, processor: GPTOSSVisionProcessor, rows: Sequence[EvaluationRow]
+) -> np.ndarray:
+    """``[layers, 2, experts]``: which share of visual and of text tokens goes to each expert, over the questions."""
+    config = model.config
+    counts = torch.zeros(config.num_hidden_layers, 2, config.num_local_experts)
+    for some in batched(rows, ASKED_AT_ONCE):
+        inputs = prompts(processor, some, "right")
+        with torch.no_grad():
+            logits = model(**inputs, output_router_logits=True).router_logits
+        visual = (inputs["input_ids"] == config.image_token_id).flatten()
+        text = inputs["attention_mask"].bool().flatten() & ~visual
+        for layer, scores in enumerate(logits):
+            chosen = torch.zeros_like(scores).scatter(1, scores.topk(config.num_experts_per_tok).indices, 1.0)
+            counts[layer] += torch.stack([chosen[visual].sum(0), chosen[text].sum(0)])
+    return (counts / counts.sum(-1, keepdim=True)).numpy()
+
+
+def largest_difference(
+    model: GPTOSSVisionForCausalLM,
+    processor: GPTOSSVisionProcessor,
+    rows: Sequence[EvaluationRow],
+    megatron_path: Path,
+) -> float:
+    """The largest difference between any logit of the exported model and of the trained one, in fp32."""
+    some = rows[:ASKED_AT_ONCE]
+    largest = 0.0
+    with temporary_distributed_context(backend="gloo"), torch.no_grad():
+        (trained,) = AutoBridge.from_hf_pretrained(model.name_or_path).load_megatron_model(megatron_path)
+        trained.eval()
+        for image in ("right", "no"):
+            for row in some:
+                inputs = prompts(processor, [row], image)
+                theirs = trained(inputs["input_ids"], None, None, pixel_values=inputs.get("pixel_values"))
+                largest = max(largest, float((model(**inputs).logits - theirs).abs().max()))
+    return largest

@@ -1,0 +1,147 @@
+"""Megatron without CUDA: every redirection still has its target, is still needed, and is undone."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gpt_oss_vision.bridge.megatron import cpu, upstream
+
+without_cuda = pytest.mark.skipif(cpu.cuda_is_real(), reason="has a CUDA device")
+
+
+@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, name, _ in cpu.redirections()])
+def test_what_is_redirected_still_exists(owner: object, name: str):
+    assert hasattr(owner, name), f"{owner}.{name} has moved"
+
+
+@without_cuda
+def test_inside_there_is_a_device_and_outside_there_is_none():
+    before = [getattr(owner, name) for owner, name, _ in cpu.redirections()]
+    with cpu.runtime(), cpu.runtime():
+        assert torch.cuda.is_available()
+        assert torch.ones(2, device="cuda").cuda().to("cuda:0").device == cpu.CPU
+        assert torch.ones(2).type() == "torch.cuda.FloatTensor"
+        assert torch.nn.Linear(2, 2).cuda().weight.device == cpu.CPU
+    assert not torch.cuda.is_available()
+    assert torch.ones(2).type() == "torch.FloatTensor"
+    assert before == [getattr(owner, name) for owner, name, _ in cpu.redirections()]
+
+
+@without_cuda
+def test_it_is_undone_after_a_failure_too():
+    with pytest.raises(ZeroDivisionError), cpu.runtime():
+        _ = 1 / 0
+    assert not torch.cuda.is_available()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
+)
+def test_a_stand_in_is_gone_after_the_import_and_refuses_to_be_built():
+    with pytest.raises(ImportError):
+        importlib.import_module("transformer_engine")
+    from megatron.bridge.training.pretrain import CallWrapper
+
+    with pytest.raises(ImportError, match="needs the package `nvidia_resiliency_ext`"):
+        CallWrapper()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
+)
+def test_megatron_bridge_still_needs_the_stand_ins():
+    """When this fails, `import_megatron_bridge` can go."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import megatron.bridge"], capture_output=True, text=True
+    )
+    assert "No module named 'transformer_engine'" in run.stderr
+
+
+def test_ranks_answer_in_order():
+    assert cpu.run_ranks(3, rank_and_size) == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_what_a_rank_raises_is_raised_here():
+    with pytest.raises(ZeroDivisionError, match="only rank 0 works") as failure:
+        cpu.run_ranks(2, only_the_first_works)
+    (note,) = failure.value.__notes__
+    assert note.startswith("On rank 1 of 2:\nTraceback")
+
+
+def test_a_rank_that_dies_is_named():
+    with pytest.raises(RuntimeError, match="Rank 0 of 1 ended with exit code 7"):
+        cpu.run_ranks(1, dies)
+
+
+def test_a_rank_that_hangs_is_given_up():
+    with pytest.raises(RuntimeError, match=r"Ranks \[0\] of 1 did not finish"):
+        cpu.run_ranks(1, hangs, timeout=0.5)
+
+
+def rank_and_size() -> tuple[int, int]:
+    torch.distributed.init_process_group("gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def only_the_first_works() -> None:
+    import os
+
+    if os.environ["RANK"] != "0":
+        raise ZeroDivisionError("only rank 0 works")
+
+
+def dies() -> None:
+    import os
+
+    os._exit(7)
+
+
+def hangs() -> None:
+    import time
+
+    time.sleep(60)
+
+
+# --- work-arounds: each still needed ------------------------------------------------------------------------------
+
+
+@without_cuda
+def test_megatron_cores_own_sink_still_wants_a_cuda_device():
+    """When this fails, `SinkAttention` is no longer needed for the CPU, only for speed."""
+    source = importlib.import_module("inspect").getsource(
+        importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention.__init__
+    )
+    assert "device=torch.cuda.current_device()" in source
+
+
+def test_megatron_cores_torch_norm_still_refuses_sequence_parallelism():
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from gpt_oss_vision.bridge.megatron.provider import provider_from_config
+    from tiny import tiny_config
+
+    config = provider_from_config(tiny_config(), sequence_parallel=True)
+    config.persist_layer_norm = False
+    with pytest.raises(AssertionError, match="sequence parallel not supported"):
+        WrappedTorchNorm(config, 8)
+
+
+def test_megatron_core_still_comes_without_the_makefile_of_its_helper():
+    assert not upstream._helpers_can_be_compiled()
+
+
+@without_cuda
+def test_gloo_still_wants_split_sizes_as_ints():
+    with pytest.raises(TypeError):
+        cpu.run_ranks(1, all_to_all_with_tensors)
+
+
+def all_to_all_with_tensors() -> None:
+    torch.distributed.init_process_group("gloo")
+    wrapped = torch.distributed.all_to_all_single
+    original = next(cell.cell_contents for cell in wrapped.__closure__ if callable(cell.cell_contents))
+    sizes = torch.tensor([2])
+    original(torch.empty(2), torch.ones(2), sizes, sizes)
