@@ -43,14 +43,13 @@ __all__ = [
 
 
 def register() -> None:
-    """Make transformers' Auto classes know `gpt_oss_vision` checkpoints. Calling it again changes nothing.
+    """Make transformers' Auto classes and Megatron-Bridge know this model. Calling it again changes nothing.
 
-    Megatron takes ten seconds and more to import, so a process that uses it registers with it by
-    `gpt_oss_vision.bridge.megatron.register()`.
+    Megatron-Bridge takes ten seconds and more to import. A process that only uses transformers can call
+    `gpt_oss_vision.bridge.hf.register_auto_classes` instead; one that loads plug-ins by module name imports
+    `gpt_oss_vision.bridge.plugin`.
     """
-    from .bridge.hf import register_auto_classes
-
-    register_auto_classes()
+    import_module(".bridge.plugin", __name__)
 
 
 def __getattr__(name: str) -> object:

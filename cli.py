@@ -9,6 +9,7 @@ argparse, because a usage error has to answer at once and typer imports pydantic
 
 import argparse
 import inspect
+import os
 import shutil
 import sys
 import tempfile
@@ -20,23 +21,35 @@ from pathlib import Path
 from . import __version__
 
 
-def quickstart(out: Path, seed: int, steps: int | None, overwrite: bool) -> int:
+def quickstart(out: Path, overwrite: bool, **settings: int | None) -> int:
     """Train, convert and answer on a CPU, in minutes.
 
     A tiny model with everything on learns to read real handwritten digits: written in Hugging Face format, trained by
     Megatron, exported, and asked about digits that it has not seen.
     """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same run on every machine
     with output_folder(out, overwrite, proof="report.json"):
         from .recipes.console import quiet
 
         with quiet(out / "log.txt") as console:
             console.print("Loading torch, transformers and Megatron-Bridge")
             from .recipes import quickstart as recipe
-        settings = recipe.Settings(seed=seed) if steps is None else recipe.Settings(seed=seed, steps=steps)
-        report = recipe.run(out, settings=settings)
+        given = {name: value for name, value in settings.items() if value is not None}
+        report = recipe.run(out, settings=recipe.Settings(**given))
     right, wrong, without = (report[f"accuracy_{image}_image"] for image in ("right", "wrong", "no"))
     print(f"Digits named rightly: {right:.1%} with their image, {wrong:.1%} with another, {without:.1%} with none.")
     print(f"Checkpoints, pictures and report.json are in {out}.")
+    return 0
+
+
+def generate(model: Path, prompt: str, image: list[Path], max_new_tokens: int) -> int:
+    """Ask a checkpoint in Hugging Face format a question, with images."""
+    from .conversion.checkpoint import check_checkpoint
+
+    check_checkpoint(model)
+    from .recipes import generate as recipe
+
+    print(recipe.generate(model, prompt, image, max_new_tokens=max_new_tokens))
     return 0
 
 
@@ -58,7 +71,14 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default="out", metavar="DIR", help="folder for checkpoints, plots and report (%(default)s)")
     add("--seed", type=_at_least(0), default=0, metavar="N", help="same seed, same result (%(default)s)")
     add("--steps", type=_at_least(1), metavar="N", help="optimizer steps; with few it learns little")
+    for kind in ("tensor", "pipeline", "expert"):
+        add(f"--{kind}-parallel", type=_at_least(1), metavar="N", help=f"{kind}-parallel size of the training (1)")
     add("--overwrite", action="store_true", help="replace an earlier quickstart in --out")
+    add = _command(commands, generate).add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
+    add("--prompt", required=True, metavar="TEXT", help="what to ask")
+    add("--image", type=Path, action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    add("--max-new-tokens", type=_at_least(1), default=256, metavar="N", help="longest answer (%(default)s)")
     _command(commands, doctor)
     return top
 

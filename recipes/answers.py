@@ -1,5 +1,6 @@
 """Asking a model about the held-out digits, and measuring what it answers and which experts it used."""
 
+from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 
@@ -17,6 +18,7 @@ from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from .console import Stage
 from .digits import EvaluationRow
+from .generate import final_words
 
 ASKED_AT_ONCE = 99
 
@@ -50,15 +52,9 @@ def ask(
     for some in batched(rows, ASKED_AT_ONCE):
         inputs = prompts(processor, some, image)
         output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-        answers += [spoken(processor, tokens) for tokens in output[:, inputs["input_ids"].shape[1] :]]
+        answers += [final_words(processor.decode(tokens)) for tokens in output[:, inputs["input_ids"].shape[1] :]]
         stage.advance()
     return answers
-
-
-def spoken(processor: GPTOSSVisionProcessor, tokens: torch.Tensor) -> str:
-    """The text of the final channel: what stands after the last ``<|message|>``."""
-    text = processor.decode(tokens, skip_special_tokens=False).rpartition("<|message|>")[2]
-    return text.partition("<|return|>")[0].partition("<|end|>")[0].strip()
 
 
 def accuracy(rows: Sequence[EvaluationRow], answers: Sequence[str]) -> float:

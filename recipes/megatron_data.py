@@ -1,6 +1,6 @@
 """Chat data as Megatron-Bridge's training loop takes it: a dataset provider whose fields survive `run_config.yaml`."""
 
-from ..bridge import megatron as _  # noqa: F401 - first: it makes Megatron-Bridge importable without Transformer Engine
+from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 

@@ -4,7 +4,7 @@ Stations, each a function below: digits and a tiny Hugging Face checkpoint → M
 training loop → Megatron checkpoint → Hugging Face checkpoint → questions about digits that were held out → report.
 """
 
-from ..bridge import megatron  # first: it makes Megatron-Bridge importable without Transformer Engine
+from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 
@@ -39,7 +39,6 @@ from megatron.bridge.training.model_load_save import temporary_distributed_conte
 from PIL import Image
 from rich.console import Console
 
-from ..bridge import hf
 from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
@@ -64,11 +63,11 @@ class Settings:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     expert_parallel: int = 1
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 64
     learning_rate: float = 3e-3
     vocab_size: int = 448
-    seq_length: int = 64
+    seq_length: int = 32
     max_questions: int | None = None
     """How many of the held-out scans are asked about; None is all of them."""
 
@@ -98,8 +97,6 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
         the logits of the exported and of the trained model, seconds, peak memory and versions.
     """
     out, settings, started = Path(out).absolute(), settings or Settings(), time.perf_counter()
-    hf.register_auto_classes()
-    megatron.register()
     with quiet(out / "log.txt") as console:
         console.print("Writing digits and a tiny checkpoint")
         digits = write_digits(out / "digits", settings.seed)
@@ -164,7 +161,7 @@ def tiny_config(tokenizer: GPTOSSVisionTokenizer) -> GPTOSSVisionConfig:
         use_nope=True,
         nope_stride=4,
         vision_embed_dim=64,
-        vision_patch_size=4,
+        vision_patch_size=8,
         vision_num_layers=2,
         vision_num_heads=4,
         vision_image_size=16,

@@ -1,6 +1,6 @@
 """The training entry: Megatron-Bridge's own loop, on whatever this machine has."""
 
-from ..bridge import megatron  # first: it makes Megatron-Bridge importable without Transformer Engine
+from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 
@@ -21,7 +21,6 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
         config: complete; on a machine without CUDA its communication settings are adapted (`cpu.settle`).
         callbacks: told of every step by Megatron-Bridge.
     """
-    megatron.register()
     cpu.settle(config)
     with cpu.runtime():
         pretrain(config, forward_step, callbacks=list(callbacks))

@@ -63,7 +63,7 @@ def reference_step(model: torch.nn.Module, microbatches: list[dict[str, torch.Te
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
-    return StepResult(logits, float(loss), gradients)
+    return StepResult(logits, float(loss.detach()), gradients)
 
 
 def megatron_step(path: Path, layout: Layout, microbatches: list[dict[str, torch.Tensor]]) -> StepResult | None:

@@ -9,7 +9,10 @@ import_megatron_bridge()
 
 
 def register() -> None:
-    """Make Megatron-Bridge know this model: its bridge, and its classes in ``run_config.yaml``. Idempotent."""
+    """Make Megatron-Bridge know this model: its bridge, and its classes in ``run_config.yaml``.
+
+    A part of `gpt_oss_vision.register`. Calling it again changes nothing.
+    """
     from . import bridge, upstream  # importing the bridge registers it
 
     del bridge

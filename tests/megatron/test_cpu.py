@@ -1,8 +1,8 @@
 """Megatron without CUDA: every redirection still has its target, is still needed, and is undone."""
 
+import ast
 import importlib
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,15 +49,24 @@ def test_a_stand_in_is_gone_after_the_import_and_refuses_to_be_built():
         CallWrapper()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [
+        ("transformer_engine", "megatron.bridge.peft.lora_layers"),
+        ("nvidia_resiliency_ext", "megatron.bridge.training.pretrain"),
+    ],
 )
-def test_megatron_bridge_still_needs_the_stand_ins():
-    """When this fails, `import_megatron_bridge` can go."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import megatron.bridge"], capture_output=True, text=True
-    )
-    assert "No module named 'transformer_engine'" in run.stderr
+def test_megatron_bridge_still_imports_without_asking(package: str, module: str):
+    """When this fails for both, `import_megatron_bridge` can go."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    unconditional = [
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in ast.parse(Path(spec.origin).read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
+    assert any(name.partition(".")[0] == package for name in unconditional)
 
 
 def test_ranks_answer_in_order():
@@ -79,6 +88,22 @@ def test_a_rank_that_dies_is_named():
 def test_a_rank_that_hangs_is_given_up():
     with pytest.raises(RuntimeError, match=r"Ranks \[0\] of 1 did not finish"):
         cpu.run_ranks(1, hangs, timeout=0.5)
+
+
+def test_workers_of_a_rank_do_not_outlive_it(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="did not finish"):
+        cpu.run_ranks(1, starts_a_worker_and_hangs, tmp_path / "pid", timeout=3)
+    pid = (tmp_path / "pid").read_text()
+    status = Path(f"/proc/{pid}/status")
+    assert not status.exists() or "zombie" in status.read_text()
+
+
+def starts_a_worker_and_hangs(file: Path) -> None:
+    import subprocess
+
+    worker = subprocess.Popen(["sleep", "60"])
+    file.write_text(str(worker.pid))
+    worker.wait()
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -135,7 +135,7 @@ def test_all_ranks_leave_out_the_same_rows(fields):
 
 
 def test_a_file_that_one_rank_cannot_read_stops_all_ranks(fields):
-    with pytest.raises(RuntimeError, match=r"Rank 1 can't read the dataset: .*nowhere.jsonl"):
+    with pytest.raises(OSError, match=r"Rank 1 can't read the dataset: .*nowhere.jsonl"):
         cpu.run_ranks(2, _lost_on_rank_1, fields, timeout=60)
 
 

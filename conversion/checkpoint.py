@@ -1,0 +1,47 @@
+"""Looking at a checkpoint folder before anything is built from it."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+MODEL_TYPE = "gpt_oss_vision"
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Whether a folder holds a whole GPT-OSS-Vision checkpoint; reads headers only.
+
+    Raises:
+        FileNotFoundError: no config, no weights, or a shard that the index names is not there.
+        ValueError: the config is of another architecture, or a weight file is cut off or damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json; name the folder of a Hugging Face checkpoint")
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    if model_type != MODEL_TYPE:
+        raise ValueError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r}")
+    for file in weight_files(folder):
+        _check_safetensors(file)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or those that its index names.
+
+    Raises:
+        FileNotFoundError: when there is none, or one of them is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+    files = [folder / name for name in names or ["model.safetensors"]]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; copy the checkpoint again")
+    return files
+
+
+def _check_safetensors(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{file} is cut off or damaged ({error}); copy it again") from error

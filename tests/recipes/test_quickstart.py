@@ -1,0 +1,101 @@
+"""The quickstart as a new user runs it: in a process of its own, with its defaults."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+def command(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "gpt_oss_vision.cli", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart") / "out"
+    done = command("quickstart", "--out", str(folder), timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "Training: 300/300" in done.stdout
+    assert f"Checkpoints, pictures and report.json are in {folder}" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(out: Path) -> dict:
+    return json.loads((out / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_model_sees(report: dict):
+    assert report["accuracy_right_image"] >= 0.90
+    assert report["accuracy_wrong_image"] <= 0.25
+    assert report["accuracy_no_image"] <= 0.25
+
+
+@pytest.mark.slow
+def test_the_exported_model_is_the_trained_one(report: dict):
+    assert report["max_logit_difference"] <= 1e-4
+
+
+@pytest.mark.slow
+def test_it_learned_within_the_memory_of_a_laptop(report: dict):
+    assert report["loss_last"] < report["loss_first"] / 10
+    assert 0 < report["peak_rss_gib"] < 6
+    assert report["seconds"] > 0
+    assert {"torch", "transformers", "megatron-core", "megatron-bridge"} <= report["versions"].keys()
+
+
+@pytest.mark.slow
+def test_everything_is_left_behind(out: Path):
+    for picture in ("loss.png", "predictions.png", "experts.png"):
+        with Image.open(out / picture) as image:
+            assert min(image.size) > 300
+    assert (out / "hf" / "model.safetensors").is_file()
+    assert (out / "hf" / "processor_config.json").is_file()
+    assert (out / "megatron" / "latest_checkpointed_iteration.txt").read_text().strip() == "300"
+    assert list((out / "tensorboard").glob("events.out.tfevents.*"))
+    assert {file.name for file in out.iterdir()} == {
+        "digits",
+        "experts.png",
+        "hf",
+        "hf_start",
+        "log.txt",
+        "loss.png",
+        "megatron",
+        "megatron_start",
+        "predictions.png",
+        "report.json",
+        "tensorboard",
+    }
+
+
+@pytest.mark.slow
+def test_the_command_asks_the_exported_model(out: Path):
+    answers = [
+        json.loads(line)["messages"][1]["content"][0]["text"]
+        for line in (out / "digits" / "train.jsonl").read_text().splitlines()
+        if "images/0003.png" in line
+    ] or ["three"]
+    image = str(out / "digits" / "images" / "0003.png")
+    done = command("generate", "--model", str(out / "hf"), "--prompt", "Which digit is this?", "--image", image)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, answers[0], "")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        (["--tensor-parallel", "4"], "tensor_model_parallel_size=4 does not divide the 2 key/value groups"),
+        (["--expert-parallel", "3"], "expert_model_parallel_size=3 does not divide the 8 experts"),
+    ],
+)
+def test_a_layout_that_cannot_work_is_refused_before_any_work(sizes: list[str], sentence: str, tmp_path: Path):
+    done = command("quickstart", "--out", str(tmp_path / "out"), *sizes, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"gpt-oss-vision: {sentence}")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
