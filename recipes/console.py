@@ -18,6 +18,7 @@ class Stage:
 
     def __init__(self, console: Console, title: str, total: int, *, shown: bool = True):
         self.console, self.title, self.total, self.shown = console, title, total, shown
+        self.is_drawn = shown and console.is_terminal
         self.done, self.started, self.every = 0, time.monotonic(), max(1, total // LINES_PER_STAGE)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -26,27 +27,28 @@ class Stage:
             TextColumn("{task.fields[words]}"),
             TimeRemainingColumn(),
             console=console,
+            redirect_stdout=False,  # what others print belongs into the log, not above the bar
+            redirect_stderr=False,
         )
         self.task = self.bar.add_task(title, total=total, words="")
 
     def advance(self, words: str = "") -> None:
         """One step further."""
         self.done += 1
-        if not self.shown:
-            return
-        if self.console.is_terminal:
+        if self.is_drawn:
             self.bar.update(self.task, completed=self.done, words=words)
-        elif self.done % self.every == 0 or self.done == self.total:
+        elif self.shown and (self.done % self.every == 0 or self.done == self.total):
             left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
             self.console.print(f"{self.title}: {self.done}/{self.total} {words} {left:.0f} s left")
 
     def __enter__(self) -> "Stage":
-        if self.shown and self.console.is_terminal:
+        if self.is_drawn:
             self.bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        if self.is_drawn:
+            self.bar.stop()
 
 
 @contextmanager
