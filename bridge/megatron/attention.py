@@ -9,7 +9,7 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from megatron.core.utils import divide
 from torch import nn
 
-from ..ops.attention import sink_attention
+from ..ops.attention import fused_sink_attention
 
 
 class SinkAttention(MegatronModule):
@@ -59,7 +59,7 @@ class SinkAttention(MegatronModule):
         ``attention_mask`` is not read: padding is on the right, where a causal query cannot see it.
         """
         assert packed_seq_params is None and attention_bias is None
-        context = sink_attention(
+        context = fused_sink_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
