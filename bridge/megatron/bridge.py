@@ -13,9 +13,9 @@ from megatron.bridge.models.conversion.param_mapping import (
     ReplicatedMapping,
     RowParallelMapping,
 )
-from megatron.bridge.models.conversion.quantization_utils import dequantize_mxfp4
 from megatron.bridge.utils.common_utils import extract_expert_number_from_param
 
+from ..ops.mxfp4 import dequantize
 from . import upstream
 from .model import GPTOSSVisionModel
 from .provider import GPTOSSVisionProvider, provider_from_config
@@ -165,7 +165,7 @@ class GPTOSSVisionBridge(MegatronModelBridge):
         """Read a tensor; from MXFP4, dequantised and turned to the orientation of unquantised checkpoints."""
         if isinstance(hf_param, str) and hf_param not in hf_state_dict:
             blocks, scales = (hf_state_dict[hf_param + part] for part in MXFP4_PARTS)
-            return dequantize_mxfp4(blocks, scales).mT
+            return dequantize(blocks, scales).mT
         return super().maybe_modify_loaded_hf_weight(hf_param, hf_state_dict)
 
 

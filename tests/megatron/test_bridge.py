@@ -162,3 +162,15 @@ def test_mxfp4_experts_are_read_in_the_right_orientation(tmp_path: Path):
     assert len(expected) == 8
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_mxfp4_is_read_to_the_bit_as_megatron_bridge_reads_it():
+    from megatron.bridge.models.conversion.quantization_utils import dequantize_mxfp4
+
+    from gpt_oss_vision.bridge.ops.mxfp4 import dequantize
+
+    every = torch.arange(256, dtype=torch.uint8)
+    blocks, scales = every.view(16, 16).repeat(2, 256, 1, 1), every.view(256, 1).repeat(2, 1, 16)
+    for dtype, bits in {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}.items():
+        theirs = dequantize_mxfp4(blocks, scales, dtype=dtype)
+        assert torch.equal(dequantize(blocks, scales, dtype).view(bits), theirs.view(bits)), dtype
