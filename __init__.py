@@ -43,10 +43,11 @@ __all__ = [
 
 
 def register() -> None:
-    """Make transformers' Auto classes and Megatron-Bridge know this model. Calling it again changes nothing.
+    """Make transformers and Megatron-Bridge know this model, and transformers `attn_implementation="sink_sdpa"`.
 
-    Megatron-Bridge takes ten seconds and more to import. A process that only uses transformers can call
-    `gpt_oss_vision.bridge.hf.register_auto_classes` instead; one that loads plug-ins by module name imports
+    Calling it again changes nothing. Megatron-Bridge takes ten seconds and more to import. A process that only uses
+    transformers can call `gpt_oss_vision.bridge.hf.register_auto_classes` and
+    `gpt_oss_vision.bridge.attention.register_attention` instead; one that loads plug-ins by module name imports
     `gpt_oss_vision.bridge.plugin`.
     """
     import_module(".bridge.plugin", __name__)

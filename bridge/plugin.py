@@ -1,10 +1,11 @@
-"""Importing this module makes transformers' Auto classes and Megatron-Bridge know the model.
+"""Importing this module makes transformers and Megatron-Bridge know the model, and transformers our attention.
 
 For frameworks that load plug-ins by name: ``bridge_plugins: [gpt_oss_vision.bridge.plugin]``. Others call
 `gpt_oss_vision.register`, which is the same.
 """
 
-from . import hf, megatron
+from . import attention, hf, megatron
 
 hf.register_auto_classes()
+attention.register_attention()
 megatron.register()

@@ -42,6 +42,7 @@ RULES = {
     "bridge/megatron": Rule(
         ("bridge.ops", "bridge.hf.configuration_gpt_oss_vision"), frozenset({"torch", "transformers", "megatron"})
     ),
+    "bridge/attention.py": Rule(("bridge.ops.attention",), frozenset({"torch", "transformers"})),
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
     "conversion": Rule(("bridge",)),
     "recipes/quickstart.py": Rule(("recipes", "conversion", "bridge")),

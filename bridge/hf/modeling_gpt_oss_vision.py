@@ -19,7 +19,7 @@ from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
 )
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssDecoderLayer,
     GptOssExperts,
@@ -167,10 +167,20 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
         # transformers looks for the experts' decorator in the file of the class; ours are gpt-oss's, in its file.
         return GptOssPreTrainedModel._can_set_experts_implementation()
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # transformers takes every name with "sdpa" in it for its own.
+        if requested_attention != "sink_sdpa":
+            return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        if requested_attention not in ALL_ATTENTION_FUNCTIONS:
+            raise ValueError(
+                'attn_implementation="sink_sdpa" comes with gpt_oss_vision: call gpt_oss_vision.register().'
+            )
+        return requested_attention
+
     def _sdpa_can_dispatch(self, is_init_check: bool = False) -> bool:
         raise ValueError(
             'attn_implementation="sdpa" would drop the attention sinks, and with them the meaning of the weights; '
-            'use "eager", "flex_attention" or a flash kernel with sinks.'
+            'use "eager", "sink_sdpa", "flex_attention" or a flash kernel with sinks.'
         )
 
     @torch.no_grad()
