@@ -21,18 +21,32 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
     ep: int = 1
+    etp: int = 1
     dp: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
-        """Ranks needed: expert parallelism lies across data parallelism."""
-        return self.tp * self.pp * max(self.dp, self.ep // self.tp)
+        """Ranks needed: experts are laid out over tensor and data parallelism."""
+        return self.pp * max(self.tp * self.dp, self.ep * self.etp)
 
     def __str__(self) -> str:
-        sizes = {"TP": self.tp, "PP": self.pp, "EP": self.ep, "DP": self.dp}
-        return "·".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one rank"
+        sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "EP": self.ep, "ETP": self.etp, "DP": self.dp}
+        words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+        return "·".join([*words, *(f"{name}={value}" for name, value in self.extra.items())]) or "one rank"
+
+    def apply(self, provider: Any) -> None:
+        """Set the sizes on a provider that is not yet finalized."""
+        provider.tensor_model_parallel_size = self.tp
+        provider.sequence_parallel = self.tp > 1
+        provider.pipeline_model_parallel_size = self.pp
+        provider.virtual_pipeline_model_parallel_size = self.vpp if self.vpp > 1 else None
+        provider.expert_model_parallel_size = self.ep
+        provider.expert_tensor_parallel_size = self.etp
+        for name, value in self.extra.items():
+            setattr(provider, name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +119,7 @@ def build(bridge: Any, layout: Layout) -> list[torch.nn.Module]:
     from megatron.bridge.training.config import DistributedDataParallelConfig
 
     provider = bridge.to_megatron_provider()
-    provider.tensor_model_parallel_size = layout.tp
-    provider.sequence_parallel = layout.tp > 1
-    provider.pipeline_model_parallel_size = layout.pp
-    provider.expert_model_parallel_size = layout.ep
-    for name, value in layout.extra.items():
-        setattr(provider, name, value)
+    layout.apply(provider)
     provider.finalize()
     provider.initialize_model_parallel(seed=0)
     ddp = DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False)

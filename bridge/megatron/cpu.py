@@ -253,6 +253,35 @@ def _all_to_all_with_lists(original: Callable) -> Callable:
     return all_to_all_single
 
 
+def _all_gather_of_any_size(original: Callable) -> Callable:
+    """Gloo gathers equal pieces only; experts' tokens, gathered for expert tensor parallelism, are not."""
+
+    def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False):
+        if len({piece.shape for piece in tensor_list}) == 1:
+            return original(tensor_list, tensor, group=group, async_op=async_op)
+        tensor_list[torch.distributed.get_rank(group)].copy_(tensor)
+        for rank, piece in enumerate(tensor_list):
+            torch.distributed.broadcast(piece, group=group, group_src=rank)
+        return None
+
+    return all_gather
+
+
+def _reduce_scatter_of_any_size(original: Callable) -> Callable:
+    """The way back of the above."""
+
+    def reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], group: Any = None, **kwargs: Any):
+        if len({piece.shape for piece in input_list}) == 1:
+            return original(output, input_list, group=group, **kwargs)
+        pieces = [piece.clone() for piece in input_list]  # a reduction leaves its input changed
+        for rank, piece in enumerate(pieces):
+            torch.distributed.reduce(piece, group=group, group_dst=rank)
+        output.copy_(pieces[torch.distributed.get_rank(group)])
+        return None
+
+    return reduce_scatter
+
+
 def redirections() -> list[tuple[Any, str, Any]]:
     """Every ``(module, name, replacement)`` that `runtime()` puts in place."""
     import megatron.core.tensor_parallel.random as megatron_random
@@ -265,6 +294,8 @@ def redirections() -> list[tuple[Any, str, Any]]:
         (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
         (megatron_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
         (torch.distributed, "all_to_all_single", _all_to_all_with_lists(torch.distributed.all_to_all_single)),
+        (torch.distributed, "all_gather", _all_gather_of_any_size(torch.distributed.all_gather)),
+        (torch.distributed, "reduce_scatter", _reduce_scatter_of_any_size(torch.distributed.reduce_scatter)),
     ]
 
 
@@ -288,6 +319,13 @@ def runtime() -> Iterator[None]:
         _depth += 1
         undo.callback(_leave)
         yield
+
+
+def settle_model(provider: Any) -> None:
+    """Set what a model's provider needs where there is no CUDA device; with one, change nothing."""
+    if not cuda_is_real():
+        # Gloo does not keep batched sends and receives apart: interleaved pipeline stages would get each other's.
+        provider.batch_p2p_comm = False
 
 
 def settle(config: Any) -> None:

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.utils import log_single_rank
 
 from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
-from . import cpu
+from . import cpu, upstream
 from .layer_spec import block_spec
 from .model import GPTOSSVisionModel
 
@@ -93,7 +93,7 @@ class GPTOSSVisionProvider(GPTModelProvider):
     bias_dropout_fusion: bool = field(default=False, init=False)
     scatter_embedding_sequence_parallel: bool = field(default=False, init=False)
 
-    # Megatron-Core would take the size of tensor parallelism; it allows biased experts with 1 only.
+    # Megatron-Core's default would be the size of tensor parallelism.
     expert_tensor_parallel_size: int | None = 1
     moe_router_load_balancing_type: Any = "none"
     moe_token_dispatcher_type: Any = "alltoall"
@@ -110,7 +110,9 @@ class GPTOSSVisionProvider(GPTModelProvider):
         # Megatron-Core wants the dense FFN size even where every layer is a mixture of experts.
         self.ffn_hidden_size = self.moe_ffn_hidden_size
         check_layout(self)
-        super().finalize()
+        cpu.settle_model(self)
+        with upstream.biased_experts_allowed(self):
+            super().finalize()
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
@@ -188,19 +190,20 @@ def check_layout(provider: GPTOSSVisionProvider) -> None:
         ValueError: naming the sizes that don't divide.
     """
     tp, ep = provider.tensor_model_parallel_size, provider.expert_model_parallel_size
+    etp = provider.expert_tensor_parallel_size or 1
     for size, name, count, what in (
         (tp, "tensor_model_parallel_size", provider.num_query_groups, "key/value groups"),
         (tp, "tensor_model_parallel_size", provider.vocab_size, "vocabulary entries"),
         (ep, "expert_model_parallel_size", provider.num_moe_experts, "experts"),
-        (
-            provider.expert_tensor_parallel_size or 1,
-            "expert_tensor_parallel_size",
-            provider.moe_ffn_hidden_size,
-            "columns of the expert FFN",
-        ),
+        (etp, "expert_tensor_parallel_size", provider.moe_ffn_hidden_size, "columns of the expert FFN"),
     ):
         if count % size:
             raise ValueError(f"{name}={size} does not divide the {count} {what} of this model.")
+    if etp > 1 and resolve_backend(provider.backend) == "transformer_engine":
+        raise ValueError(
+            f"expert_tensor_parallel_size={etp} needs backend='torch'; with Transformer Engine each rank would add the "
+            "experts' biases whole."
+        )
     if provider.context_parallel_size > 1:
         raise ValueError(f"context_parallel_size={provider.context_parallel_size} is not supported; use 1.")
 

@@ -5,7 +5,8 @@ or has been mended, the test says which.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import megatron.bridge.training.initialize as bridge_initialize
@@ -21,6 +22,20 @@ def apply() -> None:
     register_allowed_target_prefix("gpt_oss_vision.")
     if not _helpers_can_be_compiled():
         bridge_initialize.compile_helpers = _nothing_to_compile
+
+
+@contextmanager
+def biased_experts_allowed(provider) -> Iterator[None]:
+    """Let a config finalize with expert tensor parallelism although its experts have biases.
+
+    Megatron-Core 0.19.2 refuses this, because its own row-parallel experts add the whole bias on every rank.
+    `GroupedExperts` adds each rank's share.
+    """
+    size, provider.expert_tensor_parallel_size = provider.expert_tensor_parallel_size, 1
+    try:
+        yield
+    finally:
+        provider.expert_tensor_parallel_size = size
 
 
 def _helpers_can_be_compiled() -> bool:

@@ -159,6 +159,39 @@ def test_megatron_core_still_comes_without_the_makefile_of_its_helper():
 
 
 @without_cuda
+def test_gloo_still_gathers_equal_pieces_only():
+    with pytest.raises(RuntimeError, match="invalid tensor size"):
+        cpu.run_ranks(2, gather_unequal_pieces)
+
+
+def gather_unequal_pieces() -> None:
+    torch.distributed.init_process_group("gloo")
+    pieces = [torch.zeros(1), torch.zeros(2)]
+    original_of(torch.distributed.all_gather)(pieces, torch.ones(1 + torch.distributed.get_rank()))
+
+
+def original_of(wrapped):
+    """What a redirection of `cpu.runtime` stands in for."""
+    return next(cell.cell_contents for cell in wrapped.__closure__ if callable(cell.cell_contents))
+
+
+@without_cuda
+def test_unequal_pieces_are_gathered_and_scattered():
+    expected = [(0, [1.0, 2.0, 2.0], [1.0]), (1, [1.0, 2.0, 2.0], [3.0, 3.0])]
+    assert cpu.run_ranks(2, exchange_unequal_pieces) == expected
+
+
+def exchange_unequal_pieces() -> tuple[int, list[float], list[float]]:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    pieces = [torch.zeros(1), torch.zeros(2)]
+    torch.distributed.all_gather(pieces, torch.full((1 + rank,), 1.0 + rank))
+    mine = torch.zeros(1 + rank)
+    torch.distributed.reduce_scatter(mine, [torch.full((1,), 0.5), torch.full((2,), 1.0 + rank)])
+    return rank, torch.cat(pieces).tolist(), mine.tolist()
+
+
+@without_cuda
 def test_gloo_still_wants_split_sizes_as_ints():
     with pytest.raises(TypeError):
         cpu.run_ranks(1, all_to_all_with_tensors)
@@ -166,7 +199,16 @@ def test_gloo_still_wants_split_sizes_as_ints():
 
 def all_to_all_with_tensors() -> None:
     torch.distributed.init_process_group("gloo")
-    wrapped = torch.distributed.all_to_all_single
-    original = next(cell.cell_contents for cell in wrapped.__closure__ if callable(cell.cell_contents))
     sizes = torch.tensor([2])
-    original(torch.empty(2), torch.ones(2), sizes, sizes)
+    original_of(torch.distributed.all_to_all_single)(torch.empty(2), torch.ones(2), sizes, sizes)
+
+
+def test_megatron_core_still_refuses_biased_experts_with_expert_tensor_parallelism():
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from gpt_oss_vision.bridge.megatron.provider import provider_from_config
+    from tiny import tiny_config
+
+    config = provider_from_config(tiny_config(), expert_tensor_parallel_size=2, ffn_hidden_size=48)
+    with cpu.runtime(), pytest.raises(AssertionError, match="Bias in Moe is only supported when ETP==1"):
+        TransformerConfig.__post_init__(config)

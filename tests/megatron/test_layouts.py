@@ -16,7 +16,30 @@ CONFIGS = {
     "siglip, no pool token": {"vision_config": tiny_vision_config("siglip_vision_model"), "vision_pool_token": False},
     "clip, no NoPE": {"vision_config": tiny_vision_config("clip_vision_model"), "use_nope": False},
 }
-LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(ep=2), Layout(dp=2)]
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(ep=2),
+    Layout(dp=2),
+    Layout(pp=4),
+    Layout(ep=4),
+    Layout(etp=2),
+    Layout(tp=2, etp=2),
+    Layout(tp=2, ep=2),
+    Layout(tp=2, dp=2),
+    Layout(pp=2, ep=2),
+    Layout(ep=2, etp=2),
+    Layout(pp=2, vpp=2),
+    Layout(pp=2, vpp=2, ep=2),
+    Layout(tp=2, pp=2, ep=2),
+    Layout(tp=2, pp=2, ep=2, etp=2, dp=2),
+    Layout(pp=2, extra={"num_layers_in_first_pipeline_stage": 1}),
+    Layout(ep=2, extra={"moe_token_dispatcher_type": "allgather"}),
+    Layout(tp=2, extra=RECOMPUTE),
+    Layout(tp=2, extra={"recompute_granularity": "selective", "recompute_modules": ["moe", "core_attn"]}),
+]
 
 
 @pytest.fixture(scope="module")
