@@ -14,6 +14,10 @@ test *ARGS:
 test-gpu *ARGS:
     uv run pytest -m gpu {{ARGS}}
 
+# Every benchmark, one after the other: beside its peers and a physical limit, in one process each
+bench:
+    for file in tests/benchmarks/bench_*.py; do uv run python "$file" || exit 1; done
+
 # The user pages, into docs/_build; any warning is an error
 docs:
     uv run sphinx-build --fail-on-warning --nitpicky --builder html docs docs/_build
