@@ -40,14 +40,19 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
     Returns:
         ``[.., r, 32g]``; see `Dequantizer` for exactness and edges.
 
+    Raises:
+        ValueError: when shapes or dtypes do not fit.
+
     >>> dequantize(torch.full((1, 1, 16), 0x72, dtype=torch.uint8), torch.tensor([[128]], dtype=torch.uint8))[0, :4]
     tensor([ 2., 12.,  2., 12.], dtype=torch.bfloat16)
     """
-    groups = scales.shape[-1]
-    values = torch.empty(*scales.shape[:-1], BLOCK * groups, dtype=dtype, device=blocks.device)
-    packed = blocks.reshape(-1, groups, BLOCK // 2) if blocks.ndim > 3 else blocks
-    Dequantizer(dtype, blocks.device).into(values.view(-1, BLOCK * groups), packed, scales.reshape(-1, groups))
-    return values
+    if blocks.shape != (*scales.shape, BLOCK // 2):
+        raise ValueError(f"Blocks {list(blocks.shape)} and scales {list(scales.shape)} do not fit together.")
+    rows, groups = scales.shape[:-1].numel(), scales.shape[-1]
+    values = torch.empty(rows, BLOCK * groups, dtype=dtype, device=blocks.device)
+    packed = blocks.reshape(rows, groups, BLOCK // 2), scales.reshape(rows, groups)
+    Dequantizer(dtype, blocks.device).into(values, *packed)
+    return values.view(*scales.shape[:-1], BLOCK * groups)
 
 
 def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,12 +69,11 @@ def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if values.shape[-1] % BLOCK:
         raise ValueError(f"MXFP4 packs rows in blocks of {BLOCK}; a row here has {values.shape[-1]} values.")
-    groups = values.shape[-1] // BLOCK
-    blocks = torch.empty(*values.shape[:-1], groups, BLOCK // 2, dtype=torch.uint8, device=values.device)
-    scales = torch.empty(*values.shape[:-1], groups, dtype=torch.uint8, device=values.device)
-    rows = values.reshape(-1, values.shape[-1])
-    Quantizer(values.device).into(blocks.view(-1, groups, BLOCK // 2), scales.view(-1, groups), rows)
-    return blocks, scales
+    rows, groups = values.shape[:-1].numel(), values.shape[-1] // BLOCK
+    blocks = torch.empty(rows, groups, BLOCK // 2, dtype=torch.uint8, device=values.device)
+    scales = torch.empty(rows, groups, dtype=torch.uint8, device=values.device)
+    Quantizer(values.device).into(blocks, scales, values.reshape(rows, BLOCK * groups))
+    return blocks.view(*values.shape[:-1], groups, BLOCK // 2), scales.view(*values.shape[:-1], groups)
 
 
 class Dequantizer:
@@ -180,20 +184,17 @@ class Quantizer:
                 setattr(self, name, getattr(self, name).new_empty(step * groups, BLOCK))
         for start in range(0, rows, step):
             part = slice(start, start + step)
-            try:
-                self._chunk(blocks[part], scales[part], values[part])
-            except _NotFinite as failure:
-                raise ValueError(
-                    f"Row {start + failure.args[0] // groups} has an infinite value or a NaN; MXFP4 holds neither."
-                ) from None
+            self._chunk(blocks[part], scales[part], values[part], start)
 
-    def _chunk(self, blocks: torch.Tensor, scales: torch.Tensor, values: torch.Tensor) -> None:
+    def _chunk(self, blocks: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, start: int) -> None:
         count = scales.numel()
         exact, spare, half, code = (scratch[:count] for scratch in (self._float, self._spare, self._half, self._code))
         exact.view(values.shape).copy_(values)
         largest = torch.abs(exact, out=spare).amax(-1)
-        if count and not bool((largest < torch.inf).all()):
-            raise _NotFinite(int((~(largest < torch.inf)).nonzero()[0]))
+        is_finite = largest < torch.inf
+        if not is_finite.all():
+            row = start + int(is_finite.logical_not().nonzero()[0]) // scales.shape[1]
+            raise ValueError(f"Row {row} has an infinite value or a NaN; MXFP4 holds neither.")
         if values.dtype != torch.bfloat16:
             _round_to_odd(exact.view(torch.int32), spare.view(torch.int32))
         # The exponent's field of a float32, biased like the scale; 0 for subnormals.
@@ -205,10 +206,6 @@ class Quantizer:
         torch.index_select(self._codes, 0, index, out=code.view(-1))
         pairs = code.view(torch.int16)  # low byte first
         blocks.copy_((pairs | (pairs >> 4)).view(blocks.shape))
-
-
-class _NotFinite(Exception):
-    pass
 
 
 def _round_to_odd(bits: torch.Tensor, spare: torch.Tensor) -> None:

@@ -53,7 +53,7 @@ def test_every_byte_under_every_scale_is_what_transformers_gives_turned(dtype: t
 
 
 @pytest.mark.parametrize(
-    "shape", [(3, 130, 90), (2, 1, 20000), (1, 40000, 1), (0, 4, 2), (5, 2), (2, 3, 4, 5)], ids=str
+    "shape", [(3, 130, 90), (2, 1, 20000), (1, 40000, 1), (0, 4, 2), (3, 0), (5,), (5, 2), (2, 3, 4, 5)], ids=str
 )
 @pytest.mark.parametrize("dtype", BITS, ids=str)
 def test_any_shape_is_dequantised_through_all_its_chunks(shape: tuple[int, ...], dtype: torch.dtype):
@@ -189,6 +189,13 @@ def test_quantising_twice_changes_nothing(dtype: torch.dtype):
     assert all(map(torch.equal, once, quantize(dequantize(*once, dtype))))
 
 
+@pytest.mark.parametrize("shape", [(64,), (3, 0), (0, 32), (2, 3, 4, 96)], ids=str)
+def test_any_shape_is_quantised(shape: tuple[int, ...]):
+    blocks, scales = quantize(torch.full(shape, 6.0))
+    assert blocks.shape == (*shape[:-1], shape[-1] // 32, 16) and scales.shape == blocks.shape[:-1]
+    assert torch.equal(dequantize(blocks, scales, torch.float32), torch.full(shape, 6.0))
+
+
 def test_packed_rows_and_values_of_any_stride_are_read_and_written():
     values = torch.randn(7, 96, 10).mT  # [7, 10, 96], columns apart
     assert all(map(torch.equal, quantize(values), quantize(values.contiguous())))
@@ -221,7 +228,7 @@ def test_what_does_not_fit_is_refused_with_its_shapes():
         quantize(torch.zeros(2, 48))
     with pytest.raises(ValueError, match=r"\[4, 2, 16\], \[4, 2\] and \[4, 32\]"):
         Dequantizer().into(torch.zeros(4, 32, dtype=torch.bfloat16), blocks, scales)
-    with pytest.raises(ValueError, match=r"\[4, 2, 16\], \[4, 1\] and"):
+    with pytest.raises(ValueError, match=r"Blocks \[4, 2, 16\] and scales \[4, 1\] do not fit"):
         dequantize(blocks, scales[:, :1])
     with pytest.raises(ValueError, match=r"float64"):
         dequantize(blocks, scales, torch.float64)
@@ -229,3 +236,14 @@ def test_what_does_not_fit_is_refused_with_its_shapes():
         Dequantizer().into(torch.zeros(4, 64), blocks, scales)
     with pytest.raises(ValueError, match=r"torch.int8"):
         dequantize(blocks.view(torch.int8), scales)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_bits():
+    blocks, scales = random_packed(3, 200, 90)
+    for dtype in BITS:
+        values = dequantize(blocks, scales, dtype)
+        assert same_bits(dequantize(blocks.cuda(), scales.cuda(), dtype).cpu(), values)
+        values = samples(dtype, seed=4)
+        values = values[values.isfinite().all(-1)]
+        assert all(map(torch.equal, (part.cpu() for part in quantize(values.cuda())), quantize(values)))
