@@ -5,8 +5,9 @@ A byte of ``blocks`` holds two E2M1 values, the first in its low nibble: sign, t
 
 Shapes: r rows, g blocks of 32 values in a row. Orientation is left alone: ``[.., r, g, 16]`` and ``[.., r, 32g]`` are
 the same rows in the same order. gpt-oss stores its experts output rows first, so this is ``[E, 2f, h]`` and
-``[E, h, f]``; transformers' own ``convert_moe_packed_tensors`` returns the last two axes exchanged, and so do
-unquantised checkpoints. Megatron's ``[2f, h]`` is these rows again, all gates before all ups.
+``[E, h, f]``, as Megatron-Bridge's ``dequantize_mxfp4`` gives too. transformers' ``convert_moe_packed_tensors`` returns
+the last two axes exchanged, which is how unquantised checkpoints have them. Megatron's ``[2f, h]`` is an expert's rows
+as they are packed, with all gates before all ups.
 """
 
 from functools import cache
@@ -223,8 +224,8 @@ def _pair_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Entry ``256 scale + byte`` is the byte's two values under that scale, as the integer with their bits."""
     if dtype not in DTYPES:
         raise ValueError(f"MXFP4 is dequantised to bfloat16, float16 or float32, not to {dtype}.")
-    nibble = torch.tensor([*VALUES, *(-value for value in VALUES)], dtype=torch.float64)
-    byte = torch.arange(256)
+    nibble = torch.tensor([*VALUES, *(-value for value in VALUES)], dtype=torch.float64, device="cpu")
+    byte = torch.arange(256, device="cpu")
     scale = torch.exp2(byte.double() - EXPONENT_BIAS)
     pairs = scale.view(256, 1, 1) * torch.stack([nibble[byte & 15], nibble[byte >> 4]], dim=-1)
     integer = torch.int64 if dtype == torch.float32 else torch.int32
@@ -234,9 +235,9 @@ def _pair_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 @cache
 def _code_table(device: torch.device) -> torch.Tensor:
     """Entry i is the nibble nearest to the float16 with the bits i."""
-    bits = torch.arange(65536, dtype=torch.int32)
+    bits = torch.arange(65536, dtype=torch.int32, device="cpu")
     magnitude = (bits & 0x7FFF).to(torch.int16).view(torch.float16).double()
-    values = torch.tensor(VALUES, dtype=torch.float64)
+    values = torch.tensor(VALUES, dtype=torch.float64, device="cpu")
     middles = (values[1:] + values[:-1]) / 2
     below, at_most = (torch.bucketize(magnitude, middles, right=right) for right in (False, True))
     # `below` and `at_most` differ on ties only; the even one of the two neighbours has an even mantissa bit.
