@@ -110,10 +110,7 @@ def attempt(run: Callable[[], int], debug: bool) -> int:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    what, _, where = str(error).partition("Traceback (most recent call last):")
-    if where:  # that of a rank, which ends with its exception
-        what += where.strip().splitlines()[-1]
-    return " ".join(what.split()) or "no message"
+    return " ".join(str(error).split()) or "no message"
 
 
 def _fail(sentence: str, code: int = 1) -> int:

@@ -17,7 +17,7 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; name the folder of a Hugging Face checkpoint")
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    model_type = _read_json(folder / "config.json").get("model_type")
     if model_type != MODEL_TYPE:
         raise ValueError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r}")
     for file in weight_files(folder):
@@ -31,12 +31,19 @@ def weight_files(folder: Path) -> list[Path]:
         FileNotFoundError: when there is none, or one of them is missing.
     """
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+    names = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else []
     files = [folder / name for name in names or ["model.safetensors"]]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; copy the checkpoint again")
     return files
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); copy it again") from error
 
 
 def _check_safetensors(file: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ..bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProcessor
 
 
 def generate(model_path: Path, prompt: str, images: Sequence[Path] = (), *, max_new_tokens: int = 256) -> str:
@@ -14,19 +14,18 @@ def generate(model_path: Path, prompt: str, images: Sequence[Path] = (), *, max_
 
     Args:
         model_path: folder of a checkpoint with tokenizer and processor.
-        prompt: the user's words.
+        prompt: the user's words; ``<image>`` stands where an image belongs. Without any, images come first.
         images: image files, in the order in which the model sees them.
         max_new_tokens: where an answer is cut off.
 
     Raises:
-        ValueError: when an image cannot be read, or the prompt has marks that no image stands for.
+        ValueError: when an image cannot be read, or the prompt has another number of marks than there are images.
     """
     logging.disable_progress_bar()
     model = GPTOSSVisionForCausalLM.from_pretrained(model_path).eval()
     processor = GPTOSSVisionProcessor.from_pretrained(model_path)
-    parts = [{"type": "image", "path": str(image)} for image in images] + [{"type": "text", "text": prompt}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": parts}],
+        [{"role": "user", "content": parts_of(prompt, images)}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -34,6 +33,23 @@ def generate(model_path: Path, prompt: str, images: Sequence[Path] = (), *, max_
     )
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return final_words(processor.decode(output[0, inputs["input_ids"].shape[1] :]))
+
+
+def parts_of(prompt: str, images: Sequence[Path]) -> list[dict[str, str]]:
+    """The parts of a chat message: the prompt cut at its marks, with an image at each cut.
+
+    Raises:
+        ValueError: when there are marks, but not as many as images.
+    """
+    texts = prompt.split(IMAGE_MARK)
+    if len(texts) == 1:
+        texts = [""] * len(images) + texts
+    if len(texts) != len(images) + 1:
+        raise ValueError(f"The prompt has {len(texts) - 1} {IMAGE_MARK} for {len(images)} images.")
+    parts = [{"type": "text", "text": texts[0]}]
+    for image, text in zip(images, texts[1:], strict=True):
+        parts += [{"type": "image", "path": str(image)}, {"type": "text", "text": text}]
+    return [part for part in parts if part != {"type": "text", "text": ""}]
 
 
 def final_words(text: str) -> str:

@@ -24,16 +24,18 @@ class Layout:
     vpp: int = 1
     ep: int = 1
     etp: int = 1
+    cp: int = 1
     dp: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
         """Ranks needed: experts are laid out over tensor and data parallelism."""
-        return self.pp * max(self.tp * self.dp, self.ep * self.etp)
+        return self.pp * max(self.tp * self.cp * self.dp, self.ep * self.etp)
 
     def __str__(self) -> str:
-        sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "EP": self.ep, "ETP": self.etp, "DP": self.dp}
+        sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "EP": self.ep, "ETP": self.etp}
+        sizes |= {"CP": self.cp, "DP": self.dp}
         words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         return "·".join([*words, *(f"{name}={value}" for name, value in self.extra.items())]) or "one rank"
 
@@ -45,6 +47,7 @@ class Layout:
         provider.virtual_pipeline_model_parallel_size = self.vpp if self.vpp > 1 else None
         provider.expert_model_parallel_size = self.ep
         provider.expert_tensor_parallel_size = self.etp
+        provider.context_parallel_size = self.cp
         for name, value in self.extra.items():
             setattr(provider, name, value)
 
@@ -107,9 +110,11 @@ def megatron_step(path: Path, layout: Layout, microbatches: list[dict[str, torch
     if not parallel_state.is_pipeline_last_stage():
         return None
     loss = torch.stack([entry["loss"] for entry in losses]).mean()
-    torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
-    gathered = _all_microbatches([_whole_vocabulary(out) for out in logits])
-    if parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank():
+    torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    gathered = _all_microbatches([_whole_sequence(_whole_vocabulary(out)) for out in logits])
+    if parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank(
+        with_context_parallel=True
+    ):
         return None
     return StepResult(gathered, float(loss) / parallel_state.get_data_parallel_world_size(), gradients)
 
@@ -138,12 +143,17 @@ def _forward_step(data: Iterator[dict[str, torch.Tensor]], model: torch.nn.Modul
     logits = model(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values"))
 
     def loss(output: torch.Tensor, non_loss_data: bool = False) -> Any:
+        from megatron.core import parallel_state
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        from gpt_oss_vision.bridge.megatron.context_parallel import this_ranks_part
 
         if non_loss_data:
             return output.detach().clone()
-        per_token = vocab_parallel_cross_entropy(output.clone(), labels)
-        mean = per_token[labels != IGNORED].mean()
+        mine = this_ranks_part(labels, 1, parallel_state.get_context_parallel_group())
+        per_token = vocab_parallel_cross_entropy(output.clone(), mine)
+        # This rank's share of the mean over the whole sequence; the schedule multiplies by the ranks that share it.
+        mean = per_token[mine != IGNORED].sum() / (labels != IGNORED).sum()
         # The schedule divides the loss in place.
         return mean, {"loss": mean.detach().clone()}
 
@@ -163,6 +173,17 @@ def _whole_vocabulary(logits: torch.Tensor) -> torch.Tensor:
     pieces = [torch.empty_like(logits) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
     torch.distributed.all_gather(pieces, logits, group=parallel_state.get_tensor_model_parallel_group())
     return torch.cat(pieces, dim=-1)
+
+
+def _whole_sequence(logits: torch.Tensor) -> torch.Tensor:
+    """Put the pieces of all context-parallel ranks in order: rank r holds pieces r and 2 cp - 1 - r."""
+    from megatron.core import parallel_state
+
+    ranks = parallel_state.get_context_parallel_world_size()
+    parts = [torch.empty_like(logits) for _ in range(ranks)]
+    torch.distributed.all_gather(parts, logits.contiguous(), group=parallel_state.get_context_parallel_group())
+    halves = [part.chunk(2, dim=1) if ranks > 1 else (part,) for part in parts]
+    return torch.cat([half[0] for half in halves] + [half[-1] for half in reversed(halves) if ranks > 1], dim=1)
 
 
 def _all_microbatches(logits: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -2,6 +2,8 @@
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -10,6 +12,7 @@ from megatron.core.utils import divide
 from torch import nn
 
 from ..ops.attention import fused_sink_attention
+from .context_parallel import heads_to_sequence, sequence_to_heads
 
 
 class SinkAttention(MegatronModule):
@@ -35,14 +38,18 @@ class SinkAttention(MegatronModule):
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         assert pg_collection is not None
         self.tp_group = pg_collection.tp
+        self.cp_group = pg_collection.cp
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         # Megatron counts the positions before the query, gpt-oss counts the query too.
         self.window = config.window_size[0] + 1 if windowed else None
         heads = divide(config.num_attention_heads, self.tp_group.size())
         self.softmax_offset = nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+        # Without this mark Megatron takes it for a copy, and leaves all but one rank's part out of the gradient norm.
+        set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         if config.perform_initialization:
-            config.init_method(self.softmax_offset)
+            with get_cuda_rng_tracker().fork():
+                config.init_method(self.softmax_offset)
 
     def forward(
         self,
@@ -54,20 +61,16 @@ class SinkAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params=None,
     ) -> torch.Tensor:
-        """Query ``[s, b, heads/tp, d]``, key and value ``[s, b, groups/tp, d]`` to ``[s, b, heads/tp * d]``.
+        """Query ``[s/cp, b, heads/tp, d]``, key and value ``[s/cp, b, groups/tp, d]`` to ``[s/cp, b, heads/tp * d]``.
 
         ``attention_mask`` is not read: padding is on the right, where a causal query cannot see it.
         """
-        assert packed_seq_params is None and attention_bias is None
-        context = fused_sink_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            self.softmax_offset,
-            scale=self.scale,
-            window=self.window,
-        )
-        return context.permute(2, 0, 1, 3).flatten(2).contiguous()
+        if packed_seq_params is not None or attention_bias is not None:
+            raise ValueError("The `torch` back end takes neither packed sequences nor an attention bias.")
+        whole = [sequence_to_heads(part, self.cp_group).permute(1, 2, 0, 3) for part in (query, key, value)]
+        sinks = self.softmax_offset.chunk(self.cp_group.size())[self.cp_group.rank()]
+        context = fused_sink_attention(*whole, sinks, scale=self.scale, window=self.window)
+        return heads_to_sequence(context.permute(2, 0, 1, 3), self.cp_group).flatten(2).contiguous()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """One entry, split over the tensor-parallel ranks along the heads."""

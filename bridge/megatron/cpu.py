@@ -11,10 +11,12 @@ Versions: megatron-bridge 0.6.2, megatron-core 0.19.2, torch 2.11.0. A test asks
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import importlib.abc
 import importlib.machinery
+import math
 import multiprocessing
 import os
 import pickle
@@ -138,6 +140,8 @@ class _DevicesToCPU(TorchFunctionMode):
             return args[0]
         if kwargs and _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to:
             args = tuple(CPU if _names_cuda(argument) else argument for argument in args)
         result = func(*args, **kwargs)
@@ -299,6 +303,8 @@ def redirections() -> list[tuple[Any, str, Any]]:
     ]
 
 
+SECONDS_TO_END = 30.0
+
 _depth = 0
 
 
@@ -353,7 +359,7 @@ def _leave() -> None:
 # --- ranks -------------------------------------------------------------------------------------------------------
 
 
-def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any, timeout: float = 600.0) -> list[T]:
+def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any, timeout: float | None = None) -> list[T]:
     """Call a function on several ranks, forked from this process so that nothing is imported again.
 
     Each rank has the environment of ``torchrun`` and runs inside `runtime()`.
@@ -361,7 +367,7 @@ def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any, timeou
     Args:
         world_size: number of ranks.
         function: called as ``function(*args)`` in each; its result must be picklable.
-        timeout: seconds until the ranks are given up.
+        timeout: seconds until the ranks are given up; None waits as long as they work.
 
     Returns:
         The results in the order of the ranks.
@@ -380,9 +386,10 @@ def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any, timeou
     for rank in ranks:
         rank.start()
     try:
-        results = _collect([reader for reader, _ in pipes], ranks, time.monotonic() + timeout)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        results = _collect([reader for reader, _ in pipes], ranks, deadline)
         for rank in ranks:
-            rank.join(timeout)  # it ends the workers that Megatron's checkpoint writer has started
+            rank.join(SECONDS_TO_END)  # it ends the workers that Megatron's checkpoint writer has started
         return results
     finally:
         for rank in ranks:
@@ -405,6 +412,7 @@ class _Failure:
 
 def _rank(rank: int, world_size: int, port: int, result: Any, function: Callable, args: tuple) -> None:
     os.setpgrp()  # a group to be ended by
+    _die_with_parent()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -420,11 +428,25 @@ def _rank(rank: int, world_size: int, port: int, result: Any, function: Callable
     try:
         with runtime():
             answer = function(*args)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent must hear of it
-        error.add_note(f"On rank {rank} of {world_size}:\n{traceback.format_exc()}")
-        answer = _Failure(error)
+    except BaseException as error:  # noqa: BLE001 - torch's CheckpointException is no Exception
+        answer = _Failure(_portable(error))
+        answer.error.add_note(f"On rank {rank} of {world_size}:\n{traceback.format_exc()}")
     # Plainly pickled: multiprocessing's own way shares memory with tensors, and they would outlive this process.
     result.send_bytes(pickle.dumps(answer))
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent is killed; a rank on its own would train on for ever."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _portable(error: BaseException) -> Exception:
+    """The error itself, or one that says the same where it would not survive the way to the parent."""
+    with contextlib.suppress(Exception):
+        if isinstance(error, Exception) and str(pickle.loads(pickle.dumps(error))) == str(error):  # noqa: S301
+            return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _collect(readers: list, ranks: list, deadline: float) -> list:

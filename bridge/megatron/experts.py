@@ -65,7 +65,8 @@ class GroupedLinear(nn.Module):
 class GroupedExperts(MegatronModule):
     """The experts of one MoE layer on one rank; takes the place of Megatron-Core's ``TEGroupedMLP``.
 
-    Same constructor, same parameter names (``linear_fc1.weight0``, …), same checkpoint keys.
+    Same constructor, same parameter names (``linear_fc1.weight0``, …), same checkpoint keys for them; Transformer
+    Engine's own extra states are not written.
     """
 
     def __init__(

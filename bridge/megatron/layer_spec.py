@@ -81,7 +81,7 @@ def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=_with_vision_bias(get_moe_module_spec_for_backend(backend, num_experts=config.num_moe_experts)),
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine fuses this norm into the projection; one checkpoint serves both back ends.
+            # Transformer Engine fuses this norm into the projection and saves it under that name; so do we.
             sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
         ),
     )

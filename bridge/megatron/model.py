@@ -7,6 +7,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
+from .context_parallel import this_ranks_part
 from .vision import VisionStage
 
 
@@ -31,8 +32,9 @@ class GPTOSSVisionModel(GPTModel):
         labels: torch.Tensor | None = None,
         *args,
         pixel_values: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
         **kwargs,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As `GPTModel.forward`, and images.
 
         Args:
@@ -40,9 +42,13 @@ class GPTOSSVisionModel(GPTModel):
             pixel_values: ``[n, channels, height, width]``, the images of all rows in the order of their
                 placeholders; None or n = 0 without images. Read on the first stage only.
 
+            labels: ``[b, s]``, of the whole sequence also under context parallelism.
+            loss_mask: ``[b, s]``, likewise.
+
         Returns:
-            Loss per token ``[b, s]`` with labels, else logits ``[b, s, vocab / tp]``; on stages that are not
-            the last, hidden states ``[s / tp, b, h]``.
+            Loss per token ``[b, s / cp]`` with labels, else logits ``[b, s / cp, vocab / tp]``; on stages that are not
+            the last, hidden states ``[s / cp / tp, b, h]``. Under context parallelism, with labels and a loss mask,
+            the loss and this rank's part of the mask, as Megatron-Bridge's ``vlm_step`` takes them.
 
         Raises:
             ValueError: when placeholders and images don't match; both numbers are named.
@@ -50,7 +56,12 @@ class GPTOSSVisionModel(GPTModel):
         is_visual = self.modality(input_ids)
         if self.pre_process and decoder_input is None:
             decoder_input = self.embed(input_ids, position_ids, is_visual, pixel_values)
-        return super().forward(
+        cp_group = self.pg_collection.cp
+        if labels is not None:
+            labels = this_ranks_part(labels, 1, cp_group)
+        if loss_mask is not None:
+            loss_mask = this_ranks_part(loss_mask, 1, cp_group)
+        output = super().forward(
             input_ids,
             position_ids,
             attention_mask,
@@ -58,8 +69,11 @@ class GPTOSSVisionModel(GPTModel):
             labels,
             *args,
             padding_mask=self.on_this_rank(is_visual),
+            loss_mask=loss_mask,
             **kwargs,
         )
+        is_loss = self.post_process and labels is not None and loss_mask is not None
+        return (output, loss_mask) if is_loss and cp_group.size() > 1 else output
 
     def modality(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``[b, s]`` bool, true where a token stands for a piece of an image."""
@@ -74,12 +88,13 @@ class GPTOSSVisionModel(GPTModel):
         is_visual: torch.Tensor,
         pixel_values: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Token embeddings with images merged in: ``[s, b, h]``, or this rank's ``[s / tp, b, h]`` of them."""
+        """Token embeddings with images merged in, this rank's part of the sequence: ``[s / cp / tp, b, h]``."""
         embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
         if self.vision_adapter is not None:
             embeddings = self.merge(embeddings, is_visual, pixel_values)
         elif pixel_values is not None and len(pixel_values):
             raise ValueError(f"{len(pixel_values)} images were given to a model that has use_vision=False.")
+        embeddings = this_ranks_part(embeddings, 0, self.pg_collection.cp)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         return embeddings
@@ -98,11 +113,12 @@ class GPTOSSVisionModel(GPTModel):
         return rows.transpose(0, 1).contiguous()
 
     def on_this_rank(self, is_visual: torch.Tensor) -> torch.Tensor:
-        """The modality of the tokens that this rank's layers see: ``[b, s]``, or its part of s under SP.
+        """The modality of the tokens that this rank's layers see: of ``[b, s]`` its part under CP, of that under SP.
 
         Megatron-Core 0.19.2 scatters what it calls ``padding_mask`` on the first pipeline stage only, and there only
         when it embeds the tokens itself; here every stage takes its own part.
         """
+        is_visual = this_ranks_part(is_visual, 1, self.pg_collection.cp)
         if not self.config.sequence_parallel:
             return is_visual
         group = self.pg_collection.tp

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.utils import fusions
 from megatron.core.activations import quick_gelu
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
@@ -110,6 +111,10 @@ class GPTOSSVisionProvider(GPTModelProvider):
         # Megatron-Core wants the dense FFN size even where every layer is a mixture of experts.
         self.ffn_hidden_size = self.moe_ffn_hidden_size
         check_layout(self)
+        # Megatron-Core trains a mixture of experts with tensor parallelism only so.
+        self.sequence_parallel = self.tensor_model_parallel_size > 1
+        if self.context_parallel_size > 1:
+            self.cp_comm_type = "a2a"
         cpu.settle_model(self)
         with upstream.biased_experts_allowed(self):
             super().finalize()
@@ -142,7 +147,8 @@ class GPTOSSVisionProvider(GPTModelProvider):
         )
 
 
-# What only one of the two can do. `torch` keeps to modules that exist on every device.
+# What only one of the two can do. Both say everything, so that a checkpoint's config can change sides; `torch` keeps to
+# modules that exist on every device.
 BACKEND_SETTINGS: dict[str, dict[str, Any]] = {
     "torch": {
         "transformer_impl": "local",
@@ -159,7 +165,13 @@ BACKEND_SETTINGS: dict[str, dict[str, Any]] = {
     "transformer_engine": {
         "transformer_impl": "transformer_engine",
         "moe_grouped_gemm": True,
+        "moe_permute_fusion": True,
+        "moe_router_fusion": False,
         "bias_activation_fusion": True,
+        "masked_softmax_fusion": True,
+        "persist_layer_norm": True,
+        "gradient_accumulation_fusion": fusions.can_enable_gradient_accumulation_fusion(),
+        "cross_entropy_loss_fusion": True,
         # Megatron-Core's fused rotation leaves YaRN's factor out (Megatron-LM issue 2038).
         "apply_rope_fusion": False,
     },
@@ -190,22 +202,47 @@ def check_layout(provider: GPTOSSVisionProvider) -> None:
         ValueError: naming the sizes that don't divide.
     """
     tp, ep = provider.tensor_model_parallel_size, provider.expert_model_parallel_size
+    cp = provider.context_parallel_size
     etp = provider.expert_tensor_parallel_size or 1
     for size, name, count, what in (
         (tp, "tensor_model_parallel_size", provider.num_query_groups, "key/value groups"),
+        (tp * cp, "tensor_model_parallel_size · context_parallel_size", provider.num_query_groups, "key/value groups"),
         (tp, "tensor_model_parallel_size", provider.vocab_size, "vocabulary entries"),
         (ep, "expert_model_parallel_size", provider.num_moe_experts, "experts"),
         (etp, "expert_tensor_parallel_size", provider.moe_ffn_hidden_size, "columns of the expert FFN"),
     ):
         if count % size:
             raise ValueError(f"{name}={size} does not divide the {count} {what} of this model.")
+    check_pipeline(provider)
+    if provider.attention_dropout:
+        raise ValueError(f"attention_dropout={provider.attention_dropout} is not supported; gpt-oss has 0.")
     if etp > 1 and resolve_backend(provider.backend) == "transformer_engine":
         raise ValueError(
             f"expert_tensor_parallel_size={etp} needs backend='torch'; with Transformer Engine each rank would add the "
             "experts' biases whole."
         )
-    if provider.context_parallel_size > 1:
-        raise ValueError(f"context_parallel_size={provider.context_parallel_size} is not supported; use 1.")
+    if cp > 1 and provider.cp_comm_type not in (None, "a2a"):
+        raise ValueError(
+            f"cp_comm_type={provider.cp_comm_type!r} would lose the sinks; use 'a2a', which is exact and our default."
+        )
+
+
+def check_pipeline(provider: GPTOSSVisionProvider) -> None:
+    """Refuse a pipeline that the layers cannot be dealt out to, unless an uneven one is asked for.
+
+    Raises:
+        ValueError: naming the sizes that don't divide.
+    """
+    uneven = (
+        provider.num_layers_in_first_pipeline_stage,
+        provider.num_layers_in_last_pipeline_stage,
+        provider.pipeline_model_parallel_layout,
+        provider.account_for_embedding_in_pipeline_split or None,
+        provider.account_for_loss_in_pipeline_split or None,
+    )
+    stages = provider.pipeline_model_parallel_size * (provider.virtual_pipeline_model_parallel_size or 1)
+    if provider.num_layers % stages and all(setting is None for setting in uneven):
+        raise ValueError(f"{stages} pipeline stages do not divide the {provider.num_layers} layers of this model.")
 
 
 def provider_from_config(config: GPTOSSVisionConfig, **overrides: Any) -> GPTOSSVisionProvider:

@@ -35,6 +35,6 @@ class VisionBiasedTopKRouter(TopKRouter):
         is_visual = padding_mask
         # Megatron's chunked MLP (`mlp_chunks_for_training`) drops the argument; a blind router must not pass.
         assert is_visual is not None, "the modality of the tokens did not reach the router"
-        # Through fp32 and back: exact for text tokens, so that a zero bias leaves gpt-oss as it is in any dtype.
-        biased = logits.float() + is_visual.unsqueeze(-1) * self.vision_bias
+        # Added in fp32 and cast back: exact for text tokens, so that a zero bias leaves gpt-oss as it is in any dtype.
+        biased = logits + is_visual.unsqueeze(-1) * self.vision_bias
         return super().routing(biased.to(logits.dtype))

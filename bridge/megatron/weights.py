@@ -1,4 +1,4 @@
-"""The weight-name tables: one row, one tensor. AutoBridge's mappings and the streaming converters read the same rows.
+"""The weight-name tables: one row, one tensor. AutoBridge's mappings are made from the rows.
 
 ``*`` stands for a number, ``**`` for the rest of a name; they stand for the same on both sides of a row. The two back
 ends share all names but one, and all checkpoint keys.

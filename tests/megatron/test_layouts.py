@@ -27,9 +27,13 @@ LAYOUTS = [
     Layout(ep=4),
     Layout(etp=2),
     Layout(tp=2, etp=2),
+    Layout(cp=2),
     Layout(tp=2, ep=2),
     Layout(tp=2, dp=2),
     Layout(pp=2, ep=2),
+    Layout(pp=2, cp=2),
+    Layout(cp=2, ep=2),
+    Layout(cp=2, dp=2),
     Layout(ep=2, etp=2),
     Layout(pp=2, vpp=2),
     Layout(pp=2, vpp=2, ep=2),
@@ -88,7 +92,7 @@ def compare(name: str, layout: Layout, checkpoint) -> None:
     errors = {
         key: relative_error(found.gradients[key], gradient, floor) for key, gradient in expected.gradients.items()
     }
-    assert {key: error for key, error in errors.items() if error > 1e-4} == {}
+    assert {key: error for key, error in errors.items() if not error <= 1e-4} == {}  # a NaN is listed too
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor, floor: float = 0.0) -> float:

@@ -5,7 +5,12 @@ import torch
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.megatron import cpu
-from gpt_oss_vision.bridge.megatron.provider import GPTOSSVisionProvider, provider_from_config, resolve_backend
+from gpt_oss_vision.bridge.megatron.provider import (
+    BACKEND_SETTINGS,
+    GPTOSSVisionProvider,
+    provider_from_config,
+    resolve_backend,
+)
 from tiny import tiny_config
 
 
@@ -62,7 +67,10 @@ def finalized(**overrides: object) -> GPTOSSVisionProvider:
     [
         ({"tensor_model_parallel_size": 4}, "tensor_model_parallel_size=4 does not divide the 2 key/value groups"),
         ({"expert_model_parallel_size": 3}, "expert_model_parallel_size=3 does not divide the 4 experts"),
-        ({"context_parallel_size": 2}, "context_parallel_size=2 is not supported"),
+        ({"context_parallel_size": 4}, "context_parallel_size=4 does not divide the 2 key/value groups"),
+        ({"context_parallel_size": 2, "cp_comm_type": "p2p"}, "cp_comm_type='p2p' would lose the sinks"),
+        ({"pipeline_model_parallel_size": 3}, "3 pipeline stages do not divide the 4 layers"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported"),
         ({"backend": "flash"}, "backend='flash' is unknown"),
     ],
 )
@@ -75,6 +83,11 @@ def test_a_rotary_embedding_that_megatron_cannot_express_is_refused():
     rope = {"rope_type": "linear", "rope_theta": 99.0, "factor": 2.0}
     with pytest.raises(ValueError, match="Megatron-Core has no rotary embedding like"):
         provider_from_config(tiny_config(rope_parameters=rope))
+
+
+def test_both_back_ends_settle_the_same_things():
+    torch_settings, engine_settings = BACKEND_SETTINGS.values()
+    assert torch_settings.keys() == engine_settings.keys()
 
 
 def test_auto_stays_auto_so_that_a_checkpoint_may_move_to_another_machine():

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from gpt_oss_vision.cli import main
+from gpt_oss_vision.recipes.generate import parts_of
 from tiny import tiny_config, tiny_model, tiny_processor
 
 
@@ -40,6 +41,12 @@ def test_it_answers_with_an_image(checkpoint: Path, generate: Callable):
     assert generate(checkpoint, "--prompt", "What?", "--image", image, "--max-new-tokens", "3") == (0, "")
 
 
+def test_an_image_goes_to_its_mark_or_to_the_front():
+    text, image = {"type": "text", "text": "a "}, {"type": "image", "path": "x.png"}
+    assert parts_of("a <image>?", [Path("x.png")]) == [text, image, {"type": "text", "text": "?"}]
+    assert parts_of("a ", [Path("x.png")]) == [image, text]
+
+
 def truncate(model: Path) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
@@ -60,6 +67,7 @@ def remove(name: str) -> Callable[[Path], None]:
 BROKEN = {
     "truncated weights": (truncate, "model.safetensors is cut off or damaged"),
     "missing weights": (remove("model.safetensors"), "lacks model.safetensors; copy the checkpoint again"),
+    "damaged config": (lambda model: (model / "config.json").write_text("{"), "config.json is not JSON"),
     "no config": (remove("config.json"), "holds no config.json"),
     "another architecture": (change_config(model_type="llama"), "is a checkpoint of 'llama', not of 'gpt_oss_vision'"),
     "NoPE stride 0": (change_config(use_nope=True, nope_stride=0), "nope_stride must be at least 1, got 0"),
@@ -80,8 +88,8 @@ def test_a_broken_checkpoint_is_one_sentence(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--prompt", "<image> what?"], "1 <image> for 0 images"),
-        (["--prompt", "<image> what?", "--image", "image.png"], "<image>"),
+        (["--prompt", "<image> what?"], "The prompt has 1 <image> for 0 images."),
+        (["--prompt", "<image><image>?", "--image", "image.png"], "The prompt has 2 <image> for 1 images."),
         (["--prompt", "what?", "--image", "missing.png"], "missing.png"),
     ],
 )
