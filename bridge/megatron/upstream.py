@@ -12,6 +12,7 @@ from pathlib import Path
 import megatron.bridge.training.initialize as bridge_initialize
 from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 from megatron.core.datasets import utils as core_dataset_utils
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 KEEP_IN_FP32 = "_keep_in_float32_parameter_names"
 """Attribute of a module that names parameters which the half-precision wrapper leaves in fp32."""
@@ -22,6 +23,27 @@ def apply() -> None:
     register_allowed_target_prefix("gpt_oss_vision.")
     if not _helpers_can_be_compiled():
         bridge_initialize.compile_helpers = _nothing_to_compile
+    if DistributedOptimizer._build_model_and_main_param_groups.__func__ is _build_groups:
+        DistributedOptimizer._build_model_and_main_param_groups = classmethod(_build_groups_in_order)
+
+
+_build_groups = DistributedOptimizer._build_model_and_main_param_groups.__func__
+
+
+def _build_groups_in_order(cls, gbuf_ranges, param_gbuf_map, opt_group_ranges, config):
+    """Keep the parameters of an optimizer group in the order in which they were numbered.
+
+    Megatron-Core 0.19.2 puts fp32 parameters before half-precision ones here, but looks them up by the old numbers:
+    with both in one group (``vision_bias`` is fp32) each state is taken for another parameter's, and saving fails.
+    """
+    result = _build_groups(cls, gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
+    half_models, full_models, half_shards, full_shards, main_shards = result
+    halves = half_shards if config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else main_shards
+    for index, group in enumerate(opt_group_ranges):
+        shards = dict(zip(half_models[index], halves[index], strict=True))
+        shards |= dict(zip(full_models[index], full_shards[index], strict=True))
+        group["orig_group"]["params"] = [shards[parameter] for parameter in group["params"]]
+    return result
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from gpt_oss_vision.bridge import hf, megatron
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from gpt_oss_vision.bridge.megatron import cpu
+from layouts import Layout, build
 from tiny import tiny_config, tiny_model, tiny_vision_config
 
 LAYOUTS = {"one rank": {}, "TP2": {"tp": 2}, "PP2": {"pp": 2}, "EP2": {"ep": 2}}
@@ -66,8 +67,6 @@ def test_there_and_back_keeps_every_bit(config: dict, tmp_path: Path):
 def exported(path: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
     from megatron.bridge import AutoBridge
 
-    from layouts import Layout, build
-
     torch.distributed.init_process_group("gloo")
     bridge = AutoBridge.from_hf_pretrained(path)
     model = build(bridge, Layout(**sizes))
@@ -81,6 +80,34 @@ def test_every_layout_holds_the_same_weights(sizes: dict[str, int], tmp_path: Pa
     for after in cpu.run_ranks(max([1, *sizes.values()]), exported, source, sizes):
         assert before.keys() == after.keys()
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def save_at(path: Path, layout: Layout, megatron_path: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    torch.distributed.init_process_group("gloo")
+    bridge = AutoBridge.from_hf_pretrained(path)
+    provider = bridge.to_megatron_provider()
+    layout.apply(provider)
+    provider.finalize()
+    provider.initialize_model_parallel(seed=0)
+    bridge.save_megatron_model(provider.provide_distributed_model(wrap_with_ddp=False), megatron_path, path)
+
+
+def export(source: Path, megatron_path: Path, target: Path) -> None:
+    from megatron.bridge import AutoBridge
+
+    AutoBridge.from_hf_pretrained(source).export_ckpt(megatron_path, target, strict=True)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2, ep=2), Layout(tp=2, etp=2), Layout(ep=2, etp=2)], ids=str)
+def test_a_checkpoint_saved_by_many_ranks_is_read_by_one(layout: Layout, tmp_path: Path):
+    source = saved(tmp_path / "hf")
+    cpu.run_ranks(layout.world_size, save_at, source, layout, tmp_path / "megatron")
+    cpu.run_ranks(1, export, source, tmp_path / "megatron", tmp_path / "back")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
 def fails(path: Path) -> str:

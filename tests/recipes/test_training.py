@@ -1,13 +1,24 @@
 """Megatron-Bridge's own loop on this model: the same losses at every layout of two ranks as on one."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
-from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.megatron import cpu, upstream
 from gpt_oss_vision.recipes.digits import write_digits
-from gpt_oss_vision.recipes.quickstart import Settings, fine_tune, import_checkpoint, write_checkpoint
+from gpt_oss_vision.recipes.quickstart import (
+    Callback,
+    CallbackContext,
+    Settings,
+    fine_tune,
+    import_checkpoint,
+    training_config,
+    write_checkpoint,
+)
+from gpt_oss_vision.recipes.training import train
 
 STEPS = 3
 LAYOUTS = {
@@ -59,3 +70,45 @@ def test_the_loop_learns_the_same_at_every_layout(sizes: dict, start: Path, on_o
 
 def test_the_same_seed_gives_the_same_losses(start: Path, on_one_rank: list[float], tmp_path: Path):
     assert losses(copy_of(start, tmp_path), Settings(steps=STEPS, batch_size=16)) == on_one_rank
+
+
+@dataclass
+class WatchVisionBias(Callback):
+    """Remembers the type of a router's ``vision_bias`` and how far training has moved it."""
+
+    dtype: torch.dtype | None = None
+    moved: float = 0.0
+    other_dtype: torch.dtype | None = None
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        parameters = dict(context.model[0].named_parameters())
+        (name,) = [name for name in parameters if name.endswith("layers.0.mlp.router.vision_bias")]
+        self.dtype, self.moved = parameters[name].dtype, float(parameters[name].detach().abs().max())
+        self.other_dtype = parameters[name.replace("vision_bias", "weight")].dtype
+
+
+def train_in_bf16(out: Path, settings: Settings) -> WatchVisionBias:
+    config = training_config(out, write_digits(out / "digits", settings.seed), settings)
+    config.mixed_precision = "bf16_mixed"
+    watch = WatchVisionBias()
+    train(config, callbacks=[watch])
+    return watch
+
+
+def test_in_bf16_the_vision_bias_stays_fp32_and_learns(start: Path, tmp_path: Path):
+    settings = Settings(steps=2, batch_size=16, tensor_parallel=2)
+    for watch in cpu.run_ranks(2, train_in_bf16, copy_of(start, tmp_path), settings):
+        assert (watch.dtype, watch.other_dtype) == (torch.float32, torch.bfloat16)
+        assert watch.moved > 0
+
+
+def train_in_bf16_without_our_order(out: Path, settings: Settings) -> None:
+    upstream.DistributedOptimizer._build_model_and_main_param_groups = classmethod(upstream._build_groups)
+    train_in_bf16(out, settings)
+
+
+def test_megatron_core_still_mixes_up_optimizer_states_of_two_precisions(start: Path, tmp_path: Path):
+    """When this fails, `upstream._build_groups_in_order` can go."""
+    settings = Settings(steps=2, batch_size=16)
+    with pytest.raises(AssertionError):
+        cpu.run_ranks(1, train_in_bf16_without_our_order, copy_of(start, tmp_path), settings)
