@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-MODEL_TYPE = "gpt_oss_vision"
+MODEL_TYPE = "gpt_oss_vision"  # the config class has it too, but a refusal should not wait for transformers
 
 
 def check_checkpoint(folder: Path) -> None:

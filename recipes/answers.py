@@ -7,7 +7,6 @@ from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge impo
 from collections.abc import Sequence
 from itertools import batched
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from .console import Stage
 from .digits import EvaluationRow
-from .generate import final_words
+from .generate import Chat, answers_to, inputs_of
 
 ASKED_AT_ONCE = 99
 
@@ -28,16 +27,9 @@ def load(folder: Path) -> tuple[GPTOSSVisionForCausalLM, GPTOSSVisionProcessor]:
     return GPTOSSVisionForCausalLM.from_pretrained(folder).eval(), GPTOSSVisionProcessor.from_pretrained(folder)
 
 
-def prompts(processor: GPTOSSVisionProcessor, rows: Sequence[EvaluationRow], image: str) -> Any:
-    """The questions of some rows, asked with ``image`` («right», «wrong», «no»), as one left-padded batch."""
-    return processor.apply_chat_template(
-        [getattr(row, f"{image}_image") for row in rows],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
+def chats(rows: Sequence[EvaluationRow], image: str) -> list[Chat]:
+    """The questions of some rows, asked with ``image``: «right», «wrong» or «no»."""
+    return [getattr(row, f"{image}_image") for row in rows]
 
 
 def ask(
@@ -47,12 +39,10 @@ def ask(
     image: str,
     stage: Stage,
 ) -> list[str]:
-    """What the model answers, word for word, generated greedily with its cache."""
+    """What the model answers to each row, word for word."""
     answers = []
     for some in batched(rows, ASKED_AT_ONCE):
-        inputs = prompts(processor, some, image)
-        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-        answers += [final_words(processor.decode(tokens)) for tokens in output[:, inputs["input_ids"].shape[1] :]]
+        answers += answers_to(model, processor, chats(some, image), max_new_tokens=12)
         stage.advance()
     return answers
 
@@ -69,7 +59,7 @@ def expert_shares(
     config = model.config
     counts = torch.zeros(config.num_hidden_layers, 2, config.num_local_experts)
     for some in batched(rows, ASKED_AT_ONCE):
-        inputs = prompts(processor, some, "right")
+        inputs = inputs_of(processor, chats(some, "right"))
         with torch.no_grad():
             logits = model(**inputs, output_router_logits=True).router_logits
         visual = (inputs["input_ids"] == config.image_token_id).flatten()
@@ -94,7 +84,7 @@ def largest_difference(
         trained.eval()
         for image in ("right", "no"):
             for row in some:
-                inputs = prompts(processor, [row], image)
+                inputs = inputs_of(processor, chats([row], image))
                 theirs = trained(inputs["input_ids"], None, None, pixel_values=inputs.get("pixel_values"))
                 largest = torch.maximum(largest, (model(**inputs).logits - theirs).abs().max())  # keeps a NaN
     return float(largest)

@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from transformers import BatchFeature
 from transformers.utils import logging
 
 from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProcessor
+
+Chat = list[dict[str, Any]]
+"""Messages as a chat template takes them: a role and content each."""
 
 
 def generate(model_path: Path, prompt: str, images: Sequence[Path] = (), *, max_new_tokens: int = 256) -> str:
@@ -24,15 +29,31 @@ def generate(model_path: Path, prompt: str, images: Sequence[Path] = (), *, max_
     logging.disable_progress_bar()
     model = GPTOSSVisionForCausalLM.from_pretrained(model_path).eval()
     processor = GPTOSSVisionProcessor.from_pretrained(model_path)
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": parts_of(prompt, images)}],
+    (answer,) = answers_to(
+        model, processor, [[{"role": "user", "content": parts_of(prompt, images)}]], max_new_tokens=max_new_tokens
+    )
+    return answer
+
+
+def answers_to(
+    model: GPTOSSVisionForCausalLM, processor: GPTOSSVisionProcessor, chats: Sequence[Chat], *, max_new_tokens: int
+) -> list[str]:
+    """What a model says next in each of some chats, greedily and with its cache, in one batch."""
+    inputs = inputs_of(processor, chats)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return [final_words(processor.decode(tokens)) for tokens in output[:, inputs["input_ids"].shape[1] :]]
+
+
+def inputs_of(processor: GPTOSSVisionProcessor, chats: Sequence[Chat]) -> BatchFeature:
+    """Chats up to where the model speaks, as one left-padded batch of tokens and pixels."""
+    return processor.apply_chat_template(
+        list(chats),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
     )
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return final_words(processor.decode(output[0, inputs["input_ids"].shape[1] :]))
 
 
 def parts_of(prompt: str, images: Sequence[Path]) -> list[dict[str, str]]:

@@ -215,7 +215,6 @@ def provider_for(checkpoint: Path, settings: Settings) -> GPTOSSVisionProvider:
         GPTOSSVisionConfig.from_pretrained(checkpoint),
         seq_length=settings.seq_length,
         tensor_model_parallel_size=settings.tensor_parallel,
-        sequence_parallel=settings.tensor_parallel > 1,
         pipeline_model_parallel_size=settings.pipeline_parallel,
         expert_model_parallel_size=settings.expert_parallel,
     )

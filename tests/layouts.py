@@ -42,7 +42,6 @@ class Layout:
     def apply(self, provider: Any) -> None:
         """Set the sizes on a provider that is not yet finalized."""
         provider.tensor_model_parallel_size = self.tp
-        provider.sequence_parallel = self.tp > 1
         provider.pipeline_model_parallel_size = self.pp
         provider.virtual_pipeline_model_parallel_size = self.vpp if self.vpp > 1 else None
         provider.expert_model_parallel_size = self.ep

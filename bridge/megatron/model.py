@@ -41,7 +41,6 @@ class GPTOSSVisionModel(GPTModel):
             input_ids: ``[b, s]`` token ids, on every pipeline stage: the modality is read from them.
             pixel_values: ``[n, channels, height, width]``, the images of all rows in the order of their
                 placeholders; None or n = 0 without images. Read on the first stage only.
-
             labels: ``[b, s]``, of the whole sequence also under context parallelism.
             loss_mask: ``[b, s]``, likewise.
 

@@ -212,3 +212,14 @@ def test_megatron_core_still_refuses_biased_experts_with_expert_tensor_paralleli
     config = provider_from_config(tiny_config(), expert_tensor_parallel_size=2, ffn_hidden_size=48)
     with cpu.runtime(), pytest.raises(AssertionError, match="Bias in Moe is only supported when ETP==1"):
         TransformerConfig.__post_init__(config)
+
+
+def test_private_names_of_upstream_are_where_we_touch_them():
+    import inspect
+
+    from megatron.bridge.models import model_provider
+    from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+
+    assert hasattr(upstream.bridge_initialize, "compile_helpers")
+    assert hasattr(MegatronModelBridge, "_megatron_global_param_names_all_pp_ranks")
+    assert upstream.KEEP_IN_FP32 in inspect.getsource(model_provider)

@@ -100,3 +100,8 @@ def test_auto_stays_auto_so_that_a_checkpoint_may_move_to_another_machine():
 def test_transformer_engine_is_refused_where_it_cannot_run():
     with pytest.raises(ValueError, match="needs a CUDA device"):
         finalized(backend="transformer_engine")
+
+
+def test_sequence_parallelism_goes_with_tensor_parallelism():
+    assert finalized(tensor_model_parallel_size=2).sequence_parallel is True
+    assert finalized().sequence_parallel is False
