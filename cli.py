@@ -152,6 +152,7 @@ def output_folder(out: Path, overwrite: bool, *, proof: str) -> Iterator[None]:
         )
     if held and not (out / proof).is_file():
         raise FileExistsError(f"--out {out} holds no {proof}, so this command did not make it; name another folder")
+    out = out.absolute()  # mkdtemp gives an absolute path, and `aside` must be known among what `out` holds
     aside = Path(tempfile.mkdtemp(prefix=".replaced-", dir=out))
     for entry in held:
         entry.rename(aside / entry.name)

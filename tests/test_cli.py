@@ -147,6 +147,18 @@ def test_a_failed_run_gives_back_what_was_there(earlier: Path):
     assert contents(earlier) == before
 
 
+def test_a_failed_run_gives_back_what_was_there_under_a_relative_path(earlier: Path, monkeypatch: pytest.MonkeyPatch):
+    before = contents(earlier)
+    monkeypatch.chdir(earlier.parent)
+    with (
+        pytest.raises(ValueError, match="stop"),
+        output_folder(Path(earlier.name), overwrite=True, proof="report.json"),
+    ):
+        (earlier / "report.json").write_text("half")
+        raise ValueError("stop")
+    assert contents(earlier) == before
+
+
 def test_a_failed_run_leaves_no_new_folder(tmp_path: Path):
     with pytest.raises(ValueError, match="stop"), output_folder(tmp_path / "a", overwrite=False, proof="report.json"):
         (tmp_path / "a" / "half.json").write_text("half")
