@@ -14,6 +14,7 @@ from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MoeCausalLMOutputWithPast,
@@ -33,6 +34,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import torch_compilable_check
+from transformers.utils.quantization_config import QuantizationMethod
 
 from .configuration_gpt_oss_vision import GPTOSSVisionConfig
 
@@ -109,6 +111,31 @@ class GPTOSSVisionTopKRouter(GptOssTopKRouter):
         return router_logits, F.softmax(top_logits, dim=-1, dtype=top_logits.dtype), router_indices
 
 
+def dequantized_experts_forward(
+    self: GptOssExperts, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    gpt-oss's experts where a library holds their weights in few bits, as torchao does: those kernels know no batch of
+    experts, so the chosen ones are unpacked one after the other, and never more than one at a time.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(t, h)`).
+        router_indices (`torch.LongTensor` of shape `(t, k)`).
+        routing_weights (`torch.Tensor` of shape `(t, k)`).
+    """
+    output = torch.zeros_like(hidden_states)
+    for expert in router_indices.unique().tolist():
+        token, choice = torch.where(router_indices == expert)
+        gate_up = hidden_states[token] @ self.gate_up_proj[expert].dequantize().to(hidden_states.dtype)
+        gated = self._apply_gate(gate_up + self.gate_up_proj_bias[expert])
+        down = gated @ self.down_proj[expert].dequantize().to(gated.dtype) + self.down_proj_bias[expert]
+        output.index_add_(0, token, (down * routing_weights[token, choice, None]).to(output.dtype))
+    return output
+
+
+ALL_EXPERTS_FUNCTIONS.register("dequantized", dequantized_experts_forward)
+
+
 class GPTOSSVisionMLP(nn.Module):
     """Router and experts. Not a `GptOssMLP`: hub kernels replace that one's whole forward, and would drop the bias."""
 
@@ -166,6 +193,12 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the experts' decorator in the file of the class; ours are gpt-oss's, in its file.
         return GptOssPreTrainedModel._can_set_experts_implementation()
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        quantization = getattr(self.config, "quantization_config", None)
+        if requested_experts is None and getattr(quantization, "quant_method", None) == QuantizationMethod.TORCHAO:
+            requested_experts = "dequantized"
+        return super().get_correct_experts_implementation(requested_experts)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # transformers takes every name with "sdpa" in it for its own.
