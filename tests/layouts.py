@@ -1,10 +1,11 @@
-"""One optimizer step's worth of Megatron at any parallel layout, and the same from the transformers model.
+"""A few optimizer steps of Megatron at any parallel layout, and the same of the transformers model.
 
-Runs inside ranks that `cpu.run_ranks` forks. Gradients come back under transformers' names: the exported form of a
-model whose parameters are replaced by their gradients, so what the bridge does to a weight it does to its gradient.
+Runs inside ranks that `cpu.run_ranks` forks. The loss function, the schedules, Adam and clipping are Megatron's own;
+on the other side they are torch's. Gradients come back under transformers' names: the exported form of a model whose
+parameters are replaced by their gradients, so what the bridge does to a weight it does to its gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,17 @@ import torch
 from torch.nn import functional as F
 
 IGNORED = -100
+# What both optimizers are told. Every step is clipped; biases and norms do not decay.
+ADAM: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8}
+BETAS = (0.9, 0.95)
+MAX_NORM = 1.0
+
+type Microbatch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Parallel sizes; ``extra`` are further provider fields."""
+    """Parallel sizes; ``extra`` are further provider fields, ``ddp`` fields of Megatron's data parallelism."""
 
     tp: int = 1
     pp: int = 1
@@ -27,17 +34,18 @@ class Layout:
     cp: int = 1
     dp: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
 
     @property
     def world_size(self) -> int:
-        """Ranks needed: experts are laid out over tensor and data parallelism."""
+        """Ranks needed: experts are laid out over tensor, context and data parallelism."""
         return self.pp * max(self.tp * self.cp * self.dp, self.ep * self.etp)
 
     def __str__(self) -> str:
         sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp, "EP": self.ep, "ETP": self.etp}
         sizes |= {"CP": self.cp, "DP": self.dp}
         words = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-        return "·".join([*words, *(f"{name}={value}" for name, value in self.extra.items())]) or "one rank"
+        return "·".join([*words, *(f"{name}={value}" for name, value in (self.extra | self.ddp).items())]) or "one rank"
 
     def apply(self, provider: Any) -> None:
         """Set the sizes on a provider that is not yet finalized."""
@@ -52,118 +60,234 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step gives: logits per microbatch ``[b, s, vocab]``, the mean loss, gradients by transformers' name."""
+class Run:
+    """The first step's logits per microbatch ``[b, s, vocab]`` and gradients; every step's loss and gradient norm."""
 
     logits: list[torch.Tensor]
-    loss: float
     gradients: dict[str, torch.Tensor]
+    losses: list[float]
+    norms: list[float]
 
 
-def with_labels(batch: dict[str, torch.Tensor], image_token_id: int) -> dict[str, torch.Tensor]:
+def with_labels(batch: Microbatch, image_token_id: int) -> Microbatch:
     """The batch with shifted labels: position t predicts t + 1, and no placeholder is predicted."""
     labels = F.pad(batch["input_ids"][:, 1:], (0, 1), value=IGNORED)
     return {**batch, "labels": labels.masked_fill(labels == image_token_id, IGNORED)}
 
 
-def reference_step(model: torch.nn.Module, microbatches: list[dict[str, torch.Tensor]]) -> StepResult:
-    """The step by the transformers model, in train mode: the mean over microbatches of their mean loss per token."""
+# --- transformers ------------------------------------------------------------------------------------------------
+
+
+def reference_run(model: torch.nn.Module, steps: list[list[Microbatch]]) -> Run:
+    """Train the transformers model, one optimizer step per list of microbatches, on the mean loss per token."""
     model.train()
-    model.zero_grad()
+    named = dict(model.named_parameters())
+    decayed = [parameter for name, parameter in named.items() if parameter.ndim > 1 and not name.endswith("bias")]
+    others = [parameter for name, parameter in named.items() if parameter.ndim == 1 or name.endswith("bias")]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, **ADAM)
+    losses, norms = [], []
+    for microbatches in steps:
+        optimizer.zero_grad()
+        loss, logits = _reference_loss(model, microbatches)
+        loss.backward()
+        if not losses:
+            first = logits, {name: parameter.grad.clone() for name, parameter in named.items()}
+        losses.append(float(loss.detach()))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
+        optimizer.step()
+    return Run(*first, losses, norms)
+
+
+def _reference_loss(model: torch.nn.Module, microbatches: list[Microbatch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     logits, losses = [], []
     for batch in microbatches:
         out = model(input_ids=batch["input_ids"], pixel_values=batch.get("pixel_values")).logits
-        losses.append(F.cross_entropy(out.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED))
+        labels = batch["labels"].flatten()
+        losses.append(F.cross_entropy(out.flatten(0, 1), labels, ignore_index=IGNORED, reduction="sum"))
         logits.append(out.detach())
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert all(gradient is not None for gradient in gradients.values())
-    return StepResult(logits, float(loss.detach()), gradients)
+    tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in microbatches)
+    return torch.stack(losses).sum() / tokens, logits
 
 
-def megatron_step(path: Path, layout: Layout, microbatches: list[dict[str, torch.Tensor]]) -> StepResult | None:
-    """The step by Megatron at a layout. Every rank calls it; rank 0 of the last pipeline stage answers, others None."""
+# --- Megatron ----------------------------------------------------------------------------------------------------
+
+
+def megatron_run(path: Path, layout: Layout, steps: list[list[Microbatch]]) -> Run | None:
+    """The same by Megatron at a layout. Every rank calls it; rank 0 of the last pipeline stage answers, others None."""
     from megatron.bridge import AutoBridge
     from megatron.core import parallel_state
-    from megatron.core.distributed import finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     torch.distributed.init_process_group("gloo")
     bridge = AutoBridge.from_hf_pretrained(path)
     model = build(bridge, layout)
-    model[0].config.finalize_model_grads_func = finalize_model_grads
-    mine = microbatches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
-    shape = mine[0]["input_ids"].shape
-    schedule = {
-        "forward_step_func": _forward_step,
-        "model": model,
-        "num_microbatches": len(mine),
-        "micro_batch_size": shape[0],
-        "seq_length": shape[1],
-    }
-    run = get_forward_backward_func()
-    logits = run(data_iterator=_iterators(mine, model), forward_only=True, collect_non_loss_data=True, **schedule)
-    losses = run(data_iterator=_iterators(mine, model), forward_only=False, **schedule)
-    gradients = _exported_gradients(bridge, model)
+    optimizer = build_optimizer(model, layout)
+    logits = _run_schedule(_logits_step, model, steps[0], forward_only=True, collect_non_loss_data=True)
+    losses, norms, gradients = [], [], {}
+    for microbatches in steps:
+        for chunk in model:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        entries = _run_schedule(_loss_step, model, microbatches, forward_only=False)
+        losses.append(_mean_per_token(entries))
+        gradients = gradients or _exported_gradients(bridge, model)
+        _, norm, _ = optimizer.step()
+        norms.append(norm)
     if not parallel_state.is_pipeline_last_stage():
         return None
-    loss = torch.stack([entry["loss"] for entry in losses]).mean()
-    torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     gathered = _all_microbatches([_whole_sequence(_whole_vocabulary(out)) for out in logits])
-    if parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_data_parallel_rank(
-        with_context_parallel=True
-    ):
-        return None
-    return StepResult(gathered, float(loss) / parallel_state.get_data_parallel_world_size(), gradients)
+    others = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank(True)
+    return None if any(others) else Run(gathered, gradients, losses, norms)
 
 
-def build(bridge: Any, layout: Layout) -> list[torch.nn.Module]:
+def megatron_logits(path: Path, layout: Layout, batch: Microbatch, *, training: bool, **changed: Any) -> torch.Tensor:
+    """Logits ``[b, s, vocab]`` of one batch, without a pipeline; ``changed`` are fields set after ``finalize()``."""
+    from megatron.bridge import AutoBridge
+
+    torch.distributed.init_process_group("gloo")
+    (model,) = build(AutoBridge.from_hf_pretrained(path), layout, **changed)
+    model.train(training)
+    with torch.no_grad():
+        return _whole_vocabulary(model(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values")))
+
+
+def build(bridge: Any, layout: Layout, **changed: Any) -> list[torch.nn.Module]:
     """The model of a checkpoint at a layout, wrapped for data parallelism, on initialised groups."""
     from megatron.bridge.training.config import DistributedDataParallelConfig
 
     provider = bridge.to_megatron_provider()
     layout.apply(provider)
+    provider.calculate_per_token_loss = True
     provider.finalize()
+    for name, value in changed.items():
+        setattr(provider, name, value)
     provider.initialize_model_parallel(seed=0)
-    ddp = DistributedDataParallelConfig(overlap_grad_reduce=False, use_distributed_optimizer=False)
+    ddp = DistributedDataParallelConfig(
+        **{"use_distributed_optimizer": True, "overlap_grad_reduce": False} | layout.ddp
+    )
     ddp.finalize()
     return provider.provide_distributed_model(ddp_config=ddp, wrap_with_ddp=True)
 
 
-def _iterators(microbatches: list, model: list) -> Any:
-    iterators = [iter(microbatches) for _ in model]
-    return iterators if len(model) > 1 else iterators[0]
+def build_optimizer(model: list[torch.nn.Module], layout: Layout) -> Any:
+    """Megatron's Adam, and what the schedules have to know of it, as Megatron-Bridge's training loop sets it."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    ddp, config = model[0].ddp_config, model[0].config
+    settings = OptimizerConfig(
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_eps=ADAM["eps"],
+        lr=ADAM["lr"],
+        weight_decay=ADAM["weight_decay"],
+        clip_grad=MAX_NORM,
+        use_distributed_optimizer=ddp.use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(settings, model)
+    _constant_rates(optimizer, settings)
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if ddp.overlap_grad_reduce:
+        functions = [chunk.no_sync for chunk in model]
+        config.no_sync_func = functions if len(model) > 1 else functions[0]
+    return optimizer
 
 
-def _forward_step(data: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _constant_rates(optimizer: Any, settings: Any) -> None:
+    """Give each group its learning rate and weight decay; Megatron leaves both to its scheduler."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    OptimizerParamScheduler(
+        optimizer,
+        init_lr=settings.lr,
+        max_lr=settings.lr,
+        min_lr=settings.lr,
+        lr_warmup_steps=0,
+        lr_decay_steps=1,
+        lr_decay_style="constant",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+    )
+
+
+def _run_schedule(step: Callable, model: list[torch.nn.Module], microbatches: list[Microbatch], **options: Any) -> list:
+    """Megatron's schedule on the microbatches of this data-parallel rank, which are dealt out in turn."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    mine = microbatches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+    iterators = [iter(mine) for _ in model]
+    rows, length = mine[0]["input_ids"].shape
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=model,
+        num_microbatches=len(mine),
+        micro_batch_size=rows,
+        seq_length=length,
+        **options,
+    )
+
+
+def _logits_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
     batch = next(data)
-    labels = batch["labels"]
     logits = model(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values"))
+    return logits, lambda output, non_loss_data: output.detach().clone()
 
-    def loss(output: torch.Tensor, non_loss_data: bool = False) -> Any:
-        from megatron.core import parallel_state
-        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-        from gpt_oss_vision.bridge.megatron.context_parallel import this_ranks_part
+def _loss_step(data: Iterator[Microbatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+    from megatron.bridge.training.losses import create_masked_next_token_loss_function
 
-        if non_loss_data:
-            return output.detach().clone()
-        mine = this_ranks_part(labels, 1, parallel_state.get_context_parallel_group())
-        per_token = vocab_parallel_cross_entropy(output.clone(), mine)
-        # This rank's share of the mean over the whole sequence; the schedule multiplies by the ranks that share it.
-        mean = per_token[mine != IGNORED].sum() / (labels != IGNORED).sum()
-        # The schedule divides the loss in place.
-        return mean, {"loss": mean.detach().clone()}
+    batch = next(data)
+    mask = (batch["labels"] != IGNORED).float()
+    output = model(
+        batch["input_ids"],
+        None,
+        None,
+        labels=batch["labels"],
+        loss_mask=mask,
+        pixel_values=batch.get("pixel_values"),
+    )
+    losses, mask = output if isinstance(output, tuple) else (output, mask)
+    return losses, create_masked_next_token_loss_function(mask, True, False)
 
-    return logits, loss
+
+def _mean_per_token(entries: list[dict[str, torch.Tensor]]) -> float:
+    """The loss that Megatron-Bridge's loop reports, on the last pipeline stage: over microbatches, DP and CP ranks."""
+    from megatron.core import parallel_state
+
+    if not entries:
+        return float("nan")
+    total = torch.stack([entry["lm loss"] for entry in entries]).sum(dim=0)
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return float(total[0] / total[1])
 
 
 def _exported_gradients(bridge: Any, model: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
+    parameters = [parameter for chunk in model for parameter in chunk.parameters()]
+    weights = [parameter.detach().clone() for parameter in parameters]
     for chunk in model:
-        for parameter in chunk.parameters():
-            parameter.data.copy_(parameter.main_grad)
-    return {name: weight.clone() for name, weight in bridge.export_hf_weights(model, show_progress=False)}
+        _gather_gradients(chunk)
+    for parameter in parameters:
+        parameter.data.copy_(parameter.main_grad)
+    gradients = {name: weight.clone() for name, weight in bridge.export_hf_weights(model, show_progress=False)}
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data.copy_(weight)
+    return gradients
+
+
+def _gather_gradients(chunk: torch.nn.Module) -> None:
+    """Bring together what the distributed optimizer has reduced in pieces, each rank one of every bucket."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        return
+    for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+        ranks = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            mine = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=ranks)
 
 
 def _whole_vocabulary(logits: torch.Tensor) -> torch.Tensor:
