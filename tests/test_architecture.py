@@ -40,9 +40,12 @@ RULES = {
     "bridge/ops": Rule((), frozenset({"torch"})),
     "bridge/hf": Rule((), frozenset({"torch", "transformers", "huggingface_hub", "numpy", "PIL", "tokenizers"})),
     "bridge/megatron": Rule(
-        ("bridge.ops", "bridge.hf.configuration_gpt_oss_vision"), frozenset({"torch", "transformers", "megatron"})
+        ("bridge.ops", "bridge.weights", "bridge.hf.configuration_gpt_oss_vision"),
+        frozenset({"torch", "transformers", "megatron"}),
     ),
     "bridge/attention.py": Rule(("bridge.ops.attention",), frozenset({"torch", "transformers"})),
+    "bridge/weights.py": Rule((), frozenset()),
+    "bridge/quantization.py": Rule((), frozenset({"torch", "transformers", "torchao"})),
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
     "conversion": Rule(("bridge",)),
     "recipes/quickstart.py": Rule(("recipes", "conversion", "bridge")),
@@ -117,7 +120,9 @@ def test_imports_within_the_package_are_relative_and_exist(file: Path):
 
 
 def test_every_imported_package_is_a_direct_dependency():
-    wanted = {re.split(r"[=;\[ ]", line)[0] for line in PROJECT["project"]["dependencies"]}
+    project = PROJECT["project"]
+    lines = sum(project["optional-dependencies"].values(), project["dependencies"])
+    wanted = {re.split(r"[=;\[ ]", line)[0] for line in lines}
     distributions = importlib.metadata.packages_distributions()
     for file in SOURCES:
         for line, module in imports_of(file):

@@ -1,0 +1,87 @@
+"""Fitting the model in memory: INT8 weights through torchao, experts included, and what that leaves as it was.
+
+model = GPTOSSVisionForCausalLM.from_pretrained(folder, dtype="bfloat16", quantization_config=int8_config())
+print(describe_weights(model))
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import TorchAoConfig
+
+try:
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+except ModuleNotFoundError as error:
+    raise ImportError("INT8 weights need torchao; install gpt-oss-vision with its extra `int8`") from error
+
+# Weights of the linear layers of decoder, tower and head, and the experts. Routers stay: they are small, and a rounding
+# there changes which experts are chosen. So do embeddings, which torchao would unpack whole for every token.
+LINEAR_WEIGHTS = r"(?:.*\.)?(?:[qkvo]_proj|out_proj|fc[12]|proj|lm_head)\.weight"
+EXPERT_WEIGHTS = r".*\.experts\.(?:gate_up|down)_proj"
+
+
+def int8_config() -> TorchAoConfig:
+    """What `from_pretrained(…, quantization_config=…)` takes to hold these weights in INT8, with a scale for each row.
+
+    They are quantised one by one as they are read, on any device. Such a model can be saved, and loads again as it is.
+    """
+    int8 = Int8WeightOnlyConfig(version=2)
+    return TorchAoConfig(
+        FqnToConfig({f"re:{LINEAR_WEIGHTS}": int8, f"re:{EXPERT_WEIGHTS}": int8}),
+        modules_to_not_convert=[],  # transformers would leave the head out
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """How the parameters of one name, over all layers, are held."""
+
+    name: str  # «N» for the number of a layer
+    weights: int
+    bytes: int
+    is_quantized: bool
+
+
+def held_weights(model: nn.Module) -> list[Held]:
+    """Every kind of parameter in a model, the largest first."""
+    kinds = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        kinds[re.sub(r"\.\d+\.", ".N.", name)].append(parameter)
+    rows = [
+        Held(
+            name=name,
+            weights=sum(parameter.numel() for parameter in parameters),
+            bytes=sum(_bytes_of(parameter) for parameter in parameters),
+            is_quantized=any(_parts_of(parameter) for parameter in parameters),
+        )
+        for name, parameters in kinds.items()
+    ]
+    return sorted(rows, key=lambda row: -row.weights)
+
+
+def describe_weights(model: nn.Module, *, named_at_most: int = 3) -> str:
+    """A sentence: how many weights in how much memory, and which are not quantised, with their share."""
+    rows = held_weights(model)
+    total = sum(row.weights for row in rows)
+    left = [row for row in rows if not row.is_quantized]
+    shares = [f"{row.name} {row.weights / total:.2%}" for row in left[:named_at_most]]
+    if others := left[named_at_most:]:
+        shares.append(f"{len(others)} smaller kinds {sum(row.weights for row in others) / total:.2%}")
+    size = sum(row.bytes for row in rows) / 1e9
+    share = sum(row.weights for row in left) / total
+    return f"{total:,} weights in {size:.3g} GB; {share:.2%} of them not quantised: {', '.join(shares)}."
+
+
+def _parts_of(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors of a quantised parameter: values and scales. None where it is a plain tensor itself."""
+    if not hasattr(parameter, "qdata"):
+        return []
+    names, _ = parameter.__tensor_flatten__()
+    return [getattr(parameter, name) for name in names]
+
+
+def _bytes_of(parameter: torch.Tensor) -> int:
+    return sum(part.nbytes for part in _parts_of(parameter) or [parameter])
