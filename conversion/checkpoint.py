@@ -17,11 +17,11 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; name the folder of a Hugging Face checkpoint")
-    model_type = _read_json(folder / "config.json").get("model_type")
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type != MODEL_TYPE:
         raise ValueError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r}")
     for file in weight_files(folder):
-        _check_safetensors(file)
+        check_safetensors(file)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -31,7 +31,7 @@ def weight_files(folder: Path) -> list[Path]:
         FileNotFoundError: when there is none, or one of them is missing.
     """
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.is_file() else []
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else []
     files = [folder / name for name in names or ["model.safetensors"]]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -39,14 +39,24 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: when it holds something else.
+    """
     try:
         return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); copy it again") from error
 
 
-def _check_safetensors(file: Path) -> None:
+def check_safetensors(file: Path) -> None:
+    """Whether a safetensors file is whole, as far as its header tells.
+
+    Raises:
+        ValueError: its header is damaged, or promises another length than the file has.
+    """
     try:
         with safe_open(file, framework="pt"):
             pass

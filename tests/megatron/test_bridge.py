@@ -138,7 +138,7 @@ def test_a_megatron_parameter_without_a_row_is_named():
     from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 
     from gpt_oss_vision.bridge.megatron.bridge import check_coverage, mapping_of
-    from gpt_oss_vision.bridge.megatron.weights import ROWS
+    from gpt_oss_vision.bridge.weights import ROWS
 
     registry = MegatronMappingRegistry(*(mapping_of(row) for row in ROWS))
     with pytest.raises(ValueError, match=re.escape("without a mapping: decoder.layers.0.mlp.novelty")):
@@ -149,7 +149,7 @@ def test_the_names_of_transformer_engine_have_rows_too():
     from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 
     from gpt_oss_vision.bridge.megatron.bridge import check_coverage, mapping_of
-    from gpt_oss_vision.bridge.megatron.weights import ROWS
+    from gpt_oss_vision.bridge.weights import ROWS
 
     registry = MegatronMappingRegistry(*(mapping_of(row) for row in ROWS))
     fused = "decoder.layers.7.self_attention.linear_qkv.layer_norm_weight"

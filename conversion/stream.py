@@ -1,0 +1,338 @@
+"""Moving bytes at the speed of the disk: units of work that read, compute and write, several at once.
+
+A unit is done by one thread from beginning to end; torch, xxhash and the kernel let go of the interpreter, so the
+threads' reading, computing and writing overlap. Each thread has two buffers, made once and as large as the largest
+unit asks for, so the memory of a run is known before it starts. Files are read and written around the page cache where
+the file system allows it.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from .journal import Journal, sync
+from .progress import Progress
+
+BLOCK = 4096
+"""What direct input and output are aligned to, in the file and in memory: a page, the largest sector in use."""
+
+STEP = 16 * 2**20
+"""Bytes that a unit handles at a time where it is free to choose."""
+
+SECONDS_BETWEEN_SYNCS = 2.0
+
+
+class Buffer:
+    """Page-aligned memory for direct input and output, as bytes of torch."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        size = _round_up(capacity) + BLOCK
+        self._memory = mmap.mmap(-1, size)
+        self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+
+    def view(self, start: int, nbytes: int) -> memoryview:
+        """Bytes of the buffer for the kernel to read or fill."""
+        return memoryview(self._memory)[start : start + nbytes]
+
+
+class File:
+    """A file that is read or written at any offset from any thread, around the page cache where that is possible."""
+
+    def __init__(self, path: Path, *, size: int | None = None):
+        """Open for reading or, with the `size` that it will have, for writing; room for it is reserved on the disk."""
+        self.path = path
+        flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT
+        self.plain = os.open(path, flags, 0o644)
+        if size is not None and os.fstat(self.plain).st_size != size:
+            os.ftruncate(self.plain, size)
+        if size:
+            _reserve(self.plain, size)
+        self.size = os.fstat(self.plain).st_size
+        try:
+            self.direct = os.open(path, flags & ~os.O_CREAT | os.O_DIRECT)
+        except OSError:  # this file system has no direct input and output
+            self.direct = self.plain
+
+    def read(self, buffer: Buffer, offset: int, nbytes: int, *, at: int = 0) -> torch.Tensor:
+        """Fill `buffer` from its byte `at`, a multiple of BLOCK, on; the bytes asked for, as a view of it.
+
+        Raises:
+            OSError: when the file ends before.
+        """
+        lead = offset % BLOCK
+        wanted = min(_round_up(lead + nbytes), _round_up(self.size - offset + lead))
+        assert at % BLOCK == 0 and at + wanted <= len(buffer.bytes)
+        done = 0
+        while done < lead + nbytes:
+            got = os.preadv(self.direct, [buffer.view(at + done, wanted - done)], offset - lead + done)
+            done += got
+            if (got % BLOCK and done < lead + nbytes) or not got:
+                raise OSError(f"{self.path} ends before byte {offset + nbytes}; copy it again")
+        if self.direct == self.plain:
+            os.posix_fadvise(self.plain, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        return buffer.bytes[at + lead : at + lead + nbytes]
+
+    def write(self, buffer: Buffer, start: int, offset: int, nbytes: int) -> None:
+        """Write `nbytes` of `buffer` from its byte `start` on, which lies as `offset` does between two blocks.
+
+        What shares a block with other bytes of the file goes through the page cache, the rest around it.
+        """
+        assert start % BLOCK == offset % BLOCK
+        head = min(-offset % BLOCK, nbytes)
+        body = (nbytes - head) // BLOCK * BLOCK
+        for descriptor, skip, count in (
+            (self.plain, 0, head),
+            (self.direct, head, body),
+            (self.plain, head + body, nbytes - head - body),
+        ):
+            while count:
+                written = os.pwrite(descriptor, buffer.view(start + skip, count), offset + skip)
+                skip, count = skip + written, count - written
+
+    def close(self) -> None:
+        """Close both descriptors."""
+        if self.direct != self.plain:
+            os.close(self.direct)
+        os.close(self.plain)
+
+
+class Worker:
+    """What a thread works with: a buffer to read into, one to write from, scratch memory, and the files."""
+
+    def __init__(self, run: "Run", read_capacity: int, write_capacity: int, scratch_capacity: int):
+        self.inbox, self.outbox = Buffer(read_capacity), Buffer(write_capacity)
+        self.scratch = Buffer(scratch_capacity).bytes
+        self.tools: dict[Any, Any] = {}
+        self._run = run
+
+    def read(self, path: Path, offset: int, nbytes: int, *, at: int = 0) -> torch.Tensor:
+        """Bytes of a source file, in the inbox from byte `at` on, a multiple of BLOCK."""
+        data = self._run.source(path).read(self.inbox, offset, nbytes, at=at)
+        self._run.progress.advance(nbytes)
+        return data
+
+    def room(self, offset: int, nbytes: int) -> torch.Tensor:
+        """The part of the outbox to fill with what will be written at `offset` of a file."""
+        start = offset % BLOCK
+        return self.outbox.bytes[start : start + nbytes]
+
+    def write(self, name: str, offset: int, nbytes: int) -> None:
+        """Write what was put into `room(offset, nbytes)` into an output file."""
+        self._run.check()
+        self._run.outputs[name].write(self.outbox, offset % BLOCK, offset, nbytes)
+        self._run.progress.advance(nbytes)
+
+    def tool[T](self, make: Callable[..., T], *args: Any) -> T:
+        """``make(*args)``, made once in this thread: an object that keeps scratch memory."""
+        key = (make, *args)
+        if key not in self.tools:
+            self.tools[key] = make(*args)
+        return self.tools[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Work that is done or not done.
+
+    Attributes:
+        name: its name in the journal.
+        files: output files that it writes, by name.
+        run: does the work; what it returns is JSON and is kept in the journal.
+        read_capacity: bytes of inbox that it needs.
+        write_capacity: bytes of outbox that it needs.
+        scratch_capacity: bytes of scratch that it needs.
+        nbytes: bytes that it reads and writes, for the progress.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    run: Callable[[Worker], Any]
+    read_capacity: int
+    write_capacity: int
+    scratch_capacity: int
+    nbytes: int
+
+
+def peak_memory(units: Iterable[Unit], jobs: int) -> int:
+    """Bytes of buffers that a run will hold: what it needs beyond the interpreter and its libraries."""
+    units = list(units)
+    return jobs * sum(max((getattr(unit, name) for unit in units), default=0) for name in CAPACITIES)
+
+
+CAPACITIES = ("read_capacity", "write_capacity", "scratch_capacity")
+
+
+class Run:
+    """The state that the threads of one run share."""
+
+    def __init__(self, outputs: Mapping[str, File], progress: Progress):
+        self.outputs, self.progress = outputs, progress
+        self.todo: queue.SimpleQueue[Unit] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[tuple[Unit, Any] | BaseException | None] = queue.SimpleQueue()
+        self._sources: dict[Path, File] = {}
+        self._lock, self._stop = threading.Lock(), threading.Event()
+
+    def source(self, path: Path) -> File:
+        """A file to read from, opened once."""
+        with self._lock:
+            if path not in self._sources:
+                self._sources[path] = File(path)
+            return self._sources[path]
+
+    def check(self) -> None:
+        """End this thread when another has failed."""
+        if self._stop.is_set():
+            raise Stopped
+
+    def stop(self) -> None:
+        """Let every thread end before its next write."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Close every file."""
+        for file in (*self._sources.values(), *self.outputs.values()):
+            file.close()
+
+    def work(self, capacities: Sequence[int]) -> None:
+        """What a thread does: units until there are none. An error is handed to the caller, who ends the others."""
+        try:
+            worker = Worker(self, *capacities)
+            while not self._stop.is_set():
+                unit = self.todo.get_nowait()
+                self.done.put((unit, unit.run(worker)))
+        except (queue.Empty, Stopped):
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            self.done.put(error)
+        finally:
+            self.done.put(None)
+
+
+class Stopped(Exception):
+    """Another thread has failed."""
+
+
+def stream(
+    units: Sequence[Unit], journal: Journal, sizes: Mapping[str, int], *, jobs: int, progress: Progress
+) -> dict[str, Any]:
+    """Do the units that are not done yet, and record them as they become durable.
+
+    Args:
+        units: in the order in which to begin them.
+        journal: the output to write into.
+        sizes: bytes of every output file, by its name within the output.
+        jobs: threads.
+        progress: told of every byte read and written.
+
+    Returns:
+        What every unit returned, by its name, units of earlier runs included.
+
+    Raises:
+        Exception: what the first unit that failed raised.
+    """
+    left = [unit for unit in units if unit.name not in journal.results]
+    progress.skip(sum(unit.nbytes for unit in units) - sum(unit.nbytes for unit in left))
+    names = sorted({name for unit in left for name in unit.files})
+    run = Run({name: _create(journal.output / name, sizes[name]) for name in names}, progress)
+    for unit in left:
+        run.todo.put(unit)
+    capacities = [max((getattr(unit, name) for unit in left), default=0) for name in CAPACITIES]
+    threads = [threading.Thread(target=run.work, args=(capacities,), daemon=True) for _ in range(jobs)]
+    with _one_thread_per_operation():
+        try:
+            for thread in threads:
+                thread.start()
+            _collect(run, journal, jobs)
+        finally:
+            run.stop()
+            for thread in threads:
+                thread.join()
+            run.close()
+    return {unit.name: journal.results[unit.name] for unit in units}
+
+
+def _collect(run: Run, journal: Journal, jobs: int) -> None:
+    """Take the threads' results until all have ended, and record them, several at a time, after their bytes."""
+    finished: dict[Unit, Any] = {}
+    last, error, running = time.monotonic(), None, jobs
+    while running:
+        item = run.done.get()
+        if isinstance(item, BaseException):
+            error = error or item
+            run.stop()
+        elif item is None:
+            running -= 1
+        else:
+            unit, result = item
+            finished[unit] = result
+        if finished and (not running or time.monotonic() - last > SECONDS_BETWEEN_SYNCS):
+            for name in sorted({name for unit in finished for name in unit.files}):
+                os.fdatasync(run.outputs[name].plain)
+            journal.record({unit.name: result for unit, result in finished.items()})
+            finished, last = {}, time.monotonic()
+    if error is not None:
+        raise error
+
+
+def _create(path: Path, size: int) -> File:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = File(path, size=size)
+    sync(path.parent)
+    return file
+
+
+@contextmanager
+def _one_thread_per_operation():
+    """Parallel units, not parallel operations: each of our threads would start an OpenMP pool of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Digest:
+    """The hash of a tensor and what is wrong with its numbers, taken while its bytes pass by."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+        self.nans = self.infinities = 0
+
+    def update(self, data: torch.Tensor) -> None:
+        """Add the bytes of a contiguous tensor."""
+        self._hash.update(data.view(-1).view(torch.uint8).numpy())
+
+    @property
+    def hex(self) -> str:
+        """32 hexadecimal digits of XXH3-128."""
+        return self._hash.hexdigest()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take room on the disk for a file, so that it cannot run full half-way.
+
+    By Linux's own call: where a file system knows none, the C library's would write into every block instead.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        error = ctypes.get_errno()
+        if error not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(error, os.strerror(error))
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // BLOCK) * BLOCK
