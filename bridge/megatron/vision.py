@@ -1,25 +1,33 @@
 """The vision stage: pixels in, token embeddings of the decoder out. It lives on the first pipeline stage."""
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionModel, ViTModel
 
 
 class VisionStage(nn.Module):
     """Tower, optional learned token in front, LayerNorm, projection; parameter names as in the transformers model.
 
-    The tower is transformers' own module and is replicated over the tensor-parallel ranks: each computes all images
-    of the microbatch, and because the decoder's input gradient is complete on every rank, so are the tower's
-    gradients, without any reduction.
+    The tower is transformers' own module and a copy of it is on every rank of the stage. The tensor- and
+    context-parallel ranks, which all have the same images, compute a share of them each and gather the results. A
+    rank's gradients are then those of its images: Megatron-Core sums what is marked ``sequence_parallel`` over the
+    tensor-parallel ranks, and data parallelism reduces over the context-parallel ones as it always does.
 
     Args:
-        config: the provider; ``vision_config`` names the tower, ``vision_pool_token`` adds the learned token.
+        config: the provider; ``vision_config`` names the tower, ``vision_pool_token`` adds the learned token,
+            ``vision_recompute`` computes its activations again in the backward pass.
+        pg_collection: the process groups, for the ranks that share the images.
     """
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
         super().__init__()
         self.config = config
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.vit = build_tower(config.vision_config)
         width = self.vit.config.hidden_size
         self.pool_token = nn.Parameter(torch.zeros(1, 1, width)) if config.vision_pool_token else None
@@ -31,19 +39,45 @@ class VisionStage(nn.Module):
             if self.pool_token is not None:
                 config.init_method(self.pool_token)
         self.to(config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """``[n, channels, height, width]`` to ``[n, tokens per image, h]``: pool token, CLS, patches row by row."""
+    def forward(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """``[n, channels, height, width]`` to ``[n, tokens per image, h]``: pool token, CLS, patches row by row.
+
+        Without images, here or in this rank's share of them, every parameter still takes part with a gradient of
+        zero, so that the reduction of gradients does not wait for it.
+        """
+        images = 0 if pixel_values is None else len(pixel_values)
+        ranks, rank = self.tp_group.size() * self.cp_group.size(), self.cp_group.rank() * self.tp_group.size()
+        share = -(-images // ranks)
+        first = min((rank + self.tp_group.rank()) * share, images)
+        mine = self.features(None if pixel_values is None else pixel_values[first : first + share])
+        if images == 0:
+            return mine
+        # Gathered shares are of equal size; the last ones may be padding.
+        mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))
+        # The gradient that comes back is whole on every tensor-parallel rank, and a part on every context-parallel one.
+        gathered = gather_from_sequence_parallel_region(mine, tensor_parallel_output_grad=False, group=self.tp_group)
+        gathered = gather_from_sequence_parallel_region(gathered, tensor_parallel_output_grad=True, group=self.cp_group)
+        return gathered[:images]
+
+    def features(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """The same on this rank alone; ``[0, tokens per image, h]`` for no images."""
+        if pixel_values is None or len(pixel_values) == 0:
+            return self.proj.weight.new_zeros(0, self.config.num_image_tokens, self.config.hidden_size) + self._idle()
+        if self.config.vision_recompute and torch.is_grad_enabled():
+            return checkpoint(self._features, pixel_values, use_reentrant=False)
+        return self._features(pixel_values)
+
+    def _features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden_states = self.vit(pixel_values.to(self.proj.weight.dtype)).last_hidden_state
         if self.pool_token is not None:
             hidden_states = torch.cat([self.pool_token.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
         return self.proj(self.norm(hidden_states))
 
-    def idle(self) -> torch.Tensor:
-        """A zero that depends on every parameter, for a microbatch without images.
-
-        It costs nothing, and keeps gradient reduction from waiting for parameters that this rank did not use.
-        """
+    def _idle(self) -> torch.Tensor:
+        """A zero that depends on every parameter and costs nothing."""
         return sum(parameter.flatten()[:0].sum() for parameter in self.parameters())
 
 
