@@ -1,6 +1,7 @@
 """Core attention of the `torch` back end: the learnable sink on Megatron's [s, b, …] layout."""
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..ops.attention import fused_sink_attention
 from .context_parallel import heads_to_sequence, sequence_to_heads
+from .packing import sample_boundaries
 
 
 class SinkAttention(MegatronModule):
@@ -59,14 +61,23 @@ class SinkAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params=None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
         """Query ``[s/cp, b, heads/tp, d]``, key and value ``[s/cp, b, groups/tp, d]`` to ``[s/cp, b, heads/tp * d]``.
 
-        ``attention_mask`` is not read: padding is on the right, where a causal query cannot see it.
+        With ``packed_seq_params``, samples one after the other in a row: ``[t, heads/tp, d]`` and so on to
+        ``[t, heads/tp * d]``, each sample seeing itself only. ``attention_mask`` is not read: padding is on the right,
+        where a causal query cannot see it.
         """
-        if packed_seq_params is not None or attention_bias is not None:
-            raise ValueError("The `torch` back end takes neither packed sequences nor an attention bias.")
+        if attention_bias is not None:
+            raise ValueError("The `torch` back end takes no attention bias.")
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        lengths = [length for length in sample_boundaries(packed_seq_params).diff().tolist() if length]
+        samples = zip(*(part.unsqueeze(1).split(lengths) for part in (query, key, value)), strict=True)
+        return torch.cat([self._attend(*sample) for sample in samples]).squeeze(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         whole = [sequence_to_heads(part, self.cp_group).permute(1, 2, 0, 3) for part in (query, key, value)]
         sinks = self.softmax_offset.chunk(self.cp_group.size())[self.cp_group.rank()]
         context = fused_sink_attention(*whole, sinks, scale=self.scale, window=self.window)

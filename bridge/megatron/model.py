@@ -5,9 +5,11 @@ Shapes: b rows, s positions, h hidden size, n images of the microbatch, p placeh
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from .context_parallel import this_ranks_part
+from .packing import check_packing
 from .vision import VisionStage
 
 
@@ -21,7 +23,8 @@ class GPTOSSVisionModel(GPTModel):
     def __init__(self, config, *args, **kwargs):
         # Images are put between the embeddings of the whole sequence; only the result is scattered.
         super().__init__(config, *args, scatter_embedding_sequence_parallel=False, **kwargs)
-        self.vision_adapter = VisionStage(config) if self.pre_process and config.use_vision else None
+        has_vision = self.pre_process and config.use_vision
+        self.vision_adapter = VisionStage(config, self.pg_collection) if has_vision else None
 
     def forward(
         self,
@@ -33,6 +36,7 @@ class GPTOSSVisionModel(GPTModel):
         *args,
         pixel_values: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As `GPTModel.forward`, and images.
@@ -43,6 +47,7 @@ class GPTOSSVisionModel(GPTModel):
                 placeholders; None or n = 0 without images. Read on the first stage only.
             labels: ``[b, s]``, of the whole sequence also under context parallelism.
             loss_mask: ``[b, s]``, likewise.
+            packed_seq_params: where the samples lie when ``input_ids`` is one row of several.
 
         Returns:
             Loss per token ``[b, s / cp]`` with labels, else logits ``[b, s / cp, vocab / tp]``; on stages that are not
@@ -50,8 +55,11 @@ class GPTOSSVisionModel(GPTModel):
             the loss and this rank's part of the mask, as Megatron-Bridge's ``vlm_step`` takes them.
 
         Raises:
-            ValueError: when placeholders and images don't match; both numbers are named.
+            ValueError: when placeholders and images don't match; both numbers are named. For packed samples where
+                they would not be exact (`check_packing`).
         """
+        if packed_seq_params is not None:
+            check_packing(input_ids, packed_seq_params, self.pg_collection.cp.size(), self.config.transformer_impl)
         is_visual = self.modality(input_ids)
         if self.pre_process and decoder_input is None:
             decoder_input = self.embed(input_ids, position_ids, is_visual, pixel_values)
@@ -69,6 +77,7 @@ class GPTOSSVisionModel(GPTModel):
             *args,
             padding_mask=self.on_this_rank(is_visual),
             loss_mask=loss_mask,
+            packed_seq_params=packed_seq_params,
             **kwargs,
         )
         is_loss = self.post_process and labels is not None and loss_mask is not None
@@ -93,6 +102,10 @@ class GPTOSSVisionModel(GPTModel):
             embeddings = self.merge(embeddings, is_visual, pixel_values)
         elif pixel_values is not None and len(pixel_values):
             raise ValueError(f"{len(pixel_values)} images were given to a model that has use_vision=False.")
+        if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and not embeddings.requires_grad:
+            # Everything before the decoder is frozen. Megatron's checkpoint gives gradients only to the parameters of
+            # a block whose input wants one.
+            embeddings.requires_grad_()
         embeddings = this_ranks_part(embeddings, 0, self.pg_collection.cp)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
@@ -104,12 +117,14 @@ class GPTOSSVisionModel(GPTModel):
         """Replace the placeholders of ``[s, b, h]`` embeddings by the tokens of the images."""
         images = 0 if pixel_values is None else len(pixel_values)
         check_placeholders(is_visual, images, self.config.num_image_tokens)
+        image_tokens = self.vision_adapter(pixel_values).flatten(0, 1).to(embeddings.dtype)
         if images == 0:
-            return embeddings + self.vision_adapter.idle().to(embeddings.dtype)
-        image_tokens = self.vision_adapter(pixel_values).to(embeddings.dtype)
-        # Rows before positions: that is the order in which images are counted.
-        rows = embeddings.transpose(0, 1).masked_scatter(is_visual.unsqueeze(-1), image_tokens)
-        return rows.transpose(0, 1).contiguous()
+            return embeddings + image_tokens.sum()
+        # Rows before positions: that is the order in which images are counted. Unlike `masked_scatter`, whose backward
+        # asks for the number of placeholders, this never waits for the GPU.
+        nth = is_visual.flatten().cumsum(0).view_as(is_visual) - 1
+        placed = image_tokens.index_select(0, nth.mT.flatten().clamp(0, len(image_tokens) - 1)).view_as(embeddings)
+        return torch.where(is_visual.mT.unsqueeze(-1), placed, embeddings).contiguous()
 
     def on_this_rank(self, is_visual: torch.Tensor) -> torch.Tensor:
         """The modality of the tokens that this rank's layers see: of ``[b, s]`` its part under CP, of that under SP.
@@ -127,12 +142,15 @@ class GPTOSSVisionModel(GPTModel):
 def check_placeholders(is_visual: torch.Tensor, images: int, tokens_per_image: int) -> None:
     """Compare the room that a prompt has with the images that were given.
 
+    On a GPU the comparison is left to the device, so that the host need not wait for it in every microbatch; the
+    data loaders of `recipes` have compared before, with numbers.
+
     Raises:
-        ValueError: when they differ.
+        ValueError: when they differ. On a GPU the kernel aborts instead.
     """
-    room = int(is_visual.sum())
-    if room != images * tokens_per_image:
-        raise ValueError(
-            f"{images} image{'s need' if images != 1 else ' needs'} {images * tokens_per_image} placeholder tokens; "
-            f"the batch has {room}."
-        )
+    needs = f"{images} image{'s need' if images != 1 else ' needs'} {images * tokens_per_image} placeholder tokens"
+    room = is_visual.sum()
+    if room.is_cuda:
+        torch._assert_async(room == images * tokens_per_image, f"{needs}; the batch has another number.")
+    elif room != images * tokens_per_image:
+        raise ValueError(f"{needs}; the batch has {int(room)}.")

@@ -19,8 +19,10 @@ from megatron.core.utils import log_single_rank
 
 from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from . import cpu, upstream
+from .groups import GROUPS, freeze
 from .layer_spec import block_spec
 from .model import GPTOSSVisionModel
+from .packing import CUDNN_WITH_SINKS, check_cudnn
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,13 @@ class GPTOSSVisionProvider(GPTModelProvider):
     image_token_id: int = 200013
     num_image_tokens: int = 258
     """Placeholder tokens per image; follows from the tower and is kept here for checks."""
+    vision_recompute: bool = False
+    """Whether the tower's activations are computed again in the backward pass instead of kept."""
+    freeze_language_model: bool = False
+    freeze_vision_model: bool = False
+    freeze_vision_projection: bool = False
+    freeze_vision_bias: bool = False
+    """Which groups of parameters (`groups.py`) are left as they are, without gradients and optimizer states."""
 
     # gpt-oss itself: not a choice, hence not arguments.
     normalization: str = field(default="RMSNorm", init=False)
@@ -130,7 +139,7 @@ class GPTOSSVisionProvider(GPTModelProvider):
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp)
         backend = resolve_backend(self.backend)
         log_single_rank(logger, logging.INFO, f"GPT-OSS-Vision runs on the `{backend}` back end.")
-        return GPTOSSVisionModel(
+        model = GPTOSSVisionModel(
             self,
             transformer_layer_spec=block_spec(self, backend, vp_stage, groups),
             vocab_size=self.vocab_size,
@@ -145,6 +154,13 @@ class GPTOSSVisionProvider(GPTModelProvider):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        freeze(model, self.frozen_groups)
+        return model
+
+    @property
+    def frozen_groups(self) -> list[str]:
+        """The groups that ``freeze_*`` names."""
+        return [group for group in GROUPS if getattr(self, f"freeze_{group}")]
 
 
 # What only one of the two can do. Both say everything, so that a checkpoint's config can change sides; `torch` keeps to
@@ -214,8 +230,12 @@ def check_layout(provider: GPTOSSVisionProvider) -> None:
         if count % size:
             raise ValueError(f"{name}={size} does not divide the {count} {what} of this model.")
     check_pipeline(provider)
+    if len(provider.frozen_groups) == len(GROUPS):
+        raise ValueError(f"All {len(GROUPS)} groups of parameters are frozen, so there is nothing to train.")
     if provider.attention_dropout:
         raise ValueError(f"attention_dropout={provider.attention_dropout} is not supported; gpt-oss has 0.")
+    if resolve_backend(provider.backend) == "transformer_engine":
+        check_cudnn(CUDNN_WITH_SINKS, "learnable sinks")
     if etp > 1 and resolve_backend(provider.backend) == "transformer_engine":
         raise ValueError(
             f"expert_tensor_parallel_size={etp} needs backend='torch'; with Transformer Engine each rank would add the "

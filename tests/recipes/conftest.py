@@ -1,4 +1,4 @@
-"""A tiny processor and two pictures, for the tests of data."""
+"""A tiny processor and two pictures, for the tests of data; a checkpoint to train from, for those of training."""
 
 from pathlib import Path
 
@@ -24,4 +24,26 @@ def folder(tmp_path: Path) -> Path:
     """Has `red.png` and `blue.png`."""
     for name, colour in {"red": (200, 10, 10), "blue": (10, 10, 200)}.items():
         Image.new("RGB", (12, 9), colour).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the digits and the two checkpoints that the quickstart trains from."""
+    from gpt_oss_vision.bridge.megatron import cpu
+    from gpt_oss_vision.recipes.digits import write_digits
+    from gpt_oss_vision.recipes.quickstart import Settings, import_checkpoint, write_checkpoint
+
+    out = tmp_path_factory.mktemp("start")
+    write_digits(out / "digits", Settings().seed)
+    write_checkpoint(out / "hf_start", Settings())
+    cpu.run_ranks(1, import_checkpoint, out / "hf_start", out / "megatron_start")
+    return out
+
+
+@pytest.fixture
+def out(start: Path, tmp_path: Path) -> Path:
+    """A folder to train in, with what is only read shared by links."""
+    for name in ("digits", "hf_start", "megatron_start"):
+        (tmp_path / name).symlink_to(start / name)
     return tmp_path

@@ -14,9 +14,7 @@ from gpt_oss_vision.recipes.quickstart import (
     CallbackContext,
     Settings,
     fine_tune,
-    import_checkpoint,
     training_config,
-    write_checkpoint,
 )
 from gpt_oss_vision.recipes.training import train
 
@@ -32,17 +30,6 @@ LAYOUTS = {
 def losses(out: Path, settings: Settings) -> list[float]:
     digits = write_digits(out / "digits", settings.seed)
     return cpu.run_ranks(settings.ranks, fine_tune, out, digits, settings, Console(quiet=True))[-1]
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the digits and the two checkpoints that the quickstart trains from."""
-    out = tmp_path_factory.mktemp("start")
-    settings = Settings()
-    write_digits(out / "digits", settings.seed)
-    write_checkpoint(out / "hf_start", settings)
-    cpu.run_ranks(1, import_checkpoint, out / "hf_start", out / "megatron_start")
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,73 @@
+"""The groups of parameters that are frozen and given a learning rate of their own.
+
+The names are those of Megatron-Bridge's other vision models, ``freeze_language_model`` and so on, with one group more.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from megatron.bridge.training.config import OptimizerConfigOverrideProvider, OptimizerConfigOverrideProviderContext
+from megatron.core.optimizer import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from torch import nn
+
+# A parameter belongs to the first group whose mark is in its name; the last mark is in all of them.
+GROUPS = {
+    "vision_model": "vision_adapter.vit.",
+    "vision_projection": "vision_adapter.",
+    "vision_bias": ".router.vision_bias",
+    "language_model": "",
+}
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter of the Megatron model, wrapped or not."""
+    return next(group for group, mark in GROUPS.items() if mark in name)
+
+
+def freeze(model: nn.Module, groups: Iterable[str]) -> None:
+    """Switch off the gradients of some groups, in place."""
+    groups = set(groups)
+    for name, parameter in model.named_parameters():
+        if group_of(name) in groups:
+            parameter.requires_grad_(False)
+
+
+@dataclass(kw_only=True)
+class LearningRateFactors(OptimizerConfigOverrideProvider):
+    """Megatron-Bridge's ``optimizer_config_override_provider`` with a learning-rate factor per group.
+
+    A factor multiplies ``lr`` and ``min_lr`` of the optimizer, so warm-up and decay keep their form. It is set in a
+    ``ConfigContainer`` like any other field, on the command line too.
+    """
+
+    vision_model: float = 1.0
+    vision_projection: float = 1.0
+    vision_bias: float = 1.0
+    language_model: float = 1.0
+
+    def build_config_overrides(
+        self, context: OptimizerConfigOverrideProviderContext
+    ) -> dict[ParamKey, ParamGroupOverride] | None:
+        """Megatron-Bridge's own overrides (no weight decay on vectors) and ours.
+
+        Raises:
+            ValueError: for a negative factor; 0 would still pay for gradients, freezing does not.
+        """
+        optimizer, overrides = context.optimizer_config, dict(super().build_config_overrides(context) or {})
+        for group, factor in asdict(self).items():
+            if factor <= 0:
+                raise ValueError(
+                    f"A learning-rate factor must be above 0, {group} has {factor}; to freeze a group "
+                    f"set model.freeze_{group}=True."
+                )
+            if factor != 1:
+                predicate = ParamWithNamePredicate(name=f"group {group}", fn=partial(_is_in, group))
+                rates = {"max_lr": optimizer.lr * factor, "min_lr": (optimizer.min_lr or 0.0) * factor}
+                overrides[ParamKey(with_name_predicate=predicate)] = ParamGroupOverride(**rates)
+        return overrides or None
+
+
+def _is_in(group: str, parameter: nn.Parameter, name: str) -> bool:
+    return group_of(name) == group

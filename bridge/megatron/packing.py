@@ -1,0 +1,55 @@
+"""Packed sequences: several samples one after the other in a row, Megatron's ``thd`` format."""
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+# The first releases whose fused attention knows learnable sinks, as cudnn.version() counts: 9.13.1 and 9.18.
+CUDNN_WITH_SINKS = 91301
+CUDNN_WITH_PACKED_SINKS = 91800
+
+
+def sample_boundaries(packed: PackedSeqParams) -> torch.Tensor:
+    """``[samples + 1]``: where each sample starts in the row, and the end; padding belongs to the sample before it."""
+    return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+
+
+def check_packing(input_ids: torch.Tensor, packed: PackedSeqParams, context_parallel: int, backend: str) -> None:
+    """Refuse what would not be exact, without a look at the device.
+
+    Args:
+        input_ids: ``[1, t]``.
+        packed: Megatron's description of the row.
+        context_parallel: ranks that share the row.
+        backend: ``transformer_impl`` of the config.
+
+    Raises:
+        ValueError: for more than one row, context parallelism, or a cuDNN that would drop the sinks.
+    """
+    if packed.qkv_format != "thd" or len(input_ids) != 1:
+        raise ValueError(
+            f"Packed samples come as one row in the format 'thd'; got {len(input_ids)} rows, {packed.qkv_format!r}."
+        )
+    if context_parallel > 1:
+        raise ValueError(
+            f"Packed samples are not dealt out to context_parallel_size={context_parallel} ranks; use 1, or don't pack."
+        )
+    if backend == "transformer_engine":
+        check_cudnn(CUDNN_WITH_PACKED_SINKS, "learnable sinks of packed samples")
+
+
+def check_cudnn(least: int, feature: str) -> None:
+    """Compare the cuDNN that torch has loaded.
+
+    Raises:
+        ValueError: when it is older.
+    """
+    found = torch.backends.cudnn.version() or 0
+    if found < least:
+        raise ValueError(
+            f"Transformer Engine needs cuDNN {_spelled(least)} for {feature}; this is {_spelled(found)}. Install a "
+            "newer nvidia-cudnn, or set backend='torch'."
+        )
+
+
+def _spelled(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"

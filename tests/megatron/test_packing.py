@@ -1,0 +1,147 @@
+"""Samples packed into one row are the samples run apart: logits, loss and every gradient."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_oss_vision.bridge import hf, megatron
+from gpt_oss_vision.bridge.megatron import cpu, packing
+from layouts import IGNORED, Layout, build, with_labels
+from tiny import tiny_batch, tiny_config, tiny_model
+
+CONFIG = tiny_config()
+# Longer than the window of 8 and than YaRN's 32 positions, and shorter; with two images, none and one.
+SAMPLES = ((40, 2), (6, 0), (18, 1))
+PADDED_TO = 8
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    hf.register_auto_classes()
+    megatron.register()
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model(CONFIG).save_pretrained(folder)
+    return folder
+
+
+def samples() -> list[dict[str, torch.Tensor]]:
+    return [
+        with_labels(tiny_batch(CONFIG, (images,), length=length, seed=length), CONFIG.image_token_id)
+        for length, images in SAMPLES
+    ]
+
+
+def padded(tensor: torch.Tensor, value: int) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % PADDED_TO), value=value)
+
+
+def pack(apart: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """One row, each sample padded to a multiple of `PADDED_TO`, in the fields that Megatron-Bridge's steps fill."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    rows = [padded(sample["input_ids"], 1) for sample in apart]
+    real = torch.tensor([sample["input_ids"].shape[1] for sample in apart])
+    physical = torch.tensor([row.shape[1] for row in rows])
+    starts, ends = (torch.cat([torch.zeros(1), counts.cumsum(0)]).int() for counts in (real, physical))
+    longest = int(physical.max())
+    return {
+        "input_ids": torch.cat(rows, dim=1),
+        "labels": torch.cat([padded(sample["labels"], IGNORED) for sample in apart], dim=1),
+        "pixel_values": torch.cat([sample["pixel_values"] for sample in apart if "pixel_values" in sample]),
+        "packed_seq_params": PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=starts,
+            cu_seqlens_kv=starts,
+            cu_seqlens_q_padded=ends,
+            cu_seqlens_kv_padded=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+    }
+
+
+def losses_and_gradients(model: torch.nn.Module, batches: list[dict[str, Any]]) -> tuple[list, dict]:
+    """The losses of the tokens that are predicted, and the gradients, summed over the ranks that share them."""
+    from megatron.core.distributed import finalize_model_grads
+
+    model.zero_grad_buffer()
+    losses = []
+    for batch in batches:
+        per_token = model(position_ids=None, attention_mask=None, **batch)
+        losses.append(per_token[batch["labels"] != IGNORED])
+        losses[-1].sum().backward()
+    finalize_model_grads([model])
+    gradients = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
+    return torch.cat(losses).detach(), gradients
+
+
+def compare(path: Path, layout: Layout) -> None:
+    from megatron.bridge import AutoBridge
+
+    torch.distributed.init_process_group("gloo")
+    (model,) = build(AutoBridge.from_hf_pretrained(path), layout)
+    apart = [
+        sample | {key: padded(sample[key], IGNORED if key == "labels" else 1) for key in ("input_ids", "labels")}
+        for sample in samples()
+    ]
+    expected, gradients = losses_and_gradients(model, apart)
+    found, packed_gradients = losses_and_gradients(model, [pack(samples())])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        scale = max(float(gradient.abs().max()), 1e-4 * largest)
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=0, atol=1e-4 * scale, msg=name)
+
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+WHOLE = {"use_distributed_optimizer": False}  # so that every rank has every gradient
+LAYOUTS = [
+    Layout(ddp=WHOLE),
+    Layout(tp=2, ddp=WHOLE),
+    Layout(ep=2, ddp=WHOLE),
+    Layout(tp=2, ep=2, extra=FULL, ddp=WHOLE),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_packed_samples_do_not_see_each_other(layout: Layout, path: Path):
+    cpu.run_ranks(layout.world_size, compare, path, layout)
+
+
+def run_packed(path: Path, layout: Layout, changes: dict[str, Any]) -> None:
+    from megatron.bridge import AutoBridge
+
+    torch.distributed.init_process_group("gloo")
+    (model,) = build(AutoBridge.from_hf_pretrained(path), layout)
+    model(position_ids=None, attention_mask=None, **pack(samples()) | changes)
+
+
+def test_packing_with_context_parallelism_is_refused(path: Path):
+    with pytest.raises(ValueError, match="not dealt out to context_parallel_size=2 ranks"):
+        cpu.run_ranks(2, run_packed, path, Layout(cp=2), {})
+
+
+def test_packing_of_two_rows_is_refused(path: Path):
+    with pytest.raises(ValueError, match="got 2 rows"):
+        cpu.run_ranks(1, run_packed, path, Layout(), {"input_ids": torch.ones(2, 8, dtype=torch.long)})
+
+
+@pytest.mark.parametrize(
+    ("version", "least", "sentence"),
+    [
+        (91300, packing.CUDNN_WITH_SINKS, r"needs cuDNN 9\.13\.1 for .*; this is 9\.13\.0"),
+        (91701, packing.CUDNN_WITH_PACKED_SINKS, r"needs cuDNN 9\.18\.0 for .*; this is 9\.17\.1"),
+        (None, packing.CUDNN_WITH_SINKS, r"this is 0\.0\.0"),
+    ],
+)
+def test_a_cudnn_that_would_drop_the_sinks_is_refused(version: int | None, least: int, sentence: str, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    with pytest.raises(ValueError, match=sentence):
+        packing.check_cudnn(least, "learnable sinks")
+
+
+def test_a_cudnn_with_sinks_is_taken(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: packing.CUDNN_WITH_PACKED_SINKS)
+    packing.check_cudnn(packing.CUDNN_WITH_PACKED_SINKS, "learnable sinks")

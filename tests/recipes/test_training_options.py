@@ -1,0 +1,79 @@
+"""What a run may switch on, each through Megatron-Bridge's own loop: frozen groups, learning-rate factors."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.megatron.groups import GROUPS, LearningRateFactors, group_of
+from gpt_oss_vision.recipes.digits import write_digits
+from gpt_oss_vision.recipes.quickstart import Callback, CallbackContext, Settings, training_config
+from gpt_oss_vision.recipes.training import train
+
+
+@dataclass
+class Movement(Callback):
+    """How far each parameter of this rank has moved: the sum of its absolute change, by name."""
+
+    before: dict[str, torch.Tensor] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        self.before = {name: p.detach().clone() for name, p in context.model[0].named_parameters()}
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        after = dict(context.model[0].named_parameters())
+        self.moved = {name: float((after[name].detach() - p).abs().sum()) for name, p in self.before.items()}
+
+
+def run(out: Path, settings: Settings, model: dict[str, Any], factors: dict[str, float]) -> dict[str, float]:
+    """Train; how far the parameters of this rank have moved."""
+    config = training_config(out, write_digits(out / "digits", settings.seed), settings)
+    for name, value in model.items():
+        setattr(config.model, name, value)
+    config.optimizer_config_override_provider = LearningRateFactors(**factors)
+    config.checkpoint.save = None
+    movement = Movement()
+    train(config, callbacks=[movement])
+    return movement.moved
+
+
+def by_group(moved: dict[str, float]) -> dict[str, list[float]]:
+    return {group: [value for name, value in moved.items() if group_of(name) == group] for group in GROUPS}
+
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+CASES = {
+    "the text model, as for aligning a new projection": (("language_model", "vision_model", "vision_bias"), {}, {}),
+    "all but the text model": (("vision_model", "vision_projection", "vision_bias"), {}, {"tensor_parallel": 2}),
+    "all but the bias, under recomputation": (("language_model", "vision_model", "vision_projection"), FULL, {}),
+    "a whole pipeline stage": (("language_model", "vision_bias"), {}, {"pipeline_parallel": 2}),
+}
+
+
+@pytest.mark.parametrize(("frozen", "extra", "sizes"), CASES.values(), ids=CASES)
+def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(frozen: tuple, extra: dict, sizes: dict, out: Path):
+    settings = Settings(steps=2, batch_size=8, **sizes)
+    model = extra | {f"freeze_{group}": True for group in frozen}
+    for moved in cpu.run_ranks(settings.ranks, run, out, settings, model, {}):
+        for group, values in by_group(moved).items():
+            still = sum(value == 0 for value in values)
+            # Nothing is predicted from a visual token, so the last layer's bias for those has no effect.
+            assert still == len(values) if group in frozen else still <= (group == "vision_bias"), group
+
+
+def test_a_factor_scales_the_step_of_its_group_alone(out: Path):
+    factors = {"vision_model": 0.5, "vision_projection": 3.0, "vision_bias": 10.0}
+    settings = Settings(steps=1, batch_size=8)
+    (plain,) = cpu.run_ranks(1, run, out, settings, {}, {})
+    (scaled,) = cpu.run_ranks(1, run, out, settings, {}, factors)
+    for name, value in plain.items():
+        assert scaled[name] == pytest.approx(value * factors.get(group_of(name), 1.0), rel=1e-3), name
+
+
+def test_a_factor_of_zero_is_refused(out: Path):
+    with pytest.raises(ValueError, match="above 0, vision_bias has 0"):
+        cpu.run_ranks(1, run, out, Settings(steps=1, batch_size=8), {}, {"vision_bias": 0.0})
