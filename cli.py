@@ -17,8 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import __version__
+
+
+class UsageError(ValueError):
+    """Options that don't go together."""
 
 
 def quickstart(out: Path, overwrite: bool, **settings: int | None) -> int:
@@ -42,14 +47,68 @@ def quickstart(out: Path, overwrite: bool, **settings: int | None) -> int:
     return 0
 
 
-def generate(model: Path, prompt: str, image: list[Path], max_new_tokens: int) -> int:
-    """Ask a checkpoint in Hugging Face format a question, with images."""
+def generate(
+    model: Path,
+    prompt: str | None,
+    image: list[Path],
+    batch: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    batch_size: int,
+    int8: bool,
+    **sampling: Any,
+) -> int:
+    """Ask a checkpoint in Hugging Face format a question with images, or a file of questions.
+
+    The answer is written while the model generates it. Of a model that thinks, the final channel is shown.
+    """
+    if batch is None and out is not None:
+        raise UsageError("--out goes with --batch")
+    if batch is not None and (out is None or image):
+        raise UsageError("--batch needs --out for its answers, and names its images in its lines, not by --image")
+    if out is not None and out.exists() and not overwrite:
+        raise FileExistsError(f"--out {out} exists; name another file, or replace it with --overwrite")
     from .conversion.checkpoint import check_checkpoint
 
     check_checkpoint(model)
     from .recipes import generate as recipe
 
-    print(recipe.generate(model, prompt, image, max_new_tokens=max_new_tokens))
+    choice = recipe.Sampling(**sampling)
+    asked = recipe.load(model, int8=int8)
+    if int8:
+        from .bridge.quantization import describe_weights
+
+        print(describe_weights(asked[0]), file=sys.stderr)
+    if batch is not None and out is not None:
+        from .recipes.questions import answer_file
+
+        print(answer_file(*asked, batch, out, choice, batch_size))
+    elif not recipe.answer(*asked, prompt or "", image, choice, sys.stdout):
+        raise ValueError(f"no answer in {choice.max_new_tokens} tokens; allow more with --max-new-tokens")
+    return 0
+
+
+def convert_import(hf: Path, out: Path, dtype: str | None, jobs: int, overwrite: bool, dry_run: bool) -> int:
+    """Hugging Face to Megatron, streamed: a checkpoint that training loads at any parallel layout.
+
+    Needs neither a GPU nor memory for the model. A call that was interrupted is continued by the same call.
+    """
+    from rich.console import Console
+
+    from .conversion.importing import import_checkpoint
+
+    console = Console(stderr=True)
+    report = import_checkpoint(hf, out, dtype=dtype, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
+    return _tell(out, report, dry_run)
+
+
+def _tell(out: Path, report: dict, dry_run: bool) -> int:
+    """One line about a conversion that is done, or that a dry run has planned."""
+    moved = f"{report['bytes_read'] / 1e9:.2f} GB read, {report['bytes_written'] / 1e9:.2f} GB written"
+    if dry_run:
+        print(f"Would write {out}: {moved}, buffers of {report['peak_memory'] / 2**30:.2f} GiB.")
+    else:
+        print(f"{out} is complete: {len(report['tensors'])} tensors, {moved}; conversion.json has a hash of each.")
     return 0
 
 
@@ -74,13 +133,43 @@ def parser() -> argparse.ArgumentParser:
     for kind in ("tensor", "pipeline", "expert"):
         add(f"--{kind}-parallel", type=_at_least(1), metavar="N", help=f"{kind}-parallel size of the training (1)")
     add("--overwrite", action="store_true", help="replace an earlier quickstart in --out")
-    add = _command(commands, generate).add_argument
+    command = _command(commands, generate)
+    add = command.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
-    add("--prompt", required=True, metavar="TEXT", help="what to ask")
+    asked = command.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT", help="what to ask")
+    asked.add_argument("--batch", type=Path, metavar="FILE", help="a JSONL file of questions")
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    add("--out", type=Path, metavar="FILE", help="with --batch: the JSONL file for the answers")
+    add("--overwrite", action="store_true", help="replace an earlier --out")
+    add("--batch-size", type=_at_least(1), default=8, metavar="N", help="questions answered at once (%(default)s)")
     add("--max-new-tokens", type=_at_least(1), default=256, metavar="N", help="longest answer (%(default)s)")
+    add(
+        "--temperature", type=_at_least(0.0), default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)"
+    )
+    add("--seed", type=_at_least(0), default=0, metavar="N", help="same seed, same answer (%(default)s)")
+    add("--int8", action="store_true", help="hold the weights in 8 bits")
+    _add_convert(commands)
     _command(commands, doctor)
     return top
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    text = "Move checkpoints between Hugging Face and Megatron, streamed, exact and resumable."
+    group = commands.add_parser("convert", help=text, description=text, allow_abbrev=False)
+    actions = group.add_subparsers(title="actions", metavar="ACTION", required=True)
+    add = _command(actions, convert_import, "import").add_argument
+    add("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face checkpoint")
+    _add_output(add)
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of the new weights (that of the checkpoint's config)")
+
+
+def _add_output(add: Callable[..., object]) -> None:
+    """The options that all conversions share."""
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    add("--jobs", type=_at_least(1), default=4, metavar="N", help="threads (%(default)s)")
+    add("--overwrite", action="store_true", help="replace --out when the new one is complete")
+    add("--dry-run", action="store_true", help="say what would be written, how large, and the memory needed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +188,7 @@ def attempt(run: Callable[[], int], debug: bool) -> int:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        return _fail(_sentence(error))
+        return _fail(_sentence(error), 2 if isinstance(error, UsageError) else 1)
     except Exception as error:  # the last station: nobody above can say it better
         if debug:
             raise
@@ -118,22 +207,25 @@ def _fail(sentence: str, code: int = 1) -> int:
     return code
 
 
-def _command(commands: argparse._SubParsersAction, run: Callable[..., int]) -> argparse.ArgumentParser:
-    """Add a subcommand that has the name and the docstring of its function."""
+def _command(
+    commands: argparse._SubParsersAction, run: Callable[..., int], name: str | None = None
+) -> argparse.ArgumentParser:
+    """Add a subcommand that has the docstring of its function, and its name where no other is given."""
     text = inspect.getdoc(run) or ""
-    command = commands.add_parser(run.__name__, help=text.splitlines()[0], description=text, allow_abbrev=False)
+    command = commands.add_parser(name or run.__name__, help=text.splitlines()[0], description=text, allow_abbrev=False)
     command.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     command.set_defaults(run=run)
     return command
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if int(text) < minimum:
+def _at_least[Number: (int, float)](minimum: Number) -> Callable[[str], Number]:
+    def number(text: str) -> Number:
+        value = type(minimum)(text)
+        if not value >= minimum:
             raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
-        return int(text)
+        return value
 
-    return integer  # argparse shows this function's name for what is no number
+    return number  # argparse shows this function's name for what is no number
 
 
 @contextmanager

@@ -5,11 +5,12 @@ print(describe_weights(model))
 """
 
 import re
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import TorchAoConfig
 
 try:
@@ -30,7 +31,7 @@ def int8_config() -> TorchAoConfig:
     """
     int8 = Int8WeightOnlyConfig(version=2)
     return TorchAoConfig(
-        FqnToConfig({f"re:{LINEAR_WEIGHTS}": int8, f"re:{EXPERT_WEIGHTS}": int8}),
+        FqnToConfig(OrderedDict.fromkeys((f"re:{LINEAR_WEIGHTS}", f"re:{EXPERT_WEIGHTS}"), int8)),
         modules_to_not_convert=[],  # transformers would leave the head out
     )
 
@@ -77,7 +78,7 @@ def describe_weights(model: nn.Module, *, named_at_most: int = 3) -> str:
 
 def _parts_of(parameter: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors of a quantised parameter: values and scales. None where it is a plain tensor itself."""
-    if not hasattr(parameter, "qdata"):
+    if not is_traceable_wrapper_subclass(parameter):
         return []
     names, _ = parameter.__tensor_flatten__()
     return [getattr(parameter, name) for name in names]

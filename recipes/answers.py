@@ -17,7 +17,7 @@ from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from .console import Stage
 from .digits import EvaluationRow
-from .generate import Chat, answers_to, inputs_of
+from .generate import Chat, Sampling, answers_to, inputs_of
 
 ASKED_AT_ONCE = 99
 
@@ -42,7 +42,7 @@ def ask(
     """What the model answers to each row, word for word."""
     answers = []
     for some in batched(rows, ASKED_AT_ONCE):
-        answers += answers_to(model, processor, chats(some, image), max_new_tokens=12)
+        answers += answers_to(model, processor, chats(some, image), Sampling(max_new_tokens=12))
         stage.advance()
     return answers
 

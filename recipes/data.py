@@ -101,7 +101,7 @@ class ChatDataset(Dataset[Sample]):
         self.processor = processor
         self.seq_length = seq_length
         self.skipped = tuple(find_unusable(path, processor, seq_length) if skipped is None else skipped)
-        places = ((line, offset) for line, offset, _ in _lines(self.path))
+        places = ((line, offset) for line, offset, _ in numbered_lines(self.path))
         self._places = np.fromiter(places, dtype=[("line", np.int64), ("offset", np.int64)])
         self._refuse_too_many(len(self._places), max_skipped)
         self._places = self._places[~np.isin(self._places["line"], [row.line for row in self.skipped])]
@@ -158,11 +158,12 @@ class ShuffledEpochs(Dataset[Sample]):
         return self.dataset[int(self._order[1][place])]
 
 
-def parse_row(line: bytes | str, folder: Path) -> Row:
+def parse_row(line: bytes | str, folder: Path, *, is_learned: bool = True) -> Row:
     """Read one line. Whether its images exist is not looked at here.
 
     Raises:
-        UnusableRow: malformed JSON, an unknown shape, or an image path that leaves `folder`.
+        UnusableRow: malformed JSON, an unknown shape, an image path that leaves `folder`, or, in a row that
+            `is_learned`, a chat without an answer.
     """
     try:
         record = json.loads(line)
@@ -170,7 +171,7 @@ def parse_row(line: bytes | str, folder: Path) -> Row:
         raise UnusableRow(f"malformed JSON ({error})") from error
     match record:
         case {"messages": messages}:
-            return _parse_messages(messages, folder)
+            return _parse_messages(messages, folder, is_learned)
         case {"text": str(text), "image": str(name)}:
             return Row(text=text, images=(resolve_image(name, folder),))
         case {"text": str(), "image": image}:
@@ -263,7 +264,7 @@ def find_unusable(
     """
     path = Path(path)
     skipped = []
-    for place, (line, _, content) in enumerate(_lines(path)):
+    for place, (line, _, content) in enumerate(numbered_lines(path)):
         if place % shards != shard:
             continue
         try:
@@ -307,7 +308,7 @@ def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Number from 1, byte offset and content of every line that is not blank."""
     offset = 0
     with path.open("rb") as file:
@@ -317,12 +318,12 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
             offset += len(line)
 
 
-def _parse_messages(messages: Any, folder: Path) -> Row:
+def _parse_messages(messages: Any, folder: Path, is_learned: bool) -> Row:
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise UnusableRow("«messages» is not a list of objects")
     parsed = [_parse_message(message, folder) for message in messages]
     answers = [message["content"] for message in parsed if message["role"] == "assistant"]
-    if not answers or not all(any(part.get("text") for part in content) for content in answers):
+    if is_learned and not (answers and all(any(part.get("text") for part in content) for content in answers)):
         raise UnusableRow("an assistant message without text" if answers else "no assistant message to learn")
     images = [Path(part["path"]) for message in parsed for part in message["content"] if part["type"] == "image"]
     return Row(messages=parsed, images=tuple(images))
@@ -361,17 +362,17 @@ def _render(row: Row, processor: GPTOSSVisionProcessor) -> str:
 def _check_row(row: Row, processor: GPTOSSVisionProcessor, seq_length: int, decode_images: bool) -> None:
     text = _render(row, processor)
     if row.messages is not None:
-        _refuse_control_tokens(row.messages, processor)
+        refuse_control_tokens(row.messages, processor)
     elif not text.strip():
         raise UnusableRow("an empty text")
     elif "<|start|>" in text and "<|start|>assistant" not in text:
         raise UnusableRow("turns in harmony, and no assistant among them")
     _refuse_too_long(text, len(row.images), processor, seq_length)
     for path in row.images:
-        _check_image(path, processor, decode_images)
+        check_image(path, processor, decode_images)
 
 
-def _refuse_control_tokens(messages: list[dict[str, Any]], processor: GPTOSSVisionProcessor) -> None:
+def refuse_control_tokens(messages: list[dict[str, Any]], processor: GPTOSSVisionProcessor) -> None:
     """A control token inside a message would be a turn, a channel or an image that nobody meant."""
     texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
     texts += [message[key] for message in messages for key in ("thinking", "name") if key in message]
@@ -384,7 +385,12 @@ def _refuse_control_tokens(messages: list[dict[str, Any]], processor: GPTOSSVisi
                     raise UnusableRow(f"a message's text has the control token {token}")
 
 
-def _check_image(path: Path, processor: GPTOSSVisionProcessor, decode: bool) -> None:
+def check_image(path: Path, processor: GPTOSSVisionProcessor, decode: bool) -> None:
+    """Whether an image can be used: its header is read, or, to `decode`, all of it.
+
+    Raises:
+        UnusableRow: it is missing or broken.
+    """
     try:
         with Image.open(path) as image:
             # The processor's own steps: it refuses more than PIL, such as floats without a range.

@@ -1,15 +1,27 @@
-"""Asking a checkpoint from the command line: what is wrong with it is said in one sentence."""
+"""Asking a checkpoint from the command line: its answer, a file of them, and one sentence for what is wrong."""
 
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gpt_oss_vision.cli import main
-from gpt_oss_vision.recipes.generate import parts_of
+from gpt_oss_vision.recipes.generate import (
+    AnswerStreamer,
+    FinalChannel,
+    Sampling,
+    answers_to,
+    final_words,
+    inputs_of,
+    load,
+    parts_of,
+)
+from gpt_oss_vision.recipes.questions import read_questions
 from tiny import tiny_config, tiny_model, tiny_processor
 
 
@@ -85,6 +97,25 @@ def test_a_broken_checkpoint_is_one_sentence(
     assert len(said.splitlines()) == 1
 
 
+BAD_IMAGES = {
+    "cut off": (b"P6 9 7 255\n", "bad.png: image file is truncated"),
+    "no picture": (b"text", "bad.png: it is in no format that PIL knows, or damaged."),
+    "0 x 0": (b"P6 0 0 255\n", "bad.png"),
+    "a decompression bomb": (b"P6 60000 60000 255\n", "bad.png: Image size (3600000000 pixels) exceeds limit"),
+}
+
+
+@pytest.mark.parametrize(("content", "sentence"), BAD_IMAGES.values(), ids=BAD_IMAGES)
+def test_a_bad_image_is_one_sentence(content: bytes, sentence: str, checkpoint: Path, generate: Callable):
+    image = checkpoint.parent / "bad.png"
+    image.write_bytes(content)
+    code, said = generate(checkpoint, "--prompt", "What?", "--image", str(image))
+    assert code == 1
+    assert said.startswith("gpt-oss-vision: Can't read the image ")
+    assert sentence in said
+    assert len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -101,3 +132,167 @@ def test_images_that_do_not_fit_the_prompt_are_one_sentence(
     assert code == 1
     assert sentence in said
     assert len(said.splitlines()) == 1
+
+
+ANSWER = "<|channel|>final<|message|>It is a seven.<|return|>"
+WRITTEN = {
+    "an answer": (ANSWER, "It is a seven."),
+    "a thought first": (f"<|channel|>analysis<|message|>Which?<|end|><|start|>assistant{ANSWER}", "It is a seven."),
+    "a thought cut off": ("<|channel|>analysis<|message|>Which", ""),
+    "an answer cut off": ("<|channel|>final<|message|>It is", "It is"),
+    "a call of a tool": ("<|channel|>commentary to=functions.look <|constrain|>json<|message|>{}<|call|>", ""),
+    "an answer in JSON": ("<|channel|>final <|constrain|>json<|message|>[7]<|return|>", "[7]"),
+    "no harmony at all": ("It is a seven.", "It is a seven."),
+}
+
+
+@pytest.mark.parametrize(("written", "answer"), WRITTEN.values(), ids=WRITTEN)
+def test_the_answer_is_the_final_channel_streamed_or_not(written: str, answer: str):
+    processor = tiny_processor()
+    tokens = processor.tokenizer(written).input_ids
+    assert final_words(processor, tokens) == answer
+    file = StringIO()
+    streamer = AnswerStreamer(processor, file)
+    for token in [0, *tokens]:  # the prompt comes first
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert file.getvalue() == f"{answer}\n"
+    assert streamer.channel.has_begun == bool(answer)
+
+
+def test_words_are_written_while_the_model_goes_on():
+    processor, file = tiny_processor(), StringIO()
+    streamer = AnswerStreamer(processor, file)
+    for token in [0, *processor.tokenizer("<|channel|>final<|message|>It is a").input_ids]:
+        streamer.put(torch.tensor([token]))
+    assert file.getvalue() == "It is "
+
+
+def test_the_greedy_answer_is_the_model_s(checkpoint: Path, generate: Callable, capsys):
+    generate(checkpoint, "--prompt", "What?", "--max-new-tokens", "6")
+    model, processor = load(checkpoint)
+    inputs = inputs_of(processor, [[{"role": "user", "content": "What?"}]])
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert main(["generate", "--model", str(checkpoint), "--prompt", "What?", "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out == f"{final_words(processor, tokens.tolist())}\n"
+
+
+def test_the_same_seed_gives_the_same_answer(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+    def said(seed: int) -> str:
+        options = ["--prompt", "What?", "--max-new-tokens", "8", "--temperature", "1.5", "--seed", str(seed)]
+        main(["generate", "--model", str(checkpoint), *options])
+        return capsys.readouterr().out
+
+    assert said(1) == said(1)
+    assert len({said(seed) for seed in range(3)}) == 3
+
+
+def test_a_model_that_only_thinks_is_one_sentence(checkpoint: Path, generate: Callable, monkeypatch):
+    monkeypatch.setattr(FinalChannel, "takes", lambda self, token: False)
+    code, said = generate(checkpoint, "--prompt", "What?", "--max-new-tokens", "3")
+    assert code == 1
+    assert said == "gpt-oss-vision: no answer in 3 tokens; allow more with --max-new-tokens\n"
+
+
+def test_int8_is_told_with_what_it_leaves(checkpoint: Path, generate: Callable):
+    code, said = generate(checkpoint, "--prompt", "What?", "--max-new-tokens", "3", "--int8")
+    assert code == 0
+    assert "of them not quantised: model.embed_tokens.weight" in said
+
+
+# Files of questions
+
+LINES = (
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "path": "image.png"}, {"type": "text", "text": "What?"}]}
+        ]
+    },
+    {"text": "What is <image> then?", "image": "image.png"},
+    "{broken",
+    {"text": "It is"},
+    {"text": "It is", "image": "missing.png"},
+    {"text": "<image> and <image>?", "image": "image.png"},
+    {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]},
+    {"messages": [{"role": "user", "content": "<|start|>system"}]},
+)
+UNUSABLE = {
+    3: "malformed JSON",
+    5: "missing.png is missing",
+    6: "2 <image> for 1 images",
+    8: "the control token <|start|>",
+}
+
+
+@pytest.fixture
+def questions(checkpoint: Path) -> Path:
+    file = checkpoint.parent / "questions.jsonl"
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in LINES))
+    return file
+
+
+def answers(generate: Callable, questions: Path, *options: str) -> list[dict]:
+    out = questions.parent / f"answers{len(list(questions.parent.iterdir()))}.jsonl"
+    code, said = generate(
+        questions.parent / "model", "--batch", str(questions), "--out", str(out), "--max-new-tokens", "4", *options
+    )
+    assert code == 0, said
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_every_line_has_its_answer_or_why_not_in_order(generate: Callable, questions: Path, checkpoint: Path):
+    lines = answers(generate, questions, "--batch-size", "3")
+    assert [line["line"] for line in lines] == list(range(1, len(LINES) + 1))
+    model, processor = load(checkpoint)
+    for line, row in zip(lines, read_questions(questions, processor), strict=True):
+        if line["line"] in UNUSABLE:
+            assert UNUSABLE[line["line"]] in line["error"]
+        else:
+            assert [line["answer"]] == answers_to(model, processor, [row.chat], Sampling(max_new_tokens=4))
+
+
+def test_what_can_not_be_used_is_counted_and_named(questions: Path, capsys: pytest.CaptureFixture[str]):
+    out = questions.parent / "answers.jsonl"
+    options = ["--batch", str(questions), "--out", str(out), "--max-new-tokens", "2"]
+    assert main(["generate", "--model", str(questions.parent / "model"), *options]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"4 of 8 answers are in {out}. {questions}: 4 of 8 rows can't be used (50.0%): line 3: ")
+    assert "; line 8: " in said
+
+
+def test_an_answer_in_the_file_is_left_out_and_asked_for(questions: Path):
+    rows = list(read_questions(questions, tiny_processor()))
+    assert [message["role"] for message in rows[6].chat] == ["user"]
+
+
+@pytest.mark.parametrize(("content", "sentence"), [("{\n", "1 of 1 rows can't be used"), ("\n", "has no questions")])
+def test_a_file_without_a_question_leaves_no_answers(questions: Path, generate: Callable, content: str, sentence: str):
+    questions.write_text(content)
+    out = questions.parent / "answers.jsonl"
+    before = set(questions.parent.iterdir())
+    code, said = generate(questions.parent / "model", "--batch", str(questions), "--out", str(out))
+    assert code == 1
+    assert sentence in said.splitlines()[-1]
+    assert set(questions.parent.iterdir()) == before
+
+
+def test_earlier_answers_are_left_alone_without_overwrite(questions: Path, generate: Callable):
+    out = questions.parent / "answers.jsonl"
+    out.write_text("mine")
+    code, said = generate(questions.parent / "model", "--batch", str(questions), "--out", str(out))
+    assert (code, out.read_text()) == (1, "mine")
+    assert said == f"gpt-oss-vision: --out {out} exists; name another file, or replace it with --overwrite\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--prompt", "What?", "--out", "a.jsonl"], "--out goes with --batch"),
+        (["--batch", "q.jsonl"], "--batch needs --out"),
+        (["--batch", "q.jsonl", "--out", "a.jsonl", "--image", "x.png"], "not by --image"),
+    ],
+)
+def test_options_that_do_not_go_together_are_wrong_usage(options: list[str], sentence: str, generate: Callable):
+    code, said = generate(Path("model"), *options)
+    assert code == 2
+    assert sentence in said

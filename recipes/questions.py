@@ -1,0 +1,118 @@
+"""A file of questions to a file of answers: JSONL in, JSONL out, in order.
+
+A line asks as a line of training data does (`data.py`): a chat, or a text with or without an image. Where a chat ends
+with the assistant, that answer is left out and asked for, so that a file made for training can be asked as it is.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import batched
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from rich.console import Console
+
+from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from .console import Stage
+from .data import Skipped, check_image, describe_skipped, numbered_lines, parse_row, refuse_control_tokens
+from .generate import Chat, Sampling, answers_to, parts_of
+
+
+class Question(NamedTuple):
+    """A chat that waits for an answer, and its line, counted from 1."""
+
+    line: int
+    chat: Chat
+
+
+def answer_file(
+    model: GPTOSSVisionForCausalLM,
+    processor: GPTOSSVisionProcessor,
+    questions: Path,
+    answers: Path,
+    sampling: Sampling,
+    batch_size: int,
+) -> str:
+    """Answer every line of a file: a line each, with its number and «answer», or «error» where it can't be used.
+
+    Returns:
+        A sentence: how many were answered, and which could not be used.
+
+    Raises:
+        ValueError: when no line can be used; then `answers` is not written.
+    """
+    total = sum(1 for _ in numbered_lines(questions))
+    if not total:
+        raise ValueError(f"{questions} has no questions.")
+    skipped: list[Skipped] = []
+    torch.manual_seed(sampling.seed)
+    with (
+        written_whole(answers) as file,
+        Stage(Console(stderr=True, highlight=False), "Batches answered", -(-total // batch_size)) as stage,
+    ):
+        for rows in batched(read_questions(questions, processor), batch_size):
+            for line in _answered(model, processor, rows, sampling):
+                print(json.dumps(line, ensure_ascii=False), file=file)
+            skipped += [row for row in rows if isinstance(row, Skipped)]
+            stage.advance()
+        if len(skipped) == total:
+            raise ValueError(describe_skipped(questions, skipped, total))
+    said = f"{total - len(skipped):,} of {total:,} answers are in {answers}."
+    return f"{said} {describe_skipped(questions, skipped, total)}" if skipped else said
+
+
+def read_questions(path: Path, processor: GPTOSSVisionProcessor) -> Iterator[Question | Skipped]:
+    """What each line asks, or why it can't be asked. Images are decoded, so that none fails later in a batch."""
+    for line, _, content in numbered_lines(path):
+        try:
+            chat = _parse_question(content, path.parent)
+            refuse_control_tokens(chat, processor)
+            for part in (part for message in chat for part in message["content"] if part["type"] == "image"):
+                check_image(Path(part["path"]), processor, decode=True)
+        except ValueError as error:
+            yield Skipped(line, str(error).rstrip("."))
+        else:
+            yield Question(line, chat)
+
+
+def _parse_question(content: bytes, folder: Path) -> Chat:
+    row = parse_row(content, folder, is_learned=False)
+    if row.messages is None:
+        return [{"role": "user", "content": parts_of(row.text, row.images)}]
+    chat = list(row.messages)
+    while chat and chat[-1]["role"] == "assistant":
+        chat.pop()
+    if not chat:
+        raise ValueError("a chat that asks nothing")
+    return chat
+
+
+def _answered(
+    model: GPTOSSVisionForCausalLM,
+    processor: GPTOSSVisionProcessor,
+    rows: Sequence[Question | Skipped],
+    sampling: Sampling,
+) -> Iterator[dict[str, Any]]:
+    chats = [row.chat for row in rows if isinstance(row, Question)]
+    answers = iter(answers_to(model, processor, chats, sampling) if chats else [])
+    for row in rows:
+        outcome = {"error": row.reason} if isinstance(row, Skipped) else {"answer": next(answers)}
+        yield {"line": row.line} | outcome
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """A text file that appears under its name when it is complete, and not at all when writing it fails."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
