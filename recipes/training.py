@@ -12,6 +12,7 @@ from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.vlm_step import forward_step
 
 from ..bridge.megatron import cpu
+from ..bridge.megatron.router_statistics import RouterStatistics
 
 
 def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
@@ -19,8 +20,8 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
 
     Args:
         config: complete; on a machine without CUDA its communication settings are adapted (`cpu.settle`).
-        callbacks: told of every step by Megatron-Bridge.
+        callbacks: told of every step by Megatron-Bridge, before our own.
     """
     cpu.settle(config)
     with cpu.runtime():
-        pretrain(config, forward_step, callbacks=list(callbacks))
+        pretrain(config, forward_step, callbacks=[*callbacks, RouterStatistics()])

@@ -23,6 +23,7 @@ from .groups import GROUPS, freeze
 from .layer_spec import block_spec
 from .model import GPTOSSVisionModel
 from .packing import CUDNN_WITH_SINKS, check_cudnn
+from .router import PER_MODALITY
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,11 @@ class GPTOSSVisionProvider(GPTModelProvider):
     # Megatron-Core's default would be the size of tensor parallelism.
     expert_tensor_parallel_size: int | None = 1
     moe_router_load_balancing_type: Any = "none"
+    """As in Megatron-Core, and ``modality_aux_loss``: text and visual tokens balanced apart (`router.py`)."""
     moe_token_dispatcher_type: Any = "alltoall"
+    # Answers differ in length. A mean over ranks and microbatches of their means, Megatron's default, weighs the
+    # tokens of short ones more, and differently at every layout; Megatron-Bridge's vision recipes do as we do.
+    calculate_per_token_loss: bool = True
 
     def finalize(self) -> None:
         """Resolve the back end, check the layout against the model, derive Megatron's fields.
@@ -230,6 +235,7 @@ def check_layout(provider: GPTOSSVisionProvider) -> None:
         if count % size:
             raise ValueError(f"{name}={size} does not divide the {count} {what} of this model.")
     check_pipeline(provider)
+    check_balance(provider)
     if len(provider.frozen_groups) == len(GROUPS):
         raise ValueError(f"All {len(GROUPS)} groups of parameters are frozen, so there is nothing to train.")
     if provider.attention_dropout:
@@ -245,6 +251,27 @@ def check_layout(provider: GPTOSSVisionProvider) -> None:
         raise ValueError(
             f"cp_comm_type={provider.cp_comm_type!r} would lose the sinks; use 'a2a', which is exact and our default."
         )
+
+
+def check_balance(provider: GPTOSSVisionProvider) -> None:
+    """Refuse losses of the router that would not have the weight that they were given.
+
+    Raises:
+        ValueError: naming the field to change.
+    """
+    coefficient, kind = provider.moe_aux_loss_coeff, provider.moe_router_load_balancing_type
+    if kind == PER_MODALITY and not coefficient:
+        raise ValueError(
+            f"moe_router_load_balancing_type={kind!r} needs moe_aux_loss_coeff above 0, got {coefficient}."
+        )
+    losses = {"moe_z_loss_coeff": provider.moe_z_loss_coeff, "moe_aux_loss_coeff": kind != "none" and coefficient}
+    for name, value in losses.items():
+        if value and provider.calculate_per_token_loss:
+            # Megatron-Core 0.19.2 multiplies by all tokens, then divides by those that are predicted.
+            raise ValueError(
+                f"{name}={value} would be multiplied by the tokens of a batch over those that are predicted; "
+                "set calculate_per_token_loss=False."
+            )
 
 
 def check_pipeline(provider: GPTOSSVisionProvider) -> None:
@@ -282,7 +309,7 @@ def provider_from_config(config: GPTOSSVisionConfig, **overrides: Any) -> GPTOSS
     fields["no_rope_freq"] = config.nope_layers
     fields["vision_config"] = config.vision_config.to_dict() if config.use_vision else {}
     if config.router_aux_loss_coef:
-        fields["moe_router_load_balancing_type"] = "aux_loss"
+        fields |= {"moe_router_load_balancing_type": "aux_loss", "calculate_per_token_loss": False}
     return GPTOSSVisionProvider(**fields | overrides)
 
 

@@ -1,4 +1,4 @@
-"""What a run may switch on, each through Megatron-Bridge's own loop: frozen groups, learning-rate factors."""
+"""What a run shows and may switch on, each through Megatron-Bridge's own loop."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from gpt_oss_vision.bridge.megatron import cpu
 from gpt_oss_vision.bridge.megatron.groups import GROUPS, LearningRateFactors, group_of
@@ -77,3 +79,33 @@ def test_a_factor_scales_the_step_of_its_group_alone(out: Path):
 def test_a_factor_of_zero_is_refused(out: Path):
     with pytest.raises(ValueError, match="above 0, vision_bias has 0"):
         cpu.run_ranks(1, run, out, Settings(steps=1, batch_size=8), {}, {"vision_bias": 0.0})
+
+
+def short_run(out: Path, settings: Settings) -> None:
+    config = training_config(out, write_digits(out / "digits", settings.seed), settings)
+    config.checkpoint.save = None
+    config.logger.tensorboard_log_interval = 2
+    train(config)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor_parallel": 2, "pipeline_parallel": 2, "expert_parallel": 2}], ids=str)
+def test_tensorboard_tells_which_experts_see_which_modality(sizes: dict, out: Path):
+    settings = Settings(steps=4, batch_size=8, **sizes)
+    cpu.run_ranks(settings.ranks, short_run, out, settings)
+    logged = EventAccumulator(str(out / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    events = logged.Tensors("router/tokens_per_expert")
+    assert [event.step for event in events] == [2, 4]
+    for event in events:
+        counts = make_ndarray(event.tensor_proto)
+        assert counts.shape == (4, 2, 8)
+        # Since the last time: 2 steps of 8 rows of 32 tokens with 2 experts each; an image has 6 tokens.
+        per_modality = counts.sum(-1)
+        assert (per_modality.sum(-1) == 2 * 8 * 32 * 2).all()
+        assert (per_modality[:, 1] == per_modality[0, 1]).all()
+        assert per_modality[0, 1] > 0
+        assert per_modality[0, 1] % (6 * 2) == 0
+    scalars = logged.Tags()["scalars"]
+    for layer in range(4):
+        assert 0 <= logged.Scalars(f"router/overlap/layer_{layer}")[-1].value <= 1
+        assert {f"router/{modality}_entropy/layer_{layer}" for modality in ("text", "visual")} <= set(scalars)
+    assert set(logged.Tags()["images"]) == {"router/text", "router/visual"}

@@ -1,0 +1,194 @@
+"""The router's losses and counts are those of transformers' logits at every layout, and its precision is a choice."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
+
+from gpt_oss_vision.bridge import hf, megatron
+from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.megatron.provider import provider_from_config
+from gpt_oss_vision.bridge.megatron.router_statistics import entropy, overlap, take_counts
+from layouts import Layout
+from tiny import tiny_batch, tiny_config, tiny_model
+
+CONFIG = tiny_config()
+EXPERTS, TOP_K, LAYERS = CONFIG.num_local_experts, CONFIG.num_experts_per_tok, CONFIG.num_hidden_layers
+COEFFICIENT = 0.3
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    hf.register_auto_classes()
+    megatron.register()
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model(CONFIG).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference() -> GPTOSSVisionForCausalLM:
+    return tiny_model(CONFIG)
+
+
+def batch(images: tuple[int, ...] = (0, 1, 2)) -> dict[str, torch.Tensor]:
+    return tiny_batch(CONFIG, images, length=40)
+
+
+def reference_logits(model: GPTOSSVisionForCausalLM, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Router logits ``[t, experts]`` per layer, rows before positions."""
+    logits: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.router.register_forward_hook(lambda module, args, out: logits.append(out[0]))
+        for layer in model.model.layers
+    ]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+def balance(logits: torch.Tensor, is_visual: torch.Tensor, per_modality: bool) -> torch.Tensor:
+    """The loss of a layer by transformers, which adds up the `TOP_K` choices where Megatron takes their mean."""
+    parts = [logits[is_visual], logits[~is_visual]] if per_modality else [logits]
+    return sum(
+        load_balancing_loss_func((part,), EXPERTS, TOP_K) / TOP_K * len(part) / len(logits)
+        for part in parts
+        if len(part)
+    )
+
+
+def build(path: Path, layout: Layout) -> list[torch.nn.Module]:
+    from megatron.bridge import AutoBridge
+
+    torch.distributed.init_process_group("gloo")
+    provider = AutoBridge.from_hf_pretrained(path).to_megatron_provider()
+    layout.apply(provider)
+    provider.finalize()
+    provider.initialize_model_parallel(seed=0)
+    return provider.provide_distributed_model(wrap_with_ddp=False)
+
+
+def balanced_step(path: Path, layout: Layout, inputs: dict[str, torch.Tensor]) -> tuple[Any, ...]:
+    """Loss of each layer, gradients of the routers' weights by layer, counts: each summed over the ranks."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    model = build(path, layout)
+
+    def step(data: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        output = chunk(next(data)["input_ids"], None, None, pixel_values=inputs.get("pixel_values"))
+        # Nothing but the loss of the routers has a gradient.
+        return output, lambda logits: (0.0 * logits.sum(), {})
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter([inputs]),
+        model=model,
+        num_microbatches=1,
+        micro_batch_size=len(inputs["input_ids"]),
+        seq_length=inputs["input_ids"].shape[1],
+        forward_only=False,
+    )
+    losses, gradients = torch.zeros(LAYERS), torch.zeros(LAYERS, EXPERTS, CONFIG.hidden_size)
+    losses += get_moe_metrics_tracker().metrics["load_balancing_loss"].values
+    for layer in model[0].decoder.layers:
+        gradients[layer.layer_number - 1] = layer.mlp.router.weight.grad
+    for tensor in (losses, gradients):
+        torch.distributed.all_reduce(tensor)
+    # The schedule gives each context-parallel rank cp times its part, for data parallelism to take the mean.
+    gradients /= parallel_state.get_context_parallel_world_size()
+    return losses, gradients, take_counts(model, LAYERS)
+
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+AUX = {"moe_aux_loss_coeff": COEFFICIENT, "calculate_per_token_loss": False}
+LAYOUTS = [{}, {"tp": 2}, {"cp": 2}, {"pp": 2}, {"tp": 2, "ep": 2, "extra": FULL}]
+
+
+@pytest.mark.parametrize("kind", ["aux_loss", "modality_aux_loss"])
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=lambda sizes: str(Layout(**sizes)))
+def test_loss_gradient_and_counts_are_those_of_transformers(
+    sizes: dict, kind: str, path: Path, reference: GPTOSSVisionForCausalLM
+):
+    inputs = batch()
+    layout = Layout(**sizes | {"extra": sizes.get("extra", {}) | AUX | {"moe_router_load_balancing_type": kind}})
+    losses, gradients, counts = cpu.run_ranks(layout.world_size, balanced_step, path, layout, inputs)[0]
+
+    is_visual = (inputs["input_ids"] == CONFIG.image_token_id).flatten()
+    logits = reference_logits(reference, inputs)
+    expected = [balance(layer, is_visual, kind == "modality_aux_loss") for layer in logits]
+    reference.zero_grad()
+    (COEFFICIENT * sum(expected)).backward()
+    assert losses.tolist() == pytest.approx([float(loss.detach()) for loss in expected], rel=1e-5)
+    for index, layer in enumerate(reference.model.layers):
+        wanted = layer.mlp.router.weight.grad
+        torch.testing.assert_close(gradients[index], wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+        chosen = torch.nn.functional.one_hot(logits[index].topk(TOP_K).indices, EXPERTS).sum(1)
+        assert counts[index].tolist() == [chosen[~is_visual].sum(0).tolist(), chosen[is_visual].sum(0).tolist()]
+
+
+def test_the_balance_per_modality_of_text_alone_is_the_plain_one(path: Path, reference: GPTOSSVisionForCausalLM):
+    inputs = batch((0, 0, 0))
+    extra = AUX | {"moe_router_load_balancing_type": "modality_aux_loss"}
+    ((losses, gradients, _),) = cpu.run_ranks(1, balanced_step, path, Layout(extra=extra), inputs)
+    no_image = torch.zeros(inputs["input_ids"].numel(), dtype=torch.bool)
+    expected = [float(balance(layer, no_image, False).detach()) for layer in reference_logits(reference, inputs)]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+    assert gradients.isfinite().all()
+
+
+def test_entropy_and_overlap_of_counts():
+    counts = torch.tensor([[[2, 2, 0, 0], [0, 0, 5, 0]], [[1, 1, 1, 1], [3, 1, 0, 0]]])
+    assert entropy(counts)[:, 0].tolist() == pytest.approx([math.log(2), math.log(4)])
+    assert overlap(counts).tolist() == pytest.approx([0.0, 0.5])
+
+
+def router_logits(path: Path, router_dtype: str | None) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Logits of the first router in bf16, the same logits in fp64, and the type of the bias."""
+    (model,) = build(
+        path, Layout(extra={"moe_router_dtype": router_dtype, "bf16": True, "params_dtype": torch.bfloat16})
+    )
+    router, kept = model.module.decoder.layers[0].mlp.router, []
+    router.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    route = router.routing
+    router.routing = lambda logits, **masks: kept.append(logits) or route(logits, **masks)
+    model(batch()["input_ids"], None, None, pixel_values=batch()["pixel_values"])
+    hidden_states, logits = kept
+    exact = hidden_states.double() @ router.weight.double().T + router.bias.double()
+    return logits.detach(), exact.detach(), str(router.vision_bias.dtype)
+
+
+@pytest.mark.parametrize(("router_dtype", "expected"), [(None, torch.bfloat16), ("fp32", torch.float32)])
+def test_router_logits_of_a_bf16_model_may_be_fp32(router_dtype: str | None, expected: torch.dtype, path: Path):
+    ((logits, exact, bias_dtype),) = cpu.run_ranks(1, router_logits, path, router_dtype)
+    assert logits.dtype == expected
+    assert bias_dtype == "torch.float32"
+    error = float((logits - exact).abs().max() / exact.abs().max())
+    assert error < 1e-5 if expected == torch.float32 else 1e-4 < error < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"moe_aux_loss_coeff": 0.01, "moe_router_load_balancing_type": "aux_loss"},
+            "moe_aux_loss_coeff=0.01 would be",
+        ),
+        ({"moe_z_loss_coeff": 0.001}, "moe_z_loss_coeff=0.001 would be multiplied"),
+        ({"moe_router_load_balancing_type": "modality_aux_loss"}, "needs moe_aux_loss_coeff above 0, got 0"),
+    ],
+)
+def test_a_loss_of_the_router_with_another_weight_than_given_is_refused(fields: dict, sentence: str):
+    with pytest.raises(ValueError, match=sentence), cpu.runtime():
+        provider_from_config(CONFIG, **fields).finalize()
+
+
+def test_a_checkpoint_that_wants_a_balanced_router_can_be_finalized():
+    with cpu.runtime():
+        provider_from_config(tiny_config(router_aux_loss_coef=0.01)).finalize()
