@@ -28,8 +28,8 @@ class Journal:
         results: what `record` was given for every unit that is done, also by earlier runs.
     """
 
-    def __init__(self, out: Path, partial: Path):
-        self.out, self.partial = out, partial
+    def __init__(self, out: Path, partial: Path, lock: int):
+        self.out, self.partial, self._lock = out, partial, lock
         self.output, self._replaced, self._file = partial / "output", partial / "replaced", partial / "journal"
         self.results: dict[str, Any] = {}
 
@@ -47,17 +47,22 @@ class Journal:
         """Bytes that the partial output takes on the disk already."""
         return sum(file.stat().st_blocks * 512 for file in self.output.rglob("*") if file.is_file())
 
-    def finish(self, result: Any) -> None:
-        """Sync all that was written and give it its name. `result` is kept for a call that comes after a kill."""
+    def release(self) -> None:
+        """Close this process's end of the lock. In a fork: the lock stays the parent's alone."""
+        os.close(self._lock)
+
+    def finish(self) -> None:
+        """Sync all that was written and give it its name."""
         if not self.is_complete:
             for path in [*self.output.rglob("*"), self.output]:
                 sync(path)
-            self.record({COMPLETE: result})
+            self.record({COMPLETE: None})
         if self.output.exists():
             if self.out.exists():
                 self.out.rename(self._replaced)
             self.output.rename(self.out)
             sync(self.out.parent)
+        shutil.rmtree(self._replaced, ignore_errors=True)
         shutil.rmtree(self.partial)
 
     def start(self, plan: Mapping[str, Any], overwrite: bool) -> None:
@@ -111,7 +116,7 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
         raise FileExistsError(f"{out} exists; name another folder, or replace it with --overwrite")
     held = _hold(partial)
     try:
-        journal = Journal(out, partial)
+        journal = Journal(out, partial, held)
         try:
             journal.start(plan, overwrite)
         except OSError:
@@ -145,6 +150,12 @@ def check_space(journal: Journal, needed: int) -> None:
             f"{journal.out} needs {missing / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free; "
             "make room or name a folder on another disk",
         )
+
+
+def fingerprint(folder: Path) -> dict[str, list[int]]:
+    """Size and time of every file in a folder: by these a plan knows its sources again."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(file.relative_to(folder)): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def sync(path: Path) -> None:

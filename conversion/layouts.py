@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..bridge.ops.mxfp4 import Dequantizer
+from ..bridge.ops.mxfp4 import Dequantizer, Quantizer
 from ..bridge.weights import ROWS, Layout, Row
 
 MXFP4_PARTS = ("_blocks", "_scales")
@@ -131,26 +131,28 @@ def _megatron_shape(layout: Layout, shapes: list[tuple[int, ...]]) -> tuple[int,
     return shapes[0][:0:-1] if layout in MADE_OF_EXPERTS else shapes[0]
 
 
-def to_megatron(parameter: Parameter, parts: Sequence[torch.Tensor], out: torch.Tensor, scratch: torch.Tensor) -> None:
+def to_megatron(
+    parameter: Parameter, parts: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor], scratch: torch.Tensor
+) -> None:
     """Lay transformers' numbers out as Megatron has them.
 
     Args:
         parameter: whose.
         parts: the tensors of ``parameter.hf``; of one expert, where they hold all. Any floating type: they are
-            rounded to that of `out`.
-        out: ``parameter.shape``, contiguous.
-        scratch: as large as `out`, of its type.
+            rounded to that of `pieces`.
+        pieces: memory for ``parameter.chunks``, each contiguous: two for gate and up, else one.
+        scratch: ``parameter.shape``, of the type of `pieces`.
     """
     if parameter.layout is Layout.QKV:
-        for slot, part in zip(_slots(parameter, out, parts), parts, strict=True):
+        for slot, part in zip(_slots(parameter, pieces[0], parts), parts, strict=True):
             slot.copy_(part.view(slot.shape))
     elif parameter.layout is Layout.EXPERT_GATE_UP:
         # By way of the transpose: torch turns a whole matrix fast, every second row of one slowly.
-        turned = scratch.copy_(parts[0].mT) if out.ndim == 2 else parts[0]
-        for half, start in zip(out.chunk(2), (0, 1), strict=True):
+        turned = scratch.copy_(parts[0].mT) if scratch.ndim == 2 else parts[0]
+        for half, start in zip(pieces, (0, 1), strict=True):
             half.copy_(turned[start::2])
     else:
-        out.copy_(parts[0].mT if _is_turned(parameter) else parts[0].view(out.shape))
+        pieces[0].copy_(parts[0].mT if _is_turned(parameter) else parts[0].view(pieces[0].shape))
 
 
 def to_hf(parameter: Parameter, megatron: torch.Tensor, parts: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
@@ -176,7 +178,11 @@ def to_hf(parameter: Parameter, megatron: torch.Tensor, parts: Sequence[torch.Te
 
 
 def unpack(
-    parameter: Parameter, blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, dequantizer: Dequantizer
+    parameter: Parameter,
+    blocks: torch.Tensor,
+    scales: torch.Tensor,
+    pieces: Sequence[torch.Tensor],
+    dequantizer: Dequantizer,
 ) -> None:
     """Lay an expert's MXFP4 numbers out as Megatron has them.
 
@@ -186,14 +192,36 @@ def unpack(
         parameter: whose.
         blocks: ``[2f, h / 32, 16]`` or ``[h, f / 32, 16]``.
         scales: ``[2f, h / 32]`` or ``[h, f / 32]``.
-        out: ``parameter.shape``, contiguous, of the dequantizer's type.
+        pieces: memory for ``parameter.chunks``, of the dequantizer's type.
         dequantizer: this thread's.
     """
     if parameter.layout is Layout.EXPERT_DOWN:
-        dequantizer.into(out, blocks, scales)
+        dequantizer.into(pieces[0], blocks, scales)
         return
-    for half, start in zip(out.chunk(2), (0, 1), strict=True):
+    for half, start in zip(pieces, (0, 1), strict=True):
         dequantizer.into(half, blocks[start::2], scales[start::2])
+
+
+def pack(
+    parameter: Parameter, megatron: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, quantizer: Quantizer
+) -> None:
+    """Pack an expert's weight as MXFP4: the inverse of `unpack`, up to rounding.
+
+    Args:
+        parameter: whose.
+        megatron: ``parameter.shape``.
+        blocks: ``[2f, h / 32, 16]`` or ``[h, f / 32, 16]``.
+        scales: ``[2f, h / 32]`` or ``[h, f / 32]``.
+        quantizer: this thread's.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    if parameter.layout is Layout.EXPERT_DOWN:
+        quantizer.into(blocks, scales, megatron)
+        return
+    for half, start in zip(megatron.chunk(2), (0, 1), strict=True):
+        quantizer.into(blocks[start::2], scales[start::2], half)
 
 
 def _is_turned(parameter: Parameter) -> bool:

@@ -94,9 +94,10 @@ def _check_index(folder: Path, tensors: Mapping[str, Stored]) -> None:
     promised = read_json(index).get("weight_map", {})
     wrong = sorted(name for name, file in promised.items() if name not in tensors or tensors[name].file.name != file)
     if wrong:
-        raise ValueError(f"{index} and its files disagree about {_listed(wrong)}; copy the checkpoint again")
+        raise ValueError(f"{index} and its files disagree about {listed(wrong)}; copy the checkpoint again")
 
 
-def _listed(names: list[str], shown: int = 5) -> str:
+def listed(names: list[str], shown: int = 5) -> str:
+    """Names for a sentence: the first few, and how many more there are."""
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from .journal import Journal, sync
 from .progress import Progress
@@ -124,15 +123,19 @@ class Worker:
         self._run.progress.advance(nbytes)
         return data
 
-    def room(self, offset: int, nbytes: int) -> torch.Tensor:
-        """The part of the outbox to fill with what will be written at `offset` of a file."""
-        start = offset % BLOCK
+    def peek(self, path: Path, offset: int, nbytes: int) -> bytes:
+        """A few bytes of a source file, through the page cache."""
+        return os.pread(self._run.source(path).plain, nbytes, offset)
+
+    def room(self, offset: int, nbytes: int, *, at: int = 0) -> torch.Tensor:
+        """The part of the outbox, from byte `at` on, a multiple of BLOCK, for what goes to `offset` of a file."""
+        start = at + offset % BLOCK
         return self.outbox.bytes[start : start + nbytes]
 
-    def write(self, name: str, offset: int, nbytes: int) -> None:
-        """Write what was put into `room(offset, nbytes)` into an output file."""
+    def write(self, name: str, offset: int, nbytes: int, *, at: int = 0) -> None:
+        """Write what was put into ``room(offset, nbytes, at=at)`` into an output file."""
         self._run.check()
-        self._run.outputs[name].write(self.outbox, offset % BLOCK, offset, nbytes)
+        self._run.outputs[name].write(self.outbox, at + offset % BLOCK, offset, nbytes)
         self._run.progress.advance(nbytes)
 
     def tool[T](self, make: Callable[..., T], *args: Any) -> T:
@@ -303,23 +306,6 @@ def _one_thread_per_operation():
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-class Digest:
-    """The hash of a tensor and what is wrong with its numbers, taken while its bytes pass by."""
-
-    def __init__(self) -> None:
-        self._hash = xxhash.xxh3_128()
-        self.nans = self.infinities = 0
-
-    def update(self, data: torch.Tensor) -> None:
-        """Add the bytes of a contiguous tensor."""
-        self._hash.update(data.view(-1).view(torch.uint8).numpy())
-
-    @property
-    def hex(self) -> str:
-        """32 hexadecimal digits of XXH3-128."""
-        return self._hash.hexdigest()
 
 
 def _reserve(descriptor: int, size: int) -> None:

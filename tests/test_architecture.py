@@ -300,7 +300,10 @@ def test_commands_that_are_written_down_exist(file: Path):
     )
     for name, *words in commands_in(code):
         assert name in {*COMMANDS, "--help"}, f"{name_of(file)} speaks of `gpt-oss-vision {name}`"
-        options = COMMANDS[name]._option_string_actions.keys() if words else set()
+        command = COMMANDS[name] if words else None
+        if name == "convert" and words:
+            command = command._subparsers._group_actions[0].choices[words.pop(0)]
+        options = command._option_string_actions.keys() if command else set()
         for word in words:
             assert not word.startswith("--") or word.split("=")[0] in options, f"{name_of(file)}: {name} {word}"
 

@@ -1,0 +1,217 @@
+"""Hugging Face → Megatron, streamed: a `torch_dist` checkpoint written piece by piece, without building a model."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..bridge.ops.mxfp4 import Dequantizer
+from . import report as reports
+from .journal import Journal, check_space, fingerprint, open_output
+from .layouts import KEPT_WHOLE, Parameter, to_megatron, unpack
+from .megatron_files import ITERATION, Describing
+from .progress import Progress
+from .source import Source, open_source, room_for
+from .stream import BLOCK, STEP, Unit, Worker, peak_memory, stream
+from .torch_dist_writer import Group, Piece, TorchDistPlan
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
+"""Of config, tokenizer, processor and template, which go along with the weights."""
+
+
+def import_checkpoint(
+    hf: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    jobs: int = 4,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write the Megatron checkpoint of a Hugging Face one.
+
+    Args:
+        hf: a folder with safetensors of GPT-OSS-Vision, or of a stock gpt-oss, which becomes a model without vision;
+            bf16, fp16, fp32, or experts in MXFP4.
+        out: the folder to make. A call that was interrupted is continued by the same call.
+        dtype: of the new weights, "bf16", "fp16" or "fp32"; None is that of the checkpoint's config.
+        jobs: threads.
+        overwrite: replace `out`.
+        dry_run: only say what would be done.
+        console: where progress and warnings go; None is nowhere.
+
+    Returns:
+        The report that lies in `out` too, see `conversion/report.py`; for a dry run its totals and ``peak_memory``.
+
+    Raises:
+        FileNotFoundError: a file of the checkpoint is missing.
+        FileExistsError: `out` exists, or holds another conversion's beginning.
+        ValueError: the checkpoint is of another architecture, damaged or incomplete.
+        OSError: the disk is too small, or fails.
+    """
+    hf, out, console = Path(hf).absolute(), Path(out).absolute(), console or Console(quiet=True)
+    source = open_source(hf)
+    number_type = DTYPES[dtype] if dtype else source.config.dtype or torch.bfloat16
+    work = Import(source, TorchDistPlan(source.parameters, number_type))
+    units = work.units()
+    totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.layout.sizes.values())}
+    if dry_run:
+        return totals | {"peak_memory": peak_memory(units, jobs), "files": len(work.layout.sizes)}
+    plan = {"action": "import", "version": version("gpt-oss-vision"), "dtype": str(number_type), "out": str(out)}
+    with open_output(out, plan | {"source": fingerprint(hf)}, overwrite=overwrite) as journal:
+        if not journal.is_complete:
+            check_space(journal, totals["bytes_written"])
+            report = reports.build("import", work.run(journal, units, jobs, console), source=str(hf), **totals)
+            report["added"] = sorted(source.missing)
+            for warning in reports.warnings(report):
+                console.print(f"Warning: {warning}")
+            reports.write(report, journal.output)
+        journal.finish()
+    return reports.read(out)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import, planned: what is read and what is written."""
+
+    source: Source
+    layout: TorchDistPlan
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights in the source."""
+        return sum(stored.nbytes for stored in self.source.tensors.values())
+
+    def run(self, journal: Journal, units: Sequence[Unit], jobs: int, console: Console) -> dict[str, Any]:
+        """Write every file of the checkpoint; the report's entries of all tensors."""
+        folder = journal.output / ITERATION
+        with (
+            Describing(self.source, self.layout.dtype, journal) as describing,
+            Progress("Importing", sum(unit.nbytes for unit in units), console) as progress,
+        ):
+            sizes = {f"{ITERATION}/{name}": size for name, size in self.layout.sizes.items()}
+            results = stream(units, journal, sizes, jobs=jobs, progress=progress)
+            describing.finish()
+        (folder / ".metadata").write_bytes(self.layout.metadata)
+        self._copy_assets(folder / "tokenizer")
+        entries = {name: entry for result in results.values() for name, entry in (result or {}).items()}
+        return {parameter.name: entries[parameter.name] for parameter in self.source.parameters}
+
+    def _copy_assets(self, folder: Path) -> None:
+        """Config, tokenizer, processor and template, as they are; where Megatron-Bridge keeps tokenizers."""
+        folder.mkdir(exist_ok=True)
+        for file in sorted(self.source.folder.iterdir()):
+            if file.suffix in ASSET_SUFFIXES and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+
+    def units(self) -> list[Unit]:
+        """The work, the largest tensors first, so that none is left alone at the end."""
+        groups = sorted(self.layout.groups, key=lambda group: group.start - group.end)
+        return [self._objects(), *(self._unit(group) for group in groups)]
+
+    def _objects(self) -> Unit:
+        """What is no tensor, at the beginning of the first file."""
+        data, file = self.layout.objects, f"{ITERATION}/{TorchDistPlan.OBJECTS_FILE}"
+
+        def run(worker: Worker) -> None:
+            _put(worker.room(0, len(data)), 0, data)
+            worker.write(file, 0, len(data))
+
+        return Unit("objects", (file,), run, 0, len(data), 0, len(data))
+
+    def _unit(self, group: Group) -> Unit:
+        reads = [self.source.nbytes(parameter) for parameter in group.parameters]
+        written, first = group.end - group.start, group.parameters[0]
+        nbytes = sum(map(sum, reads)) + written
+        files = (f"{ITERATION}/{group.file}",)
+        if written > 2 * STEP and first.layout in KEPT_WHOLE:
+            size = self.source.stored(first.hf[0])[0].dtype.itemsize
+            inbox = room_for(STEP // self.layout.dtype.itemsize * size)
+            return Unit(group.name, files, partial(self._write_in_steps, group), inbox, STEP + 2 * BLOCK, 0, nbytes)
+        inbox = max(sum(map(room_for, each)) for each in reads)
+        turned = [
+            pieces for parameter, pieces in zip(group.parameters, group.pieces, strict=True) if self._turns(parameter)
+        ]
+        scratch = max((sum(piece.nbytes for piece in pieces) for pieces in turned), default=0)
+        return Unit(group.name, files, partial(self._write_at_once, group), inbox, written, scratch, nbytes)
+
+    def _turns(self, parameter: Parameter) -> bool:
+        """Whether the numbers of an expert have to be transposed: packed ones are stored the other way round."""
+        return parameter.expert is not None and len(self.source.stored(parameter.hf[0])) == 1
+
+    def _write_at_once(self, group: Group, worker: Worker) -> dict[str, Any]:
+        """Fill whole blocks with the archives of a group."""
+        room, done, entries = worker.room(group.start, group.end - group.start), group.start, {}
+        for parameter, pieces in zip(group.parameters, group.pieces, strict=True):
+            for piece in pieces:
+                _put(room, done - group.start, bytes(piece.offset - done) + piece.head)
+                _put(room, piece.start + piece.nbytes - group.start, piece.tail)
+                done = piece.end
+            numbers = [_numbers(room, piece, piece.start - group.start, parameter) for piece in pieces]
+            self._fill(worker, parameter, numbers)
+            digest = reports.Digest()
+            for part in numbers:
+                digest.update(part)
+            entries |= self._entry(parameter, digest)
+        _put(room, done - group.start, bytes(group.end - done))
+        worker.write(f"{ITERATION}/{group.file}", group.start, group.end - group.start)
+        return entries
+
+    def _write_in_steps(self, group: Group, worker: Worker) -> dict[str, Any]:
+        """Write one large tensor, whose numbers keep their order, through a small buffer.
+
+        Every step ends between two blocks, where the next begins; head and tail go along with the first and the last.
+        """
+        (parameter,), ((piece,),) = group.parameters, group.pieces
+        (stored,) = self.source.stored(parameter.hf[0])
+        size, total, digest = piece.dtype.itemsize, piece.nbytes // piece.dtype.itemsize, reports.Digest()
+        first, begin = 0, group.start
+        while first < total:
+            count = min((begin + STEP - piece.start) // size - first, total - first)
+            is_last = first + count == total
+            end = group.end if is_last else piece.start + (first + count) * size
+            room = worker.room(begin, end - begin)
+            if begin == group.start:
+                _put(room, 0, bytes(piece.offset - begin) + piece.head)
+            numbers = room[piece.start + first * size - begin :][: count * size].view(piece.dtype)
+            numbers.copy_(stored.read(worker, first, count))
+            digest.update(numbers)
+            if is_last:
+                _put(room, piece.start + piece.nbytes - begin, piece.tail + bytes(end - piece.end))
+            worker.write(f"{ITERATION}/{group.file}", begin, end - begin)
+            first, begin = first + count, end
+        return self._entry(parameter, digest)
+
+    def _fill(self, worker: Worker, parameter: Parameter, pieces: Sequence[torch.Tensor]) -> None:
+        """Compute the numbers of a parameter into the places where they will be written from."""
+        parts = self.source.read(worker, parameter)
+        if not parts:
+            pieces[0].zero_()
+        elif parts[0].dtype == torch.uint8:
+            unpack(parameter, parts[0], parts[1], pieces, worker.tool(Dequantizer, pieces[0].dtype))
+        else:
+            nbytes = sum(piece.nbytes for piece in pieces) if self._turns(parameter) else 0
+            scratch = worker.scratch[:nbytes]
+            to_megatron(parameter, parts, pieces, scratch.view(pieces[0].dtype).view(-1, *pieces[0].shape[1:]))
+
+    def _entry(self, parameter: Parameter, digest: reports.Digest) -> dict[str, Any]:
+        names = [stored.name for name in parameter.hf for stored in self.source.stored(name)]
+        return {parameter.name: digest.entry(names, parameter.shape, self.layout.dtype_of(parameter))}
+
+
+def _put(room: torch.Tensor, at: int, data: bytes) -> None:
+    if data:
+        room[at : at + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _numbers(room: torch.Tensor, piece: Piece, at: int, parameter: Parameter) -> torch.Tensor:
+    """The place of a piece's numbers, without the axes of layers and experts."""
+    return room[at : at + piece.nbytes].view(piece.dtype).view(piece.shape[len(parameter.axes) :])

@@ -1,0 +1,125 @@
+"""The files of a Megatron checkpoint that only Megatron-Bridge can write: its configuration and train state.
+
+Importing Megatron-Bridge takes 10 to 20 seconds of interpreter, which the threads of a conversion need too. So it
+happens in a process of its own, forked before they start, while they move bytes.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import signal
+import warnings
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from .journal import Journal
+from .source import Source
+
+UNIT = "Megatron's files"
+ITERATION = "iter_0000000"
+ERRORS = {error.__name__: error for error in (ValueError, OSError, ImportError)}
+PR_SET_PDEATHSIG = 1
+
+
+class Describing:
+    """Writes Megatron's files into a journal's output in another process, unless an earlier run has done it."""
+
+    def __init__(self, source: Source, dtype: torch.dtype, journal: Journal):
+        context = multiprocessing.get_context("fork")
+        self._journal, self._is_done = journal, UNIT in journal.results
+        self._answer, sender = context.Pipe(duplex=False)
+        arguments = os.getpid(), source, dtype, journal, sender
+        self._process = context.Process(target=_answer, args=arguments, daemon=True)
+
+    def __enter__(self) -> "Describing":
+        if not self._is_done:
+            with warnings.catch_warnings():
+                # Python warns of forks beside threads: torch's pool is not used in the fork, and ours comes later.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self._process.start()
+        return self
+
+    def finish(self) -> None:
+        """Wait for the files.
+
+        Raises:
+            ValueError, OSError, ImportError: what stopped the other process, where the user can mend it.
+            RuntimeError: what else did.
+        """
+        if self._is_done:
+            return
+        self._process.join()
+        kind, message = self._answer.recv() if self._answer.poll() else ("", f"ended with {self._process.exitcode}")
+        if kind:
+            raise ERRORS.get(kind, RuntimeError)(message)
+        self._journal.record({UNIT: None})
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.pid and self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _answer(parent: int, source: Source, dtype: torch.dtype, journal: Journal, sender: Connection) -> None:
+    """What the other process does: write the files, then send an error's name and message, or two empty strings."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    journal.release()  # the next call must not wait for us when our parent is killed
+    for stream in (1, 2):  # what libraries say when they are imported is nothing to the user
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    torch.set_num_threads(1)
+    try:
+        write_files(source, dtype, journal.output, journal.out)
+        sender.send(("", ""))
+    except Exception as error:  # noqa: BLE001 - raised again by `Describing.finish`
+        sender.send((type(error).__name__, str(error)))
+
+
+def write_files(source: Source, dtype: torch.dtype, output: Path, out: Path) -> None:
+    """Write what `AutoBridge.import_ckpt` writes beside the tensors.
+
+    Args:
+        source: the checkpoint that is imported.
+        dtype: of the weights.
+        output: the folder to write into.
+        out: the folder's name when it is complete, which the configuration remembers.
+    """
+    from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable
+
+    # isort: split
+    from megatron.bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig
+    from megatron.bridge.training.state import TrainState
+    from megatron.bridge.training.tokenizers.config import TokenizerConfig
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+    from megatron.core.optimizer import OptimizerConfig
+
+    from ..bridge.megatron.provider import provider_from_config
+
+    source.config.dtype = dtype
+    provider = provider_from_config(source.config, perform_initialization=False, hf_model_id=str(source.folder))
+    provider.finalize()
+    config = ConfigContainer(
+        model=provider,
+        train=None,
+        optimizer=OptimizerConfig(use_distributed_optimizer=False),
+        ddp=None,
+        scheduler=None,
+        dataset=None,
+        logger=LoggerConfig(),
+        tokenizer=TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(source.folder)),
+        checkpoint=CheckpointConfig(
+            async_save=False, save=str(out), save_optim=False, save_rng=False, dist_ckpt_optim_fully_reshardable=True
+        ),
+        dist=None,
+    )
+    folder = output / ITERATION
+    folder.mkdir(exist_ok=True)
+    config.to_yaml(str(folder / "run_config.yaml"))
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
+    torch.save(TrainState().state_dict(), folder / "train_state.pt")
+    shutil.copyfile(folder / "train_state.pt", output / "latest_train_state.pt")
+    (output / "latest_checkpointed_iteration.txt").write_text("0")

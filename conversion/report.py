@@ -1,0 +1,79 @@
+"""The report of a conversion: what every tensor was made of, its hash, and what is wrong with its numbers.
+
+It lies in the output as `NAME` and holds nothing that differs between two runs of the same call, so that outputs can be
+compared byte by byte. The same schema serves import, export and verify::
+
+    {"action": "import", "source": "…", "versions": {"torch": "2.11.0", …},
+     "bytes_read": 13761264768, "bytes_written": 41839125360, "not_finite": 0, "added": ["…vision_bias", …],
+     "tensors": {"decoder.layers.0.mlp.experts.linear_fc1.weight0":
+         {"from": ["model.layers.0.mlp.experts.gate_up_proj_blocks", …], "shape": [5760, 2880], "dtype": "bfloat16",
+          "xxh3_128": "…", "nan": 2, "inf": 1}}}
+
+A hash is XXH3-128 over the tensor's bytes as they are stored, little-endian, its last axis fastest. ``nan`` and ``inf``
+are counts, left out where they are 0.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+NAME = "conversion.json"
+PACKAGES = ("gpt-oss-vision", "torch", "megatron-core", "megatron-bridge", "transformers")
+
+
+class Digest:
+    """Hash and counts of one tensor, taken while its numbers pass by."""
+
+    def __init__(self) -> None:
+        self._hash, self._counts = xxhash.xxh3_128(), {"nan": 0, "inf": 0}
+
+    def update(self, numbers: torch.Tensor) -> None:
+        """Add contiguous numbers of any type, in the order in which they are stored."""
+        flat = numbers.view(-1)
+        self._hash.update(flat.view(torch.uint8).numpy())
+        # Both ends are finite only where all numbers are: far cheaper than asking for each.
+        if flat.is_floating_point() and not all(end.isfinite() for end in flat.aminmax()):
+            self._counts["nan"] += int(flat.isnan().sum())
+            self._counts["inf"] += int(flat.isinf().sum())
+
+    def entry(self, names: Sequence[str], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+        """What the report says of the tensor: see the module's docstring."""
+        spelled = str(dtype).removeprefix("torch.")
+        found = {name: count for name, count in self._counts.items() if count}
+        return {"from": [*names], "shape": [*shape], "dtype": spelled, "xxh3_128": self._hash.hexdigest()} | found
+
+
+def build(action: str, tensors: Mapping[str, dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    """A report; `fields` are what else the action has to say."""
+    bad = {name: entry for name, entry in tensors.items() if {"nan", "inf"} & entry.keys()}
+    return {
+        "action": action,
+        **fields,
+        "versions": {name: version(name) for name in PACKAGES},
+        "not_finite": sum(entry.get("nan", 0) + entry.get("inf", 0) for entry in bad.values()),
+        "tensors": dict(tensors),
+    }
+
+
+def warnings(report: Mapping[str, Any]) -> list[str]:
+    """A sentence for every tensor with numbers that are not finite."""
+    return [
+        f"{name} holds {entry.get('nan', 0)} NaN and {entry.get('inf', 0)} infinite numbers"
+        for name, entry in report["tensors"].items()
+        if {"nan", "inf"} & entry.keys()
+    ]
+
+
+def write(report: Mapping[str, Any], folder: Path) -> None:
+    """Write the report into an output folder."""
+    (folder / NAME).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The report of an output folder."""
+    return json.loads((folder / NAME).read_text())

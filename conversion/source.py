@@ -1,0 +1,150 @@
+"""A Hugging Face checkpoint as a source of parameters: which tensors it must hold, whether it does, reading them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .checkpoint import MODEL_TYPE, read_json
+from .layouts import MXFP4_PARTS, Parameter, parameters
+from .safetensors_reader import Stored, listed, read_index
+from .stream import BLOCK, Worker
+
+if TYPE_CHECKING:
+    from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+
+TEXT_MODEL_TYPE = "gpt_oss"
+OF_THE_FILE = ("model_type", "architectures", "auto_map", "quantization_config")
+"""Fields of a config that speak of how the checkpoint is stored."""
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked checkpoint.
+
+    Attributes:
+        folder: where it is.
+        config: of the model; without vision, where the checkpoint is a stock gpt-oss.
+        tensors: what is stored, by name.
+        missing: names that a stock gpt-oss does not have; they count as zeros.
+    """
+
+    folder: Path
+    config: "GPTOSSVisionConfig"
+    tensors: dict[str, Stored]
+    missing: frozenset[str]
+
+    @cached_property
+    def parameters(self) -> list[Parameter]:
+        """Of the Megatron model."""
+        return parameters(shapes_of(self.config), self.config.num_key_value_heads)
+
+    def stored(self, name: str) -> tuple[Stored, ...]:
+        """What is stored of a tensor of the model: itself, its blocks and scales, or nothing."""
+        if name in self.tensors:
+            return (self.tensors[name],)
+        return tuple(self.tensors[name + part] for part in MXFP4_PARTS if name + part in self.tensors)
+
+    def nbytes(self, parameter: Parameter) -> list[int]:
+        """Bytes to read for a parameter, for each tensor that it is read from."""
+        whole = [stored for name in parameter.hf for stored in self.stored(name)]
+        return [stored.nbytes // (1 if parameter.expert is None else stored.shape[0]) for stored in whole]
+
+    def read(self, worker: Worker, parameter: Parameter) -> list[torch.Tensor]:
+        """The tensors of a parameter, or its expert's parts of them, side by side in the inbox."""
+        parts, at = [], 0
+        for name in parameter.hf:
+            for stored in self.stored(name):
+                if parameter.expert is None:
+                    parts.append(stored.read(worker, at=at).view(stored.shape))
+                else:
+                    parts.append(stored.read_part(worker, parameter.expert, at=at))
+                at += room_for(parts[-1].nbytes)
+        return parts
+
+
+def room_for(nbytes: int) -> int:
+    """Bytes of a buffer that a read of `nbytes` from anywhere in a file can touch."""
+    return -(-nbytes // BLOCK) * BLOCK + BLOCK
+
+
+def open_source(folder: Path) -> Source:
+    """Look at a checkpoint's config and headers, and compare them with the model.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: another architecture, damaged files, or tensors that are missing, foreign or of the wrong shape.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json; name the folder of a Hugging Face checkpoint")
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type not in (MODEL_TYPE, TEXT_MODEL_TYPE):
+        raise ValueError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r} or {TEXT_MODEL_TYPE!r}")
+    tensors = read_index(folder)
+    config = read_config(folder, with_vision=model_type == MODEL_TYPE)
+    shapes = shapes_of(config)
+    absent = frozenset(name for name in shapes if name.endswith(".vision_bias") and name not in tensors)
+    source = Source(folder, config, tensors, absent if model_type == TEXT_MODEL_TYPE else frozenset())
+    _check(source, shapes)
+    return source
+
+
+def read_config(folder: Path, *, with_vision: bool) -> "GPTOSSVisionConfig":
+    """The config of a checkpoint; a stock gpt-oss becomes a model without vision."""
+    from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+
+    fields = read_json(folder / "config.json")
+    fields = {name: value for name, value in fields.items() if name not in OF_THE_FILE}
+    return GPTOSSVisionConfig.from_dict(fields if with_vision else fields | {"use_vision": False})
+
+
+def shapes_of(config: "GPTOSSVisionConfig") -> dict[str, tuple[int, ...]]:
+    """Every tensor of the transformers model with its shape, unquantised."""
+    from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+
+    with torch.device("meta"):
+        model = GPTOSSVisionForCausalLM(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _check(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Whether every tensor of the model is stored in its shape, and nothing else."""
+    problems: dict[str, list[str]] = {"missing": [], "wrong": []}
+    used = set()
+    for name, shape in shapes.items():
+        stored = source.stored(name)
+        used |= {tensor.name for tensor in stored}
+        wanted = {name: shape} if len(stored) == 1 else _packed_shapes(name, shape)
+        if not stored and name not in source.missing:
+            problems["missing"].append(name)
+        problems["wrong"] += [
+            f"{tensor.name} is {_spelled(tensor)}, not {list(wanted[tensor.name])}"
+            for tensor in stored
+            if wanted.get(tensor.name) != tensor.shape or (len(stored) == 1) != (tensor.dtype in FLOATS)
+        ]
+    titles = {
+        "tensors missing in the checkpoint": problems["missing"],
+        "tensors of another shape or type": problems["wrong"],
+        "tensors of the checkpoint that nothing reads": sorted(source.tensors.keys() - used),
+    }
+    said = [f"{title}: {listed(names)}" for title, names in titles.items() if names]
+    if said:
+        raise ValueError(f"{source.folder} does not match its config. {'; '.join(said)}.")
+
+
+def _packed_shapes(name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Of blocks and scales: output rows first, 32 numbers in 16 bytes."""
+    if len(shape) != 3:
+        return {}
+    experts, inside, outside = shape
+    blocks, scales = (name + part for part in MXFP4_PARTS)
+    return {blocks: (experts, outside, inside // 32, 16), scales: (experts, outside, inside // 32)}
+
+
+def _spelled(tensor: Stored) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

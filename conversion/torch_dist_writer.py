@@ -1,0 +1,234 @@
+"""Where everything lies in a `torch_dist` iteration folder, worked out before a byte of it is written.
+
+Such a folder is torch's distributed checkpoint: files in which every piece of a tensor is a small archive by
+`torch.save`, and a ``.metadata`` that says where. An archive is a head, the numbers and a tail; head and tail depend on
+shape and type alone, and torch itself makes them here, with the numbers left out (`torch.serialization.skip_data`). So
+the numbers can be written in place, in any order. The archives carry no checksum of the numbers; torch checks none.
+"""
+
+import io
+import pickle
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from .layouts import Parameter
+from .stream import BLOCK
+
+ALIGNMENT = 64
+"""Of an archive's place in its file; torch aligns the numbers so within the archive."""
+
+GROUP = 2**20
+"""Bytes up to which parameters that follow one another are written as one unit."""
+
+COMMON_STATE = {
+    "checkpoint_version": 3.0,
+    "iteration": 0,
+    "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+}
+"""What Megatron-Bridge keeps in a checkpoint beside the tensors when it saves a model alone."""
+
+LAYER_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "pre_mlp_layernorm",
+)
+EXPERT_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
+"""Modules that ask for an ``_extra_state`` on Transformer Engine (FP8 scales; empty in any other precision). Loading
+fails where an object that a model asks for is missing; one that it does not ask for is ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """An archive in a file: ``head``, ``nbytes`` of numbers, ``tail``; `offset` is the head's."""
+
+    key: str
+    chunk: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+    offset: int
+    head: bytes
+    tail: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Of the numbers."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def start(self) -> int:
+        """Where the numbers begin in the file."""
+        return self.offset + len(self.head)
+
+    @property
+    def end(self) -> int:
+        """Where the archive ends in the file."""
+        return self.start + self.nbytes + len(self.tail)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that lie together in a file and are written at once, whole blocks: ``[start, end)``."""
+
+    file: str
+    start: int
+    end: int
+    parameters: tuple[Parameter, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def name(self) -> str:
+        """That of its first parameter, which is in no other group."""
+        return self.parameters[0].name
+
+
+class TorchDistPlan:
+    """The files of an iteration folder and what lies where in them.
+
+    Attributes:
+        groups: everything to be computed, in the order of the files.
+        sizes: bytes of every ``.distcp`` file, by name.
+        objects: what goes to the beginning of the file `OBJECTS_FILE` as it stands.
+        metadata: the bytes of ``.metadata``.
+    """
+
+    OBJECTS_FILE = "__0_0.distcp"
+
+    def __init__(self, parameters: Sequence[Parameter], dtype: torch.dtype):
+        self.dtype = dtype
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
+        self.objects = self._place_objects(parameters)
+        self.groups: list[Group] = []
+        self.sizes: dict[str, int] = {}
+        for file, members in _by_file(parameters):
+            end = len(self.objects) if file == self.OBJECTS_FILE else 0
+            for group in self._place(file, members, end):
+                self.groups.append(group)
+                end = group.end
+            self.sizes[file] = end
+        self.metadata = self._metadata(parameters)
+
+    def dtype_of(self, parameter: Parameter) -> torch.dtype:
+        """What a parameter is stored as."""
+        return torch.float32 if parameter.stays_fp32 else self.dtype
+
+    def _place_objects(self, parameters: Sequence[Parameter]) -> bytes:
+        """Archives of everything that is no tensor."""
+        layers, experts = next(parameter.axes for parameter in parameters if parameter.expert is not None)
+        names = [
+            f"decoder.layers.{name}._extra_state/shard_{n}_{layers}" for name in LAYER_STATES for n in range(layers)
+        ]
+        names += [
+            f"decoder.layers.{name}._extra_state/shard_{n}.{e}_{layers}.{experts}"
+            for name in EXPERT_STATES
+            for n in range(layers)
+            for e in range(experts)
+        ]
+        names += ["decoder.final_layernorm._extra_state/shard_0_1"]
+        stored, nothing = bytearray(), _archive([None])
+        for name, data in [("common_state/shard_0_1", _archive([COMMON_STATE])), *((name, nothing) for name in names)]:
+            self._storage[MetadataIndex(name)] = _StorageInfo(self.OBJECTS_FILE, len(stored), len(data))
+            stored += data + bytes(-len(data) % ALIGNMENT)
+        return bytes(stored + bytes(-len(stored) % BLOCK))
+
+    def _place(self, file: str, parameters: Iterable[Parameter], start: int) -> Iterator[Group]:
+        for members in _together(parameters, self.dtype_of):
+            end, pieces = start, []
+            for parameter in members:
+                mine = []
+                for chunk, shape in parameter.chunks:
+                    head, tail = frame(shape, self.dtype_of(parameter))
+                    place = _round_up(end, ALIGNMENT)
+                    piece = Piece(parameter.key, chunk, shape, self.dtype_of(parameter), file, place, head, tail)
+                    self._storage[MetadataIndex(piece.key, chunk)] = _StorageInfo(file, place, piece.end - place)
+                    mine.append(piece)
+                    end = piece.end
+                pieces.append(tuple(mine))
+            end = _round_up(end, BLOCK)
+            yield Group(file, start, end, tuple(members), tuple(pieces))
+            start = end
+
+    def _metadata(self, parameters: Sequence[Parameter]) -> bytes:
+        state: dict[str, Any] = {}
+        for parameter in parameters:
+            size = torch.Size(parameter.axes + parameter.shape)
+            properties = TensorProperties(dtype=self.dtype_of(parameter))
+            tensor = state.setdefault(parameter.key, TensorStorageMetadata(properties, size, []))
+            tensor.chunks += [ChunkStorageMetadata(torch.Size(at), torch.Size(of)) for at, of in parameter.chunks]
+        state |= {index.fqn: BytesStorageMetadata() for index in self._storage if index.offset is None}
+        return pickle.dumps(
+            Metadata(state_dict_metadata=state, storage_data=self._storage, storage_meta=StorageMeta(), version="1.0.0")
+        )
+
+
+@cache
+def frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What `torch.save` writes before and after the numbers of a tensor."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "archive")  # the archive's own name for itself; memory is not touched, nor the disk
+        with torch.serialization.skip_data():
+            torch.save(torch.empty(shape, dtype=dtype), path)
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            header = archive.getinfo("archive/data/0").header_offset
+            file.seek(header)
+            fixed = file.read(30)
+            names = sum(struct.unpack("<HH", fixed[26:30]))
+            start, nbytes = header + 30 + names, prod(shape) * dtype.itemsize
+            file.seek(0)
+            head = file.read(start)
+            file.seek(start + nbytes)
+            return head, file.read()
+
+
+def _archive(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def _by_file(parameters: Sequence[Parameter]) -> Iterator[tuple[str, list[Parameter]]]:
+    """The files in order: one for what is in no layer, one for each layer."""
+    files: dict[str, list[Parameter]] = {TorchDistPlan.OBJECTS_FILE: []}
+    for parameter in sorted(parameters, key=lambda parameter: parameter.index[:1]):
+        number = parameter.index[0] + 1 if parameter.index else 0
+        files.setdefault(f"__0_{number}.distcp", []).append(parameter)
+    return iter(files.items())
+
+
+def _together(parameters: Iterable[Parameter], dtype_of: Any) -> Iterator[list[Parameter]]:
+    """Parameters that follow one another, up to `GROUP` bytes of them."""
+    group: list[Parameter] = []
+    total = 0
+    for parameter in parameters:
+        nbytes = prod(parameter.shape) * dtype_of(parameter).itemsize
+        if group and total + nbytes > GROUP:
+            yield group
+            group, total = [], 0
+        group.append(parameter)
+        total += nbytes
+    if group:
+        yield group
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
