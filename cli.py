@@ -102,6 +102,23 @@ def convert_import(hf: Path, out: Path, dtype: str | None, jobs: int, overwrite:
     return _tell(out, report, dry_run)
 
 
+def convert_export(
+    megatron: Path, out: Path, dtype: str, text_only: bool, hf: Path | None, jobs: int, overwrite: bool, dry_run: bool
+) -> int:
+    """Megatron to Hugging Face, streamed: sharded safetensors with everything that transformers needs.
+
+    Takes a checkpoint that was converted, or saved by training at any parallel layout. Needs neither a GPU nor memory
+    for the model. A call that was interrupted is continued by the same call.
+    """
+    from rich.console import Console
+
+    from .conversion.exporting import export_checkpoint
+
+    choices = {"dtype": dtype, "text_only": text_only, "hf": hf}
+    output = {"jobs": jobs, "overwrite": overwrite, "dry_run": dry_run, "console": Console(stderr=True)}
+    return _tell(out, export_checkpoint(megatron, out, **choices, **output), dry_run)
+
+
 def _tell(out: Path, report: dict, dry_run: bool) -> int:
     """One line about a conversion that is done, or that a dry run has planned."""
     moved = f"{report['bytes_read'] / 1e9:.2f} GB read, {report['bytes_written'] / 1e9:.2f} GB written"
@@ -162,6 +179,14 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     add("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face checkpoint")
     _add_output(add)
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="of the new weights (that of the checkpoint's config)")
+
+    add = _command(actions, convert_export, "export").add_argument
+    add("--megatron", type=Path, required=True, metavar="DIR", help="folder of the Megatron checkpoint")
+    _add_output(add)
+    dtypes = ("bf16", "fp32", "mxfp4")
+    add("--dtype", choices=dtypes, default="bf16", help="of the new weights; mxfp4 packs the experts (%(default)s)")
+    add("--text-only", action="store_true", help="leave out what is visual and write a stock gpt-oss")
+    add("--hf", type=Path, metavar="DIR", help="where config and tokenizer are, if --megatron keeps none")
 
 
 def _add_output(add: Callable[..., object]) -> None:

@@ -1,0 +1,301 @@
+"""Megatron → Hugging Face, streamed: sharded safetensors from any `torch_dist` checkpoint, without building a model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from .. import __version__
+from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
+from ..bridge.ops.mxfp4 import Quantizer
+from . import report as reports
+from .checkpoint import MODEL_TYPE, read_json
+from .hf_side import DTYPES, KEPT_IN, skeleton, tensors_of, write_files
+from .journal import Journal, check_space, fingerprint, open_output
+from .layouts import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
+from .progress import Progress
+from .safetensors_reader import listed
+from .safetensors_writer import ShardPlan, Tensor, plan_shards
+from .source import read_config, room_for, shapes_of
+from .stream import STEP, Unit, Worker, peak_memory, stream
+from .torch_dist_reader import Region, StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
+
+OF_VISION = ("vision_adapter.", "mlp.router.vision_bias")
+"""In the names of what a stock gpt-oss has not."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """One export, planned.
+
+    Attributes:
+        stored: what is read, by the checkpoint's key.
+        parameters: what is written.
+        targets: the tensors to be written, by name.
+        shards: where.
+    """
+
+    stored: Mapping[str, StoredTensor]
+    parameters: list[Parameter]
+    targets: dict[str, Tensor]
+    shards: ShardPlan
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the weights that are read."""
+        sizes = (prod(each.shape) * self.stored[each.key].dtype.itemsize for each in self.parameters)
+        return sum(sizes)
+
+    def run(self, journal: Journal, units: Sequence[Unit], jobs: int, console: Console) -> dict[str, Any]:
+        """Write every file of weights; the report's entries of all tensors."""
+        with Progress("Exporting", sum(unit.nbytes for unit in units), console) as progress:
+            entries = stream(units, journal, self.shards.sizes, jobs=jobs, progress=progress)
+        if self.shards.index is not None:
+            (journal.output / "model.safetensors.index.json").write_text(self.shards.index)
+        return {parameter.name: entries[parameter.name] for parameter in self.parameters}
+
+    def units(self) -> list[Unit]:
+        """The work, the largest parameters first so that none is left alone at the end."""
+        ordered = sorted(self.parameters, key=lambda parameter: -prod(parameter.shape))
+        return [*map(self._header, self.shards.headers), *map(self._unit, ordered)]
+
+    def _header(self, file: str) -> Unit:
+        data = self.shards.headers[file]
+
+        def run(worker: Worker) -> None:
+            worker.room(0, len(data)).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            worker.write(file, 0, len(data))
+
+        return Unit(f"header of {file}", (file,), run, 0, len(data), 0, len(data))
+
+    def _unit(self, parameter: Parameter) -> Unit:
+        stored, places = self.stored[parameter.key], self._places(parameter)
+        blocks = _blocks(parameter, stored.dtype)
+        (rows, count), read = (blocks[0].stop, blocks[-1].stop), prod(parameter.shape) * stored.dtype.itemsize
+        written = [nbytes * rows // count for _, _, nbytes in places]
+        parts = [part for block in blocks for part in stored.parts(region_of(parameter, block))]
+        turned = sum(written) if parameter.layout not in KEPT_WHOLE and not self._is_packed(parameter) else 0
+        return Unit(
+            parameter.name,
+            tuple(sorted({file for file, _, _ in places})),
+            partial(self._write, parameter),
+            max(room_for(part.count * stored.dtype.itemsize) for part in parts),
+            sum(map(room_for, written)),
+            room_for(read * rows // count) + turned,
+            read + sum(nbytes for _, _, nbytes in places),
+        )
+
+    def _is_packed(self, parameter: Parameter) -> bool:
+        return parameter.hf[0] not in self.targets
+
+    def _places(self, parameter: Parameter) -> list[tuple[str, int, int]]:
+        """File, offset and bytes of everything that a parameter becomes."""
+        places = []
+        for name in parameter.hf:
+            for part in MXFP4_PARTS if self._is_packed(parameter) else ("",):
+                place, nbytes = self.shards.places[name + part], self.targets[name + part].nbytes
+                if parameter.expert is not None:
+                    nbytes //= self.targets[name + part].shape[0]
+                places.append((place.file, place.offset + nbytes * (parameter.expert or 0), nbytes))
+        return places
+
+    def _write(self, parameter: Parameter, worker: Worker) -> dict[str, Any]:
+        """Read a parameter, lay it out and write it, a block of rows after the other."""
+        stored, digest = self.stored[parameter.key], reports.Digest()
+        blocks = _blocks(parameter, stored.dtype)
+        for block in blocks:
+            numbers = read_region(worker, stored, region_of(parameter, block))
+            digest.update(numbers)
+            places = [_rows_of(place, block, blocks[-1].stop) for place in self._places(parameter)]
+            self._lay_out(worker, parameter, numbers.view(-1, *parameter.shape[1:]), places)
+        return digest.entry(parameter.hf, parameter.shape, stored.dtype)
+
+    def _lay_out(
+        self, worker: Worker, parameter: Parameter, numbers: torch.Tensor, places: Sequence[tuple[str, int, int]]
+    ) -> None:
+        starts = [sum(room_for(nbytes) for _, _, nbytes in places[:i]) for i in range(len(places))]
+        rooms = [
+            worker.room(offset, nbytes, at=start) for (_, offset, nbytes), start in zip(places, starts, strict=True)
+        ]
+        if self._is_packed(parameter):
+            _pack(worker, parameter, numbers, *rooms)
+        else:
+            dtype = self.targets[parameter.hf[0]].dtype
+            self._turn(worker, parameter, numbers, [room.view(dtype) for room in rooms])
+        for (file, offset, nbytes), start in zip(places, starts, strict=True):
+            worker.write(file, offset, nbytes, at=start)
+
+    def _turn(self, worker: Worker, parameter: Parameter, numbers: torch.Tensor, rooms: Sequence[torch.Tensor]) -> None:
+        if parameter.layout in KEPT_WHOLE:
+            rooms[0].copy_(numbers.view(-1))
+            return
+        shapes = [self.targets[name].shape[parameter.expert is not None :] for name in parameter.hf]
+        parts = [room.view(shape) for room, shape in zip(rooms, shapes, strict=True)]
+        start = room_for(numbers.nbytes)
+        scratch = worker.scratch[start : start + numbers.numel() * parts[0].itemsize].view(parts[0].dtype)
+        to_hf(parameter, numbers.view(parameter.shape), parts, scratch.view(parameter.shape))
+
+
+def _pack(
+    worker: Worker, parameter: Parameter, numbers: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor
+) -> None:
+    shape = len(numbers), numbers.shape[1] // VALUES_PER_SCALE
+    try:
+        packed = blocks.view(*shape, VALUES_PER_SCALE // 2), scales.view(shape)
+        pack(parameter, numbers, *packed, worker.tool(Quantizer))
+    except ValueError as error:
+        raise ValueError(f"{parameter.name}: {error} Export it with --dtype bf16.") from error
+
+
+def region_of(parameter: Parameter, block: slice | None = None) -> Region:
+    """Where a parameter, or a block of its rows, lies in the checkpoint's tensor."""
+    rows = () if block is None or not parameter.shape else (block,)
+    return (*(slice(i, i + 1) for i in parameter.index), *rows, *whole(parameter.shape[len(rows) :]))
+
+
+def _blocks(parameter: Parameter, dtype: torch.dtype) -> list[slice]:
+    """The rows to handle at a time: all of them, unless the parameter is large and keeps its layout."""
+    count = parameter.shape[0] if parameter.shape else 1
+    nbytes = prod(parameter.shape) * dtype.itemsize // count
+    rows = max(1, STEP // nbytes) if parameter.layout in KEPT_WHOLE else count
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+def _rows_of(place: tuple[str, int, int], block: slice, count: int) -> tuple[str, int, int]:
+    file, offset, nbytes = place
+    start, stop = nbytes * block.start // count, nbytes * block.stop // count
+    return file, offset + start, stop - start
+
+
+def plan_export(
+    checkpoint: TorchDistCheckpoint, folder: Path, *, dtype: str, text_only: bool
+) -> tuple[Export, PreTrainedModel]:
+    """Compare a checkpoint with the model that it should hold, and lay the output out.
+
+    Args:
+        checkpoint: the Megatron one.
+        folder: of the model's config.
+        dtype: ``bf16``, ``fp32`` or ``mxfp4``.
+        text_only: without what is visual, as a stock gpt-oss.
+
+    Returns:
+        The plan, and the model without weights that it was made for.
+
+    Raises:
+        ValueError: `dtype` is unknown, or tensors are missing, foreign or of the wrong shape.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is unknown; choose {', '.join(DTYPES)}")
+    config = read_config(folder, with_vision=read_json(folder / "config.json").get("model_type") == MODEL_TYPE)
+    everything = parameters(shapes_of(config), config.num_key_value_heads)
+    check_tensors(checkpoint, everything)
+    model = skeleton(config, DTYPES[dtype], text_only=text_only)
+    targets = tensors_of(model, packed=dtype == "mxfp4")
+    written = [one for one in everything if not (text_only and any(word in one.name for word in OF_VISION))]
+    export = Export(checkpoint.tensors, written, {target.name: target for target in targets}, plan_shards(targets))
+    return export, model
+
+
+def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[Parameter]) -> None:
+    """Whether a checkpoint holds every tensor of the model in its shape, and no other.
+
+    Raises:
+        ValueError: listing what is missing, foreign or of another shape.
+    """
+    shapes = {parameter.key: parameter.axes + parameter.shape for parameter in wanted}
+    found = checkpoint.tensors
+    wrong = [
+        f"{key} is {list(found[key].shape)}, not {list(shape)}"
+        for key, shape in shapes.items()
+        if key in found and found[key].shape != shape
+    ]
+    titles = {
+        "tensors missing in the checkpoint": sorted(shapes.keys() - found.keys()),
+        "tensors of another shape": wrong,
+        "tensors of the checkpoint that nothing reads": sorted(found.keys() - shapes.keys()),
+    }
+    said = [f"{title}: {listed(names)}" for title, names in titles.items() if names]
+    if said:
+        raise ValueError(f"{checkpoint.folder} does not match its config. {'; '.join(said)}.")
+
+
+def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:
+    """Where config, tokenizer and processor are: in `hf` if it is given, else kept in the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no config.
+    """
+    places = [hf] if hf else [folder / KEPT_IN for folder in (checkpoint.folder, checkpoint.root)]
+    for folder in places:
+        if (folder / "config.json").is_file():
+            return folder
+    if hf:
+        raise FileNotFoundError(f"{hf} holds no config.json; name the folder of a Hugging Face checkpoint with --hf")
+    raise FileNotFoundError(
+        f"{checkpoint.folder} keeps no config of its model; name the Hugging Face checkpoint it came from with --hf"
+    )
+
+
+def export_checkpoint(
+    megatron: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "bf16",
+    text_only: bool = False,
+    hf: str | Path | None = None,
+    jobs: int = 4,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write a Megatron checkpoint in Hugging Face format.
+
+    Args:
+        megatron: a checkpoint's root, whose latest iteration is taken, or the folder of one iteration; converted, or
+            saved by training at any parallel layout.
+        out: the folder to make. A call that was interrupted is continued by the same call.
+        dtype: ``bf16``, ``fp32``, or ``mxfp4`` as gpt-oss itself ships it: experts packed, the rest in bf16.
+        text_only: leave out what is visual and write a stock gpt-oss.
+        hf: a Hugging Face checkpoint to take config, tokenizer and processor from, where `megatron` keeps none.
+        jobs: threads.
+        overwrite: replace `out`.
+        dry_run: only say what would be done.
+        console: where progress and warnings go; None is nowhere.
+
+    Returns:
+        The report that lies in `out` too, see `conversion/report.py`, tensors under their Megatron names; for a dry
+        run its totals and ``peak_memory``.
+
+    Raises:
+        FileNotFoundError: a part of the checkpoint is missing.
+        FileExistsError: `out` exists, or holds another conversion's beginning.
+        ValueError: the checkpoint is damaged, or not of this model.
+        OSError: the disk is too small, or fails.
+    """
+    out, console = Path(out).absolute(), console or Console(quiet=True)
+    checkpoint = open_checkpoint(Path(megatron).absolute())
+    folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
+    work, model = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only)
+    units = work.units()
+    totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.shards.sizes.values())}
+    if dry_run:
+        return totals | {"peak_memory": peak_memory(units, jobs), "files": len(work.shards.sizes)}
+    plan = {"action": "export", "version": __version__, "dtype": dtype, "text_only": text_only, "out": str(out)}
+    sources = {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}
+    with open_output(out, plan | sources, overwrite=overwrite) as journal:
+        if not journal.is_complete:
+            check_space(journal, totals["bytes_written"])
+            entries = work.run(journal, units, jobs, console)
+            report = reports.build("export", entries, source=str(checkpoint.folder), **totals)
+            for warning in reports.warnings(report):
+                console.print(f"Warning: {warning}")
+            write_files(model, folder, journal.output, packed=dtype == "mxfp4")
+            reports.write(report, journal.output)
+        journal.finish()
+    return reports.read(out)

@@ -1,0 +1,413 @@
+"""Reads a Megatron `torch_dist` checkpoint, saved at any parallel layout, without Megatron: any region of any tensor.
+
+Such a checkpoint is a pickled table, ``.metadata``, and files in which each chunk of a tensor is a zip written by
+``torch.save``. The table is read by an unpickler that knows its few classes by name and builds none of them; a chunk by
+finding its numbers inside the zip. Nothing is read whole, and a region may lie in any grid of chunks.
+"""
+
+import ctypes
+import json
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .stream import Worker
+
+NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|common_state|rerun_state_machine|.*\._extra_state")
+"""Keys that belong to training and not to the model."""
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+type Region = tuple[slice, ...]
+"""A slice with start and stop for each axis of a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A block of a tensor and the zip that holds it: ``length`` bytes of a file."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: Path
+    position: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one chunk gives to a region.
+
+    Attributes:
+        chunk: where it is read.
+        start: first number of the chunk's own that is needed.
+        count: numbers from there up to the last that is needed.
+        sizes: of the block that lies in the region.
+        strides: of that block within the chunk.
+        into: where the block belongs, counted from the region's start.
+    """
+
+    chunk: Chunk
+    start: int
+    count: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    into: Region
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the chunk is read."""
+        return self.count == math.prod(self.chunk.sizes)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the checkpoint, put together from its chunks."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: list[Chunk] = field(repr=False)
+
+    @cached_property
+    def _grid(self) -> tuple[np.ndarray, np.ndarray]:
+        starts = np.array([chunk.offsets for chunk in self.chunks], dtype=np.int64).reshape(-1, len(self.shape))
+        sizes = np.array([chunk.sizes for chunk in self.chunks], dtype=np.int64).reshape(-1, len(self.shape))
+        return starts, starts + sizes
+
+    def parts(self, region: Region) -> list[Part]:
+        """What the chunks give to a region, each number exactly once.
+
+        Raises:
+            ValueError: when chunks leave a gap in the region, or overlap there.
+        """
+        starts, stops = self._grid
+        low, high = (np.array([getattr(axis, end) for axis in region], dtype=np.int64) for end in ("start", "stop"))
+        first, last = np.maximum(starts, low), np.minimum(stops, high)
+        hits = np.flatnonzero((first < last).all(axis=1))
+        wanted, held = math.prod(high - low), int((last[hits] - first[hits]).prod(axis=1).sum())
+        if held != wanted or _overlap(first[hits], last[hits]):
+            problem = f"hold {held} of the {wanted} numbers" if held < wanted else "overlap in the numbers"
+            raise ValueError(
+                f"The chunks of {self.key} {problem} from {low.tolist()} to {high.tolist()}; save it again."
+            )
+        return [_part(self.chunks[hit], first[hit], last[hit], low) for hit in hits]
+
+
+def _overlap(first: np.ndarray, last: np.ndarray) -> bool:
+    meets = (np.maximum(first[:, None], first) < np.minimum(last[:, None], last)).all(axis=2)
+    return bool(np.triu(meets, 1).any())
+
+
+def _part(chunk: Chunk, first: np.ndarray, last: np.ndarray, low: np.ndarray) -> Part:
+    strides = _row_major(chunk.sizes)
+    sizes = tuple((last - first).tolist())
+    start = int(np.dot(first - chunk.offsets, strides))
+    count = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    into = tuple(slice(int(a), int(b)) for a, b in zip(first - low, last - low, strict=True))
+    return Part(chunk, start, count, sizes, strides, into)
+
+
+def _row_major(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
+
+
+@dataclass(frozen=True)
+class TorchDistCheckpoint:
+    """An opened checkpoint: its tensors by key, those of the optimizer left out.
+
+    Attributes:
+        folder: the iteration's own folder.
+        root: the folder above it, when that was named or keeps track of iterations; else `folder`.
+        tensors: weights by key.
+    """
+
+    folder: Path
+    root: Path
+    tensors: dict[str, StoredTensor]
+
+
+def open_checkpoint(path: Path) -> TorchDistCheckpoint:
+    """Open a checkpoint by its root, which tells the latest iteration, or by the folder of one iteration.
+
+    Raises:
+        FileNotFoundError: when the folder, its ``.metadata`` or a file that this names is missing.
+        ValueError: when it is of another format, damaged or cut off.
+    """
+    folder = _iteration_folder(path)
+    form = folder / "metadata.json"
+    backend = json.loads(form.read_text()).get("sharded_backend") if form.is_file() else "torch_dist"
+    if backend != "torch_dist":
+        raise ValueError(f"{folder} was saved as {backend!r}; save it with ckpt_format='torch_dist'")
+    tensors = _tensors(folder, read_metadata(folder / ".metadata"))
+    _check_files(folder, [chunk for tensor in tensors.values() for chunk in tensor.chunks])
+    return TorchDistCheckpoint(folder, folder.parent if (folder.parent / LATEST).is_file() else folder, tensors)
+
+
+def _iteration_folder(path: Path) -> Path:
+    if (path / ".metadata").is_file():
+        return path
+    if not (path / LATEST).is_file():
+        raise FileNotFoundError(
+            f"{path} holds neither {LATEST} nor .metadata; name the folder of a Megatron checkpoint"
+        )
+    word = (path / LATEST).read_text().strip()
+    folder = path / (f"iter_{int(word):07d}" if word.isdecimal() else word)
+    if not (folder / ".metadata").is_file():
+        raise FileNotFoundError(
+            f"{path / LATEST} names {folder.name}, which has no .metadata; copy the checkpoint again"
+        )
+    return folder
+
+
+def _check_files(folder: Path, chunks: list[Chunk]) -> None:
+    ends: dict[Path, int] = {}
+    for chunk in chunks:
+        ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.position + chunk.length)
+    missing = sorted(file.name for file in ends if not file.is_file())
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; copy the checkpoint again")
+    for file, end in ends.items():
+        if file.stat().st_size < end:
+            raise ValueError(f"{file} has {file.stat().st_size} of at least {end} bytes; copy it again")
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+class _Record:
+    """Stands for every class of the table: keeps what was pickled of it."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _joined(*parts: str) -> str:
+    return "/".join(parts)
+
+
+_DCP = "torch.distributed.checkpoint."
+ADMITTED: dict[tuple[str, str], Any] = {
+    **{(_DCP + "metadata", name): _Record for name in ("Metadata", "MetadataIndex", "StorageMeta")},
+    **{(_DCP + "metadata", name + "StorageMetadata"): _Record for name in ("Tensor", "Bytes", "Chunk")},
+    (_DCP + "metadata", "TensorProperties"): _Record,
+    (_DCP + "metadata", "_MEM_FORMAT_ENCODING"): int,
+    (_DCP + "filesystem", "_StorageInfo"): _Record,
+    ("torch", "Size"): tuple,
+    ("torch.serialization", "_get_layout"): str,
+    ("collections", "OrderedDict"): dict,
+    **{("pathlib", name): _joined for name in ("Path", "PosixPath", "PurePosixPath")},
+    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)},
+    **{
+        ("torch", name): getattr(torch, name)
+        for name in ("float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+    },
+}
+"""What a table may name, and what is built in its place: nothing of it runs code of torch's or of anyone's."""
+
+
+class _TableUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what is admitted."""
+        if (module, name) not in ADMITTED:
+            raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
+        return ADMITTED[module, name]
+
+
+def read_metadata(file: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[int, ...] | None], dict[str, Any]]]:
+    """The table of a checkpoint.
+
+    Returns:
+        By key what is known of an entry, and by key and offset where its chunk is stored.
+
+    Raises:
+        ValueError: when it names a class that such a table has no use for, or is damaged.
+    """
+    try:
+        with file.open("rb") as stream:
+            table = _TableUnpickler(stream).load().state
+        entries = {key: getattr(entry, "state", None) or {} for key, entry in table["state_dict_metadata"].items()}
+        places = {(at.state["fqn"], at.state.get("offset")): info.state for at, info in table["storage_data"].items()}
+    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} was refused: {error}; it is not the table of a checkpoint, or damaged") from error
+    return entries, places
+
+
+def _tensors(folder: Path, metadata: tuple[dict[str, Any], dict]) -> dict[str, StoredTensor]:
+    entries, places = metadata
+    try:
+        return {
+            key: _tensor(folder, key, entry, places)
+            for key, entry in entries.items()
+            if "chunks" in entry and not NOT_WEIGHTS.match(key)
+        }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / '.metadata'} does not say where {error} is; copy the checkpoint again") from error
+
+
+def _tensor(folder: Path, key: str, entry: dict[str, Any], places: dict) -> StoredTensor:
+    chunks = []
+    for stored in entry["chunks"]:
+        offsets, sizes = stored.state["offsets"], stored.state["sizes"]
+        place = places[key, offsets]
+        if Path(place["relative_path"]).name != place["relative_path"] or place.get("transform_descriptors"):
+            raise ValueError(f"{folder / '.metadata'} puts {key} into {place}, which is no plain file of the folder")
+        chunks.append(Chunk(offsets, sizes, folder / place["relative_path"], place["offset"], place["length"]))
+    return StoredTensor(key, entry["properties"].state[0], entry["size"], chunks)
+
+
+# --- the numbers of a chunk --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Where the numbers of a chunk lie: position in its file, bytes, and the zip's check sum over them."""
+
+    position: int
+    nbytes: int
+    crc32: int
+
+
+class _Window(RawIOBase):
+    """A part of an open file as a file of its own."""
+
+    def __init__(self, peek: Callable[[Path, int, int], bytes], chunk: Chunk):
+        self.peek, self.chunk, self.length, self.at = peek, chunk, chunk.length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        room = max(0, self.length - self.at)
+        data = self.peek(self.chunk.file, self.chunk.position + self.at, room if size < 0 else min(size, room))
+        self.at += len(data)
+        return data
+
+
+@dataclass(frozen=True)
+class _Pickled:
+    """What ``torch.save`` says of the one tensor in a zip."""
+
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what describes a tensor."""
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, sizes, strides, *rest: _Pickled(offset, sizes, strides)
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise ValueError(f"it names {module}.{name}, which is no part of a tensor")
+
+    def persistent_load(self, pid: Any) -> Any:
+        """The storage; there is only one."""
+        return pid
+
+
+def find_payload(peek: Callable[[Path, int, int], bytes], chunk: Chunk, dtype: torch.dtype) -> Payload:
+    """Where in its file a chunk's numbers are: row-major, the whole storage.
+
+    Args:
+        peek: reads a few bytes: file, offset and how many.
+        chunk: the chunk.
+        dtype: of its tensor.
+
+    Raises:
+        ValueError: when the zip is damaged, or holds something else than the table says.
+    """
+    try:
+        window = _Window(peek, chunk)
+        with zipfile.ZipFile(window) as archive:  # pyright: ignore[reportArgumentType] - it reads and seeks
+            (data,) = (entry for entry in archive.infolist() if re.fullmatch(r"[^/]+/data/0", entry.filename))
+            prefix = data.filename.removesuffix("data/0")
+            tensor = _TensorUnpickler(archive.open(prefix + "data.pkl")).load()
+            byteorder = archive.read(prefix + "byteorder") if prefix + "byteorder" in archive.namelist() else b"little"
+        window.seek(data.header_offset)
+        name, extra = struct.unpack("<26xHH", window.read(30))
+    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, ValueError, struct.error) as error:
+        raise ValueError(f"{chunk.file} is damaged at byte {chunk.position} ({error}); copy it again") from error
+    nbytes = math.prod(chunk.sizes) * dtype.itemsize
+    found = (tensor, data.compress_type, data.file_size, byteorder)
+    expected = (_Pickled(0, chunk.sizes, _row_major(chunk.sizes)), zipfile.ZIP_STORED, nbytes, b"little")
+    if found != expected:
+        raise ValueError(f"{chunk.file} holds {found} at byte {chunk.position}, not {expected} as .metadata says")
+    return Payload(chunk.position + data.header_offset + 30 + name + extra, nbytes, data.CRC)
+
+
+def check_sum(numbers: torch.Tensor, payload: Payload, chunk: Chunk) -> None:
+    """Compare the bytes of a whole payload with the sum that was stored with them; some writers store none (0).
+
+    Raises:
+        ValueError: when they differ.
+    """
+    if payload.crc32 and zlib.crc32(numbers.numpy()) != payload.crc32:
+        raise ValueError(f"{chunk.file} has other bytes at {payload.position} than were written; copy it again")
+
+
+def place(part: Part, numbers: torch.Tensor, region: torch.Tensor) -> None:
+    """Put a chunk's numbers where they belong.
+
+    Args:
+        part: what the chunk gives.
+        numbers: ``[part.count]``, read from `part.start` on.
+        region: of the region's shape, in any type.
+    """
+    region[part.into].copy_(numbers.as_strided(part.sizes, part.strides, numbers.storage_offset()))
+
+
+def read_region(worker: Worker, tensor: StoredTensor, region: Region) -> torch.Tensor:
+    """A region of a tensor, put together in a worker's scratch memory from its beginning on.
+
+    Raises:
+        ValueError: chunks leave a gap or overlap, or a zip is damaged.
+    """
+    shape = [axis.stop - axis.start for axis in region]
+    size = tensor.dtype.itemsize
+    numbers = worker.scratch[: math.prod(shape) * size].view(tensor.dtype).view(shape)
+    for part in tensor.parts(region):
+        payload = find_payload(worker.peek, part.chunk, tensor.dtype)
+        data = worker.read(part.chunk.file, payload.position + part.start * size, part.count * size)
+        if part.is_whole:
+            check_sum(data, payload, part.chunk)
+        place(part, _aligned(data, size).view(tensor.dtype), numbers)
+    return numbers
+
+
+def _aligned(data: torch.Tensor, size: int) -> torch.Tensor:
+    """The same bytes, moved where numbers of a size may begin: chunks begin anywhere in a file."""
+    shift = data.storage_offset() % size
+    address = data.untyped_storage().data_ptr() + data.storage_offset()
+    ctypes.memmove(address - shift, address, data.numel() if shift else 0)
+    return data.as_strided(data.shape, data.stride(), data.storage_offset() - shift)
+
+
+def whole(shape: tuple[int, ...]) -> Region:
+    """The region that is all of a tensor."""
+    return tuple(slice(0, size) for size in shape)
