@@ -28,7 +28,8 @@ from ..bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProces
 
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# What the chat template reads. It would drop any other key without a word, be it a tool call or a weight of the loss.
+# What is learned from here. The chat template would drop any other key without a word, but for calls of tools, which have
+# no rows yet.
 MESSAGE_KEYS = {"role", "content", "thinking", "name"}
 # What Pillow raises for a file that is missing, cut off, too large or no image: it has no base class for them.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)

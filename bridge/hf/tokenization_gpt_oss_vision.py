@@ -1,3 +1,4 @@
+# Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
 """The tokenizer: gpt-oss's, with a chat template that knows images, and a way to train a small one of the same kind."""
 
 from collections.abc import Iterable
@@ -52,12 +53,17 @@ SPLIT_PATTERN = "|".join(
 )
 
 # Harmony, gpt-oss's chat format, with `<image>` where a message has an image. A conversation that ends with the
-# assistant ends with <|return|>, as in training; earlier turns end with <|end|> and have lost their thinking.
+# assistant ends with <|return|>, as in training; earlier turns end with <|end|> and have lost their thinking, unless it
+# led to a call of a tool that is not answered yet. Messages keep the role that they are given. gpt-oss's own system
+# message, which has today's date, is there when it is asked for, by `tools`, `reasoning_effort` or `model_identity`, in
+# a conversation that brings no system message.
 CHAT_TEMPLATE = """\
 {%- macro content_of(message) -%}
     {%- if message.content is string -%}
         {{- message.content -}}
-    {%- else -%}
+    {%- elif message.content is mapping -%}
+        {{- message.content | tojson -}}
+    {%- elif message.content -%}
         {%- for part in message.content -%}
             {%- if part.type == "image" -%}
                 {{- "<image>" -}}
@@ -69,21 +75,105 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
-{%- for message in messages -%}
+{%- set simple_types = {"integer": "number", "number": "number", "string": "string", "boolean": "boolean",
+                        "object": "object", "null": "null"} -%}
+{%- macro union_of(specs) -%}
+    {%- for spec in specs -%}
+        {{- ("" if loop.first else " | ") ~ type_of(spec) -}}
+    {%- endfor -%}
+{%- endmacro -%}
+{%- macro type_of(spec) -%}
+    {%- if spec.enum -%}
+        {%- for value in spec.enum -%}
+            {{- ("" if loop.first else " | ") ~ (value | tojson) -}}
+        {%- endfor -%}
+    {%- elif spec.oneOf or spec.anyOf -%}
+        {{- union_of(spec.oneOf or spec.anyOf) -}}
+    {%- elif spec.type == "array" -%}
+        {%- set item = type_of(spec["items"]) if "items" in spec else "any" -%}
+        {{- ("(" ~ item ~ ")" if " | " in item else item) ~ "[]" -}}
+    {%- elif spec.type == "object" and spec.properties -%}
+        {{- "{\\n" ~ fields_of(spec) ~ "}" -}}
+    {%- elif spec.type is string or spec.type is not defined -%}
+        {{- simple_types.get(spec.type, "any") -}}
+    {%- else -%}
+        {%- for kind in spec.type -%}
+            {{- ("" if loop.first else " | ") ~ type_of({"type": kind}) -}}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- " | null" if spec.nullable -}}
+{%- endmacro -%}
+{%- macro fields_of(spec) -%}
+    {%- for name, field in spec.properties.items() -%}
+        {{- "// " ~ field.description ~ "\\n" if field.description -}}
+        {{- name ~ ("" if name in (spec.required or []) else "?") ~ ": " ~ type_of(field) ~ "," -}}
+        {{- " // default: " ~ (field.default if field.enum else field.default | tojson) if field.default is defined -}}
+        {{- "\\n" -}}
+    {%- endfor -%}
+{%- endmacro -%}
+{%- macro definitions_of(tools) -%}
+    {{- "# Tools\\n\\n## functions\\n\\nnamespace functions {\\n\\n" -}}
+    {%- for tool in tools -%}
+        {%- set tool = tool.function or tool -%}
+        {{- "// " ~ tool.description ~ "\\n" if tool.description -}}
+        {%- set takes = tool.parameters and tool.parameters.properties -%}
+        {{- "type " ~ tool.name ~ " = (" ~ ("_: {\\n" ~ fields_of(tool.parameters) ~ "}" if takes else "") -}}
+        {{- ") => any;\\n\\n" -}}
+    {%- endfor -%}
+    {{- "} // namespace functions" -}}
+{%- endmacro -%}
+{%- set has_system = messages and messages[0].role == "system" -%}
+{%- set turns = messages[1:] if has_system else messages -%}
+{%- set state = namespace(called=none, untold=tools) -%}
+{%- if has_system -%}
+    {{- "<|start|>system<|message|>" ~ content_of(messages[0]) ~ "<|end|>" -}}
+{%- elif tools or reasoning_effort or model_identity -%}
+    {{- "<|start|>system<|message|>" -}}
+    {{- model_identity or "You are ChatGPT, a large language model trained by OpenAI." -}}
+    {{- "\\nKnowledge cutoff: 2024-06\\nCurrent date: " ~ strftime_now("%Y-%m-%d") -}}
+    {{- "\\n\\nReasoning: " ~ (reasoning_effort or "medium") -}}
+    {{- "\\n\\n# Valid channels: analysis, commentary, final. Channel must be included for every message." -}}
+    {{- "\\nCalls to these tools must go to the commentary channel: 'functions'." if tools -}}
+    {{- "<|end|>" -}}
+{%- endif -%}
+{%- if tools and not turns | selectattr("role", "equalto", "developer") | list -%}
+    {{- "<|start|>developer<|message|>" ~ definitions_of(tools) ~ "<|end|>" -}}
+{%- endif -%}
+{%- for message in turns -%}
     {%- if message.role == "assistant" -%}
         {{- "<|start|>assistant" -}}
+        {%- set later = turns[loop.index:] | selectattr("role", "equalto", "assistant") -%}
+        {%- set is_open = not later | rejectattr("tool_calls") | list if message.tool_calls
+                          else loop.last and not add_generation_prompt -%}
         {%- generation -%}
-            {%- if loop.last and message.thinking -%}
+            {%- if message.thinking and is_open -%}
                 {{- "<|channel|>analysis<|message|>" ~ message.thinking ~ "<|end|><|start|>assistant" -}}
             {%- endif -%}
-            {{- "<|channel|>final<|message|>" ~ content_of(message) -}}
-            {{- "<|return|>" if loop.last and not add_generation_prompt else "<|end|>" -}}
+            {%- if message.tool_calls -%}
+                {%- if message.tool_calls | length > 1 -%}
+                    {{- raise_exception("A message calls one tool, not " ~ (message.tool_calls | length)) -}}
+                {%- endif -%}
+                {%- if content_of(message) -%}
+                    {{- "<|channel|>commentary<|message|>" ~ content_of(message) ~ "<|end|><|start|>assistant" -}}
+                {%- endif -%}
+                {%- set call = message.tool_calls[0].function or message.tool_calls[0] -%}
+                {%- set state.called = "functions." ~ call.name -%}
+                {{- " to=" ~ state.called ~ "<|channel|>commentary json<|message|>" -}}
+                {{- (call.arguments if call.arguments is string else call.arguments | tojson) ~ "<|call|>" -}}
+            {%- else -%}
+                {{- "<|channel|>final<|message|>" ~ content_of(message) -}}
+                {{- "<|return|>" if loop.last and not add_generation_prompt else "<|end|>" -}}
+            {%- endif -%}
         {%- endgeneration -%}
     {%- elif message.role == "tool" -%}
-        {{- "<|start|>" ~ message.name ~ " to=assistant<|channel|>commentary<|message|>" -}}
-        {{- content_of(message) ~ "<|end|>" -}}
+        {%- set name = message.name or state.called or raise_exception("A tool message without the name of a tool") -%}
+        {{- "<|start|>" ~ ("" if "." in name else "functions.") ~ name -}}
+        {{- " to=assistant<|channel|>commentary<|message|>" ~ content_of(message) ~ "<|end|>" -}}
     {%- elif message.role == "developer" -%}
-        {{- "<|start|>developer<|message|># Instructions\\n\\n" ~ content_of(message) ~ "<|end|>" -}}
+        {{- "<|start|>developer<|message|># Instructions\\n\\n" ~ content_of(message) -}}
+        {{- "\\n\\n" ~ definitions_of(state.untold) if state.untold -}}
+        {%- set state.untold = none -%}
+        {{- "<|end|>" -}}
     {%- elif message.role in ("system", "user") -%}
         {{- "<|start|>" ~ message.role ~ "<|message|>" ~ content_of(message) ~ "<|end|>" -}}
     {%- else -%}
