@@ -12,7 +12,7 @@ from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.vlm_step import forward_step
 
 from ..bridge.megatron import cpu
-from ..bridge.megatron.router_statistics import RouterStatistics
+from .training_log import TrainingLog
 
 
 def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
@@ -24,4 +24,4 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
     """
     cpu.settle(config)
     with cpu.runtime():
-        pretrain(config, forward_step, callbacks=[*callbacks, RouterStatistics()])
+        pretrain(config, forward_step, callbacks=[*callbacks, TrainingLog()])

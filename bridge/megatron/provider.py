@@ -19,6 +19,7 @@ from megatron.core.utils import log_single_rank
 
 from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from . import cpu, upstream
+from .cost import text_operations
 from .groups import GROUPS, freeze
 from .layer_spec import block_spec
 from .model import GPTOSSVisionModel
@@ -161,6 +162,14 @@ class GPTOSSVisionProvider(GPTModelProvider):
         )
         freeze(model, self.frozen_groups)
         return model
+
+    def _get_num_floating_point_operations_with_runtime_stats(
+        self, *, batch_size: int, seqlen_sum: int | None, seqlen_squared_sum: int | None, **cross_attention: Any
+    ) -> float:
+        """Operations of a step on text, which Megatron-Bridge's loop asks a provider for under this name."""
+        tokens = batch_size * self.seq_length if seqlen_sum is None else seqlen_sum
+        operations = text_operations(self, tokens, seqlen_squared_sum)
+        return operations.training(weight_gradients=not self.freeze_language_model)
 
     @property
     def frozen_groups(self) -> list[str]:

@@ -22,7 +22,7 @@ class VisionBiasedTopKRouter(TopKRouter):
     which keeps its gradient defined on batches without an image and needs no look at the data.
 
     ``tokens_per_expert [2, experts]`` counts the choices of training for text and for visual tokens, on the device,
-    until a reader (`RouterStatistics`) sets it to zero.
+    until a reader (`router_statistics.take_counts`) sets it to zero.
     """
 
     def __init__(self, *args, **kwargs):

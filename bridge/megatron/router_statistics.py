@@ -1,9 +1,6 @@
 """Which experts see which modality: the routers' counts, summed over all ranks and written to TensorBoard."""
 
-from dataclasses import dataclass
-
 import torch
-from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from .router import VisionBiasedTopKRouter
 
@@ -41,27 +38,12 @@ def _shares(counts: torch.Tensor) -> torch.Tensor:
     return counts / counts.sum(-1, keepdim=True)
 
 
-@dataclass
-class RouterStatistics(Callback):
-    """Writes entropy and overlap per layer, and the tokens of every layer, modality and expert.
-
-    The last are a tensor ``[layers, 2, experts]`` and, to look at, a picture of each modality's shares with a row per
-    layer. Steps and interval are those of Megatron-Bridge's own log; other steps cost nothing.
-    """
-
-    def on_train_step_end(self, context: CallbackContext) -> None:
-        """Called by Megatron-Bridge after each optimizer step."""
-        config, step = context.state.cfg, context.state.train_state.step + 1
-        if step % config.logger.tensorboard_log_interval:
-            return
-        counts = take_counts(context.model, config.model.num_layers).cpu()
-        writer = context.state.tensorboard_logger
-        if writer is not None:  # on the last rank
-            write(writer, counts, step)
-
-
 def write(writer, counts: torch.Tensor, step: int) -> None:
-    """Write what can be said of ``[layers, 2, experts]`` counts; nothing of a modality without tokens."""
+    """Write ``[layers, 2, experts]`` counts to TensorBoard; nothing of a modality without tokens.
+
+    Entropy and overlap per layer are scalars. The counts are a tensor and, to look at, a picture of each modality's
+    shares with a row per layer.
+    """
     writer.add_tensor("router/tokens_per_expert", counts, step)
     seen = counts.sum((0, 2)) > 0
     for index, modality in enumerate(MODALITIES):

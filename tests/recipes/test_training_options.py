@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.megatron.cost import image_operations, text_operations
 from gpt_oss_vision.bridge.megatron.groups import GROUPS, LearningRateFactors, group_of
 from gpt_oss_vision.recipes.digits import write_digits
 from gpt_oss_vision.recipes.quickstart import Callback, CallbackContext, Settings, training_config
@@ -79,6 +80,40 @@ def test_a_factor_scales_the_step_of_its_group_alone(out: Path):
 def test_a_factor_of_zero_is_refused(out: Path):
     with pytest.raises(ValueError, match="above 0, vision_bias has 0"):
         cpu.run_ranks(1, run, out, Settings(steps=1, batch_size=8), {}, {"vision_bias": 0.0})
+
+
+class Total(Callback):
+    """Megatron-Bridge's running total of operations after the last step."""
+
+    operations: float = 0.0
+
+    def on_train_end(self, context: CallbackContext) -> None:
+        self.operations = context.state.train_state.floating_point_operations_so_far
+
+
+def counted_run(out: Path, settings: Settings) -> tuple[float, float, float]:
+    """Operations that the loop has counted; those of all tokens; those of an image."""
+    config = training_config(out, write_digits(out / "digits", settings.seed), settings)
+    config.checkpoint.save = None
+    total = Total()
+    train(config, callbacks=[total])
+    tokens = settings.steps * settings.batch_size * settings.seq_length
+    return total.operations, text_operations(config.model, tokens).training(), image_operations(config.model).training()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"pipeline_parallel": 2}], ids=str)
+def test_the_log_tells_memory_speed_and_operations_with_the_tower(sizes: dict, out: Path, capfd):
+    settings = Settings(steps=10, batch_size=8, **sizes)
+    for operations, text, image in cpu.run_ranks(settings.ranks, counted_run, out, settings):
+        images = (operations - text) / image
+        assert images == pytest.approx(round(images), abs=1e-3)
+        assert 0 < images <= 80, "at most one in a row"
+    log = capfd.readouterr().out
+    assert "Estimated memory of the rank that needs most" in log
+    assert "tokens per second per GPU: " in log
+    logged = EventAccumulator(str(out / "tensorboard")).Reload()
+    for name in ("tokens", "images", "model_TFLOP"):
+        assert all(event.value > 0 for event in logged.Scalars(f"throughput/{name}_per_second_per_GPU"))
 
 
 def short_run(out: Path, settings: Settings) -> None:
