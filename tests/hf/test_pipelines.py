@@ -1,0 +1,147 @@
+"""Pipelines and Auto classes: strings, chats with images, batches; in this process, a fresh one, and one without us."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from transformers import pipeline
+
+from gpt_oss_vision.bridge.hf import register_auto_classes
+from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from tiny import tiny_config, tiny_model, tiny_processor
+
+GREEDY = {"do_sample": False, "max_new_tokens": 4}
+SHADES = (20, 200)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Has a checkpoint in `model`, and two images."""
+    folder = tmp_path_factory.mktemp("folder")
+    processor = tiny_processor()
+    model = tiny_model(tiny_config(vocab_size=len(processor.tokenizer), image_token_id=processor.image_token_id))
+    model.generation_config = processor.tokenizer.generation_config()
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    for shade in SHADES:
+        Image.new("L", (12, 9), shade).save(folder / f"{shade}.png")
+    register_auto_classes()
+    return folder
+
+
+def question(image: Path | None, text: str) -> list[dict]:
+    parts = [{"type": "image", "path": str(image)}] if image else []
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def by_hand(folder: Path, chat: list[dict]) -> str:
+    """The answer to a chat through processor and model."""
+    processor = GPTOSSVisionProcessor.from_pretrained(folder / "model")
+    model = GPTOSSVisionForCausalLM.from_pretrained(folder / "model")
+    arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(chat, **arguments)
+    output = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(output, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def image_text(folder):
+    return pipeline("image-text-to-text", model=str(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def text_only(folder):
+    return pipeline("text-generation", model=str(folder / "model"))
+
+
+def test_image_text_to_text_takes_a_chat_with_an_image(image_text, folder):
+    chat = question(folder / "20.png", "Which digit?")
+    (answered,) = image_text(text=chat, generate_kwargs=GREEDY, return_full_text=False)
+    assert answered["generated_text"] == by_hand(folder, chat)
+
+
+def test_image_text_to_text_takes_chats_in_a_batch(image_text, folder):
+    chats = [question(folder / "20.png", "Which digit is this?"), question(folder / "200.png", "Who?")]
+    together = image_text(text=chats, generate_kwargs=GREEDY, return_full_text=False, batch_size=2)
+    assert [answered[0]["generated_text"] for answered in together] == [by_hand(folder, chat) for chat in chats]
+
+
+def test_image_text_to_text_takes_chats_with_and_without_images(image_text, folder):
+    # One after the other: with a batch_size, transformers' pipelines refuse rows of different kinds, for any model.
+    chats = [question(folder / "20.png", "Which digit?"), question(None, "Who?")]
+    together = image_text(text=chats, generate_kwargs=GREEDY, return_full_text=False)
+    assert [answered[0]["generated_text"] for answered in together] == [by_hand(folder, chat) for chat in chats]
+
+
+def test_image_text_to_text_takes_strings_and_images(image_text, folder):
+    images = [Image.open(folder / f"{shade}.png") for shade in SHADES]
+    text = ["What is <image>?", "<image> What is it?"]
+    answered = image_text(images=images, text=text, generate_kwargs=GREEDY, return_full_text=False)
+    processor = GPTOSSVisionProcessor.from_pretrained(folder / "model")
+    for row, image, said in zip(text, images, answered, strict=True):
+        inputs = processor(text=row, images=image, return_tensors="pt")
+        output = image_text.model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+        assert said["generated_text"] == processor.decode(output, skip_special_tokens=True)
+
+
+def test_text_generation_takes_strings_and_batches(text_only):
+    alone = [text_only(text, **GREEDY)[0]["generated_text"] for text in ("It is", "Which digit is this?")]
+    assert alone[0].startswith("It is")
+    together = text_only(["It is", "Which digit is this?"], batch_size=2, **GREEDY)
+    assert [answered[0]["generated_text"] for answered in together] == alone
+
+
+def test_text_generation_takes_a_chat(text_only, folder):
+    chat = [{"role": "user", "content": "Who?"}]
+    (answered,) = text_only(chat, **GREEDY)
+    assert answered["generated_text"][:-1] == chat
+    assert answered["generated_text"][-1] == {"role": "assistant", "content": by_hand(folder, chat)}
+
+
+FRESH = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+folder, is_ours = sys.argv[1], sys.argv[2] == "ours"
+if is_ours:
+    from gpt_oss_vision.bridge.hf import register_auto_classes
+    register_auto_classes()
+else:
+    sys.modules["gpt_oss_vision"] = None  # importing it fails
+import transformers
+from transformers import pipeline
+trust = {} if is_ours else {"trust_remote_code": True}
+names = ("Config", "Model", "ModelForCausalLM", "ModelForImageTextToText", "Processor", "ImageProcessor", "Tokenizer")
+found = {name: getattr(transformers, "Auto" + name).from_pretrained(folder, **trust) for name in names}
+chat = json.loads(sys.argv[3])
+greedy = {"do_sample": False, "max_new_tokens": 4}
+image_text = pipeline("image-text-to-text", model=folder, **trust)
+seen = image_text(text=chat, generate_kwargs=greedy, return_full_text=False)[0]["generated_text"]
+written = pipeline("text-generation", model=folder, **trust)("It is", **greedy)[0]["generated_text"]
+classes = {name: type(value).__name__ for name, value in found.items()}
+print(json.dumps({"classes": classes, "seen": seen, "written": written}))
+"""
+CLASSES = {
+    "Config": "GPTOSSVisionConfig",
+    "Model": "GPTOSSVisionModel",
+    "ModelForCausalLM": "GPTOSSVisionForCausalLM",
+    "ModelForImageTextToText": "GPTOSSVisionForCausalLM",
+    "Processor": "GPTOSSVisionProcessor",
+    "ImageProcessor": "GPTOSSVisionImageProcessor",
+    "Tokenizer": "GPTOSSVisionTokenizer",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ["ours", "the checkpoint's"])
+def test_in_a_fresh_process_everything_is_found(whose, folder, text_only, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    chat = question(folder / "20.png", "Which digit?")
+    command = [sys.executable, "-c", FRESH, str(folder / "model"), whose, json.dumps(chat)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = {"seen": by_hand(folder, chat), "written": text_only("It is", **GREEDY)[0]["generated_text"]}
+    assert json.loads(done.stdout) == {"classes": CLASSES} | expected
