@@ -14,6 +14,15 @@ test *ARGS:
 test-gpu *ARGS:
     uv run pytest -m gpu {{ARGS}}
 
+# transformers' own common tests at the installed version, out of its source distribution, for tests/hf/common
+mixins:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    name="transformers-$(sed -n 's/.*"transformers==\([0-9.]*\)".*/\1/p' pyproject.toml)"
+    uvx pip@25.3 download --quiet --no-deps --no-binary transformers --dest .cache "${name/-/==}"
+    tar -xzf ".cache/$name.tar.gz" -C .cache "$name/tests"
+    touch ".cache/$name/tests/__init__.py" # one of the files imports its own folder
+
 # Every benchmark, one after the other: beside its peers and a physical limit, in one process each
 bench:
     for file in tests/benchmarks/bench_*.py; do uv run python "$file" || exit 1; done

@@ -15,6 +15,7 @@ def register_auto_classes() -> None:
         AutoProcessor,
         AutoTokenizer,
     )
+    from transformers.models.auto import modeling_auto
 
     from .configuration_gpt_oss_vision import GPTOSSVisionConfig
     from .image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
@@ -30,3 +31,10 @@ def register_auto_classes() -> None:
     AutoImageProcessor.register(GPTOSSVisionConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(GPTOSSVisionConfig, GPTOSSVisionProcessor, exist_ok=True)
     AutoTokenizer.register(GPTOSSVisionConfig, GPTOSSVisionTokenizer, exist_ok=True)
+    # The Trainer looks a class up by name, in the tables of transformers' own: whether to shift labels hangs on it.
+    modeling_auto.MODEL_MAPPING_NAMES[GPTOSSVisionConfig.model_type] = GPTOSSVisionModel.__name__
+    for names in (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    ):
+        names[GPTOSSVisionConfig.model_type] = GPTOSSVisionForCausalLM.__name__

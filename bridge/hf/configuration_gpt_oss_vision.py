@@ -1,3 +1,4 @@
+# Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
 """The configuration of GPT-OSS-Vision: gpt-oss's own, plus a vision tower, NoPE layers and a placeholder token."""
 
 import copy

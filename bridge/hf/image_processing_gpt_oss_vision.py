@@ -1,3 +1,4 @@
+# Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
 """The image processor: any picture in, the tower's square of normalised channels out."""
 
 import base64

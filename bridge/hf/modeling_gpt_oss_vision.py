@@ -1,3 +1,4 @@
+# Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
 """
 The GPT-OSS-Vision model, written as its differences to transformers' gpt-oss: image features at placeholder tokens,
 layers without rotation, and a router that knows which tokens are visual.
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MoeCausalLMOutputWithPast,
@@ -33,7 +35,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.import_utils import torch_compilable_check
+from transformers.utils.import_utils import is_tracing, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationMethod
 
 from .configuration_gpt_oss_vision import GPTOSSVisionConfig
@@ -186,13 +188,22 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
     input_modalities = ("image", "text")
     _no_split_modules: ClassVar[list[str]] = ["GPTOSSVisionDecoderLayer", "GPTOSSVisionAdapter"]
     # gpt-oss's list says "norm", which would also take in the LayerNorms of a tower, and those don't mix types.
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["post_attention_layernorm", "input_layernorm", r"^(?:model\.)?norm\."]
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        "post_attention_layernorm",
+        "input_layernorm",
+        r"(?<!vision_adapter\.)(?<!\w)norm",
+    ]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["vision_bias"]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the experts' decorator in the file of the class; ours are gpt-oss's, in its file.
         return GptOssPreTrainedModel._can_set_experts_implementation()
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        """As in transformers; a name alone is meant for the decoder, since the tower has no experts."""
+        by_config = experts_implementation if isinstance(experts_implementation, dict) else {"": experts_implementation}
+        super().set_experts_implementation(by_config)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         quantization = getattr(self.config, "quantization_config", None)
@@ -301,9 +312,7 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
             return inputs_embeds
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, return_dict=True).pooler_output
-            self._check_placeholders(is_visual, len(pixel_values))
             return inputs_embeds.masked_scatter(is_visual[..., None], features.to(inputs_embeds))
-        self._check_placeholders(is_visual, num_images=0)
         if not (self.training and torch.is_grad_enabled()):
             return inputs_embeds
         # Every rank must run the adapter in every step, or the reduction of its gradients waits for ever.
@@ -312,6 +321,8 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
         return inputs_embeds + 0.0 * features.mean().to(inputs_embeds)  # a sum could overflow in fp16
 
     def _check_placeholders(self, is_visual: torch.Tensor, num_images: int) -> None:
+        if num_images == 0 and is_tracing():
+            return  # a compiled step of generation makes no placeholders, and can't look at their number
         needed = num_images * self.config.num_image_tokens
         torch_compilable_check(
             is_visual.sum() == needed,
@@ -343,20 +354,26 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         is_visual = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if self.vision_adapter is not None and (input_ids is not None or pixel_values is not None):
+            self._check_placeholders(is_visual, 0 if pixel_values is None else len(pixel_values))
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = self._merge_images(inputs_embeds, is_visual, pixel_values)
+        if attention_mask is None and position_ids is not None and past_key_values is None:
+            # Positions that start again are samples packed into one row, which gpt-oss's own masks don't look for.
+            attention_mask = create_masks_for_generate(self.config, inputs_embeds, None, None, position_ids)
         return super().forward(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=self._merge_images(inputs_embeds, is_visual, pixel_values),
+            inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             is_visual=is_visual,  # passed on to every layer
             **kwargs,
         )
 
 
-class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM):
+class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, GenerationMixin):
     """The model with its language-model head: text and images in, text out."""
 
     def __init__(self, config: GPTOSSVisionConfig):
@@ -416,13 +433,23 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Images go in at the first step; afterwards they are in the cache. Without a cache, at every step."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if is_first_iteration or not kwargs.get("use_cache", True):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        # In assisted decoding, transformers calls no step of the assistant its first.
+        in_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if is_first_iteration or not in_cache or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
         return inputs
 

@@ -1,3 +1,4 @@
+# Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
 """The processor: text with `<image>` marks and images in, token ids with placeholders and pixels out."""
 
 import re
@@ -5,7 +6,7 @@ from typing import Any
 
 from transformers import BatchFeature, PreTrainedConfig
 from transformers.image_utils import ImageInput, is_valid_image
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from .image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
@@ -64,6 +65,8 @@ class GPTOSSVisionProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
+        # Saving sets it anyway; here, so that a processor is the same before it was saved and after.
+        self.auto_map = {"AutoProcessor": f"{__name__.rsplit('.', 1)[-1]}.{type(self).__name__}"}
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"The tokenizer has no token {image_token} to hold the places of images.")
@@ -95,7 +98,7 @@ class GPTOSSVisionProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[GPTOSSVisionProcessorKwargs],
     ) -> BatchFeature:
         """
         Returns `input_ids` and `attention_mask`, `(b, s)`, and where there are images `pixel_values (n, c, h, w)`, in

@@ -9,6 +9,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 import oracle
+from gpt_oss_vision.bridge.attention import register_attention
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from tiny import tiny_batch, tiny_config, tiny_model, tiny_vision_config
@@ -126,6 +127,24 @@ def test_embeddings_in_place_of_ids_give_the_same_logits():
         inputs_embeds = model.get_input_embeddings()(batch["input_ids"])
         from_embeds = model(inputs_embeds=inputs_embeds, pixel_values=batch["pixel_values"]).logits
         assert torch.equal(from_embeds, model(**batch).logits)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sink_sdpa"])
+def test_samples_packed_into_one_row_are_samples_apart(attention):
+    register_attention()
+    config = tiny_config()
+    model = tiny_model(config)
+    model.set_attn_implementation(attention)
+    samples = [tiny_batch(config, images_per_row=(images,), length=20, seed=images) for images in (1, 0, 2)]
+    packed = {
+        "input_ids": torch.cat([sample["input_ids"] for sample in samples], dim=1),
+        "position_ids": torch.arange(20).repeat(3)[None],
+        "pixel_values": torch.cat([sample["pixel_values"] for sample in samples if "pixel_values" in sample]),
+    }
+    with torch.no_grad():
+        together = model(**packed, use_cache=False).logits.split(20, dim=1)
+        for ours, sample in zip(together, samples, strict=True):
+            torch.testing.assert_close(ours, model(**sample).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_image_features_have_a_token_for_each_placeholder():

@@ -1,0 +1,53 @@
+"""transformers' own common tests, as modules to inherit from, out of a folder of its source.
+
+The installed package does not hold them. `TRANSFORMERS_TESTS` names the `tests` folder of a checkout at the installed
+version; without it, the one of its source distribution is taken, which `just mixins` fetches. That one lacks modules
+that the others import, the generation tests among them; what is missing is stood in for by as little as they need.
+"""
+
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import transformers
+
+PACKAGE = "transformers_tests"  # its own name, `tests`, is taken
+SDIST = Path(__file__).parents[1] / ".cache" / f"transformers-{transformers.__version__}"
+FOLDER = Path(os.environ.get("TRANSFORMERS_TESTS", SDIST / "tests"))
+
+# What the source distribution lacks of what its files import.
+ABSENT: dict[str, dict[str, Any]] = {
+    f"{PACKAGE}.generation": {},
+    f"{PACKAGE}.generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
+    f"{PACKAGE}.utils": {},
+    f"{PACKAGE}.utils.test_configuration_utils": {"config_common_kwargs": {"output_hidden_states": True}},
+    "fetch_hub_objects_for_ci": {"url_to_local_path": lambda url: url},
+}
+
+
+def load(name: str) -> ModuleType:
+    """A module of transformers' tests. Skips the whole file that asks where there is no folder to load it from."""
+    if not (FOLDER / "test_modeling_common.py").exists():
+        pytest.skip(f"{FOLDER} does not hold transformers' own tests: run `just mixins`", allow_module_level=True)
+    if PACKAGE not in sys.modules:
+        _open_package()
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def _open_package() -> None:
+    sys.modules[PACKAGE] = _module(PACKAGE)
+    sys.modules[PACKAGE].__path__ = [str(FOLDER)]
+    is_checkout = (FOLDER / "generation").exists()
+    for name, content in ({} if is_checkout else ABSENT).items():
+        sys.modules[name] = _module(name)
+        vars(sys.modules[name]).update(content)
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None, is_package=True))
