@@ -10,11 +10,14 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+SECONDS_OF_PATIENCE = 1.0
 
 COMPLETE = "complete"
 """Name of the last line: all files are written and synced, only renaming is left."""
@@ -168,7 +171,11 @@ def sync(path: Path) -> None:
 
 
 def _hold(partial: Path) -> int:
-    """Make the folder and lock it; the descriptor holds the lock until it is closed, by us or by our death."""
+    """Make the folder and lock it; the descriptor holds the lock until it is closed, by us or by our death.
+
+    A process that was killed may have had a fork, which dies a moment later; so the lock is asked for more than once.
+    """
+    patience = time.monotonic() + SECONDS_OF_PATIENCE
     while True:
         partial.mkdir(parents=True, exist_ok=True)
         try:
@@ -180,10 +187,11 @@ def _hold(partial: Path) -> int:
             if partial.exists() and os.path.samestat(os.fstat(held), partial.stat()):
                 return held
         except BlockingIOError as error:
-            os.close(held)
-            raise BlockingIOError(
-                error.errno, f"{partial.with_suffix('')} is being written by another process; wait for it"
-            ) from error
+            if time.monotonic() > patience:
+                os.close(held)
+                sentence = f"{partial.with_suffix('')} is being written by another process; wait for it"
+                raise BlockingIOError(error.errno, sentence) from error
+            time.sleep(0.01)
         os.close(held)
 
 

@@ -120,6 +120,8 @@ def write_files(source: Source, dtype: torch.dtype, output: Path, out: Path) -> 
     folder.mkdir(exist_ok=True)
     config.to_yaml(str(folder / "run_config.yaml"))
     save_config(CheckpointingConfig("torch_dist"), str(folder))
-    torch.save(TrainState().state_dict(), folder / "train_state.pt")
+    # Megatron-Bridge sets this number when it saves, in another precision than its own object has.
+    state = TrainState().state_dict() | {"floating_point_operations_so_far": torch.tensor(0.0)}
+    torch.save(state, folder / "train_state.pt")
     shutil.copyfile(folder / "train_state.pt", output / "latest_train_state.pt")
     (output / "latest_checkpointed_iteration.txt").write_text("0")

@@ -1,0 +1,70 @@
+"""Checkpoints for the tests of conversion: tiny ones of every kind, and reading them whole by their owners' means."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpt_oss_vision.bridge.ops.mxfp4 import quantize
+from tiny import tiny_config, tiny_model, tiny_processor
+
+SQUARE = {"hidden_size": 64, "intermediate_size": 64}
+OBLONG = {"hidden_size": 64, "intermediate_size": 96}
+
+
+def save_tiny(
+    folder: Path, *, dtype: torch.dtype = torch.float32, packed: bool = False, shards: str = "5GB", **overrides: object
+) -> Path:
+    """A tiny checkpoint with tokenizer and processor; `packed` has its experts in MXFP4, `shards` is their size."""
+    processor = tiny_processor()
+    fields = {"vocab_size": len(processor.tokenizer), "image_token_id": processor.image_token_id}
+    model = tiny_model(tiny_config(**fields | overrides))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if name.endswith("vision_bias") else parameter.data.to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(folder, max_shard_size=shards)
+    processor.save_pretrained(folder)
+    if packed:
+        change(folder, pack)
+    return folder
+
+
+def change(folder: Path, edit) -> Path:
+    """Edit the tensors of a checkpoint of one file in place."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def pack(tensors: dict[str, torch.Tensor]) -> None:
+    """Put the experts' weights into MXFP4, as gpt-oss ships them: output rows first."""
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        values = tensors.pop(name).mT.contiguous()
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = quantize(values)
+
+
+def load_hf(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a Hugging Face checkpoint."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def load_megatron(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a Megatron checkpoint, by torch's own reader."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    iteration = folder / "iter_0000000"
+    metadata = checkpoint.FileSystemReader(iteration).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    checkpoint.load(tensors, checkpoint_id=iteration, no_dist=True)
+    return tensors
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}

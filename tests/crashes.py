@@ -1,0 +1,69 @@
+"""Killing a conversion at random moments, in processes forked from this warm one, until it has got through."""
+
+import os
+import random
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoints import files_of
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Run something in a process of its own; its exit code is 0, or 1 where it raised."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # noqa: BLE001 - told by the exit code
+            traceback.print_exc()
+        os._exit(code)
+    return child
+
+
+def many_small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a tiny conversion many units, each recorded on its own, so that a kill can fall between any two."""
+    monkeypatch.setattr("gpt_oss_vision.conversion.stream.SECONDS_BETWEEN_SYNCS", 0.0)
+    monkeypatch.setattr("gpt_oss_vision.conversion.torch_dist_writer.GROUP", 4096)
+
+
+def survives_kills(convert: Callable[[], object], out: Path, kills: int, seed: int) -> tuple[int, int]:
+    """Kill `convert`, which makes `out`, `kills` times, calling it again each time.
+
+    Whenever it gets through, the bytes of the output are compared with those of a run that was left alone, and it
+    begins anew.
+
+    Returns:
+        How many kills found something recorded, and how often it got through.
+    """
+    begun = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(fork(convert), 0)[1]) == 0
+    seconds, expected = time.monotonic() - begun, files_of(out)
+    shutil.rmtree(out)
+    print(f"A run takes {seconds:.2f} s; the seed of the kills is {seed}")
+    moments, done, continued, completed = random.Random(seed), 0, 0, 0
+    while done < kills or not completed:
+        child = fork(convert)
+        if done < kills:
+            time.sleep(moments.uniform(0, seconds))
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL)
+        journal = out.with_name(out.name + ".partial") / "journal"
+        if code:
+            done += 1
+            continued += journal.exists() and journal.read_bytes().count(b"\n") > 1
+            assert out.exists() <= (not expected or files_of(out) == expected)
+        if not code:
+            completed += 1
+            assert files_of(out) == expected
+            assert [path.name for path in out.parent.iterdir() if path.name.startswith(out.name)] == [out.name]
+            shutil.rmtree(out)
+    return continued, completed
