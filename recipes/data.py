@@ -28,8 +28,8 @@ from ..bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProces
 
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# What is learned from here. The chat template would drop any other key without a word, but for calls of tools, which have
-# no rows yet.
+# What can be learned. Calls of tools, which the chat template knows too, have no rows yet; any other key it would drop
+# without a word.
 MESSAGE_KEYS = {"role", "content", "thinking", "name"}
 # What Pillow raises for a file that is missing, cut off, too large or no image: it has no base class for them.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -307,6 +307,20 @@ def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype
         attention_mask=None,
         pixel_values=torch.cat(images).to(dtype) if images else None,
     )
+
+
+def collate_for_trainer(samples: Sequence[Sample], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch for transformers' `Trainer`, as long as its longest sample: padded on the right, labels not shifted.
+
+    The model shifts them itself. `pixel_values` is there when a row has an image.
+    """
+    length = max(len(sample["input_ids"]) for sample in samples)
+    batch = collate(samples, length, pad_token_id)
+    is_token = torch.arange(length) < torch.tensor([[len(sample["input_ids"])] for sample in samples])
+    labels = torch.full_like(batch["labels"], IGNORE_INDEX)
+    labels[:, 1:] = batch["labels"][:, :-1]
+    inputs = {"input_ids": batch["tokens"], "attention_mask": is_token.long(), "labels": labels}
+    return inputs if batch["pixel_values"] is None else inputs | {"pixel_values": batch["pixel_values"]}
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
