@@ -119,6 +119,26 @@ def convert_export(
     return _tell(out, export_checkpoint(megatron, out, **choices, **output), dry_run)
 
 
+def convert_verify(hf: Path, megatron: Path, logits: bool, report: Path, jobs: int) -> int:
+    """Compare a Hugging Face checkpoint with a Megatron one, tensor by tensor, bit by bit.
+
+    Experts in MXFP4 are compared with what they were packed from, within the bound of the rounding. The report is JSON,
+    with a hash of every tensor. The exit code is 1 where they differ.
+    """
+    import json
+
+    from rich.console import Console
+
+    from .conversion.verify import verify
+
+    found = verify(hf, megatron, logits=logits, jobs=jobs, console=Console(stderr=True))
+    report.write_text(json.dumps(found, indent=1) + "\n")
+    if not found["agrees"]:
+        raise ValueError(f"{found['worst']}; {report} has all")
+    print(f"{hf} and {megatron} agree: {len(found['tensors'])} tensors; {report} has a hash of each.")
+    return 0
+
+
 def _tell(out: Path, report: dict, dry_run: bool) -> int:
     """One line about a conversion that is done, or that a dry run has planned."""
     moved = f"{report['bytes_read'] / 1e9:.2f} GB read, {report['bytes_written'] / 1e9:.2f} GB written"
@@ -187,6 +207,13 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     add("--dtype", choices=dtypes, default="bf16", help="of the new weights; mxfp4 packs the experts (%(default)s)")
     add("--text-only", action="store_true", help="leave out what is visual and write a stock gpt-oss")
     add("--hf", type=Path, metavar="DIR", help="where config and tokenizer are, if --megatron keeps none")
+
+    add = _command(actions, convert_verify, "verify").add_argument
+    add("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face checkpoint")
+    add("--megatron", type=Path, required=True, metavar="DIR", help="folder of the Megatron checkpoint")
+    add("--logits", action="store_true", help="compare logits too: each model has to fit in memory, in fp32")
+    add("--report", type=Path, default="verify.json", metavar="FILE", help="file to write (%(default)s)")
+    add("--jobs", type=_at_least(1), default=4, metavar="N", help="threads (%(default)s)")
 
 
 def _add_output(add: Callable[..., object]) -> None:

@@ -76,7 +76,7 @@ class Export:
 
     def _unit(self, parameter: Parameter) -> Unit:
         stored, places = self.stored[parameter.key], self._places(parameter)
-        blocks = _blocks(parameter, stored.dtype)
+        blocks = blocks_of(parameter, stored.dtype)
         (rows, count), read = (blocks[0].stop, blocks[-1].stop), prod(parameter.shape) * stored.dtype.itemsize
         written = [nbytes * rows // count for _, _, nbytes in places]
         parts = [part for block in blocks for part in stored.parts(region_of(parameter, block))]
@@ -108,7 +108,7 @@ class Export:
     def _write(self, parameter: Parameter, worker: Worker) -> dict[str, Any]:
         """Read a parameter, lay it out and write it, a block of rows after the other."""
         stored, digest = self.stored[parameter.key], reports.Digest()
-        blocks = _blocks(parameter, stored.dtype)
+        blocks = blocks_of(parameter, stored.dtype)
         for block in blocks:
             numbers = read_region(worker, stored, region_of(parameter, block))
             digest.update(numbers)
@@ -159,7 +159,7 @@ def region_of(parameter: Parameter, block: slice | None = None) -> Region:
     return (*(slice(i, i + 1) for i in parameter.index), *rows, *whole(parameter.shape[len(rows) :]))
 
 
-def _blocks(parameter: Parameter, dtype: torch.dtype) -> list[slice]:
+def blocks_of(parameter: Parameter, dtype: torch.dtype) -> list[slice]:
     """The rows to handle at a time: all of them, unless the parameter is large and keeps its layout."""
     count = parameter.shape[0] if parameter.shape else 1
     nbytes = prod(parameter.shape) * dtype.itemsize // count

@@ -108,6 +108,19 @@ class File:
         os.close(self.plain)
 
 
+class Memory:
+    """Stands for a journal where nothing is written, so that nothing has to outlive a kill."""
+
+    output = Path()
+
+    def __init__(self) -> None:
+        self.results: dict[str, Any] = {}
+
+    def record(self, results: Mapping[str, Any]) -> None:
+        """Remember what units returned."""
+        self.results |= results
+
+
 class Worker:
     """What a thread works with: a buffer to read into, one to write from, scratch memory, and the files."""
 
@@ -229,7 +242,7 @@ class Stopped(Exception):
 
 
 def stream(
-    units: Sequence[Unit], journal: Journal, sizes: Mapping[str, int], *, jobs: int, progress: Progress
+    units: Sequence[Unit], journal: Journal | Memory, sizes: Mapping[str, int], *, jobs: int, progress: Progress
 ) -> dict[str, Any]:
     """Do the units that are not done yet, and record them as they become durable.
 
@@ -267,7 +280,7 @@ def stream(
     return {unit.name: journal.results[unit.name] for unit in units}
 
 
-def _collect(run: Run, journal: Journal, jobs: int) -> None:
+def _collect(run: Run, journal: Journal | Memory, jobs: int) -> None:
     """Take the threads' results until all have ended, and record them, several at a time, after their bytes."""
     finished: dict[Unit, Any] = {}
     last, error, running = time.monotonic(), None, jobs

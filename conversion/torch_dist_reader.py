@@ -402,8 +402,8 @@ def read_region(worker: Worker, tensor: StoredTensor, region: Region) -> torch.T
 
 def _aligned(data: torch.Tensor, size: int) -> torch.Tensor:
     """The same bytes, moved where numbers of a size may begin: chunks begin anywhere in a file."""
-    shift = data.storage_offset() % size
-    address = data.untyped_storage().data_ptr() + data.storage_offset()
+    shift = int(data.storage_offset()) % size
+    address = data.untyped_storage().data_ptr() + int(data.storage_offset())
     ctypes.memmove(address - shift, address, data.numel() if shift else 0)
     return data.as_strided(data.shape, data.stride(), data.storage_offset() - shift)
 

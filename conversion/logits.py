@@ -1,0 +1,72 @@
+"""The logits of a Hugging Face checkpoint and of a Megatron one for the same tokens and image, on the CPU in fp32."""
+
+from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.training.model_load_save import load_megatron_model, temporary_distributed_context
+
+from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from ..bridge.megatron import cpu
+from .source import Source
+
+TEXT_TOKENS = 160
+"""Past gpt-oss's window of 128."""
+
+TOLERANCE = 1e-4
+"""Of the largest logit: what two implementations in fp32 may differ by."""
+
+FP32: Any = {"params_dtype": torch.float32, "bf16": False, "fp16": False}
+
+
+def compare_logits(source: Source, folder: Path) -> dict[str, Any]:
+    """Run both models, one after the other.
+
+    Args:
+        source: the Hugging Face checkpoint.
+        folder: of an iteration of the Megatron checkpoint.
+
+    Returns:
+        ``largest_difference``, ``largest_logit``, and whether the models agree.
+    """
+    batch = sample(source.config)
+    model = GPTOSSVisionForCausalLM.from_pretrained(
+        source.folder, use_vision=source.config.use_vision, dtype=torch.float32
+    )
+    with torch.no_grad():
+        theirs = model.float().eval()(**batch).logits
+    del model
+    (mine,) = cpu.run_ranks(1, megatron_logits, folder, batch)
+    difference, scale = float((theirs - mine).abs().max()), float(theirs.abs().max())
+    agrees = difference <= TOLERANCE * scale  # False for a NaN
+    return {"largest_difference": difference, "largest_logit": scale, "agrees": agrees}
+
+
+def sample(config: GPTOSSVisionConfig) -> dict[str, torch.Tensor]:
+    """``input_ids`` of random text, always the same, and, where the model sees, ``pixel_values`` of an image in it."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, TEXT_TOKENS), generator=generator)
+    if not config.use_vision:
+        return {"input_ids": ids}
+    ids[ids == config.image_token_id] = 0
+    image = torch.full((1, config.num_image_tokens), config.image_token_id)
+    size = config.vision_image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {
+        "input_ids": torch.cat([ids[:, :8], image, ids[:, 8:]], dim=1),
+        "pixel_values": torch.randn(1, config.vision_num_channels, height, width, generator=generator),
+    }
+
+
+def megatron_logits(folder: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """``[b, s, vocab]`` of the Megatron model; call it on a rank of its own (`cpu.run_ranks`)."""
+    with temporary_distributed_context(backend="gloo"), torch.no_grad():
+        settings = {"use_cpu_init": True, "skip_temp_dist_context": True, "mp_overrides": FP32}
+        loaded: Any = load_megatron_model(str(folder), **settings)
+        model = loaded[0] if isinstance(loaded, list) else loaded
+        return model.eval().float()(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values"))
