@@ -10,18 +10,28 @@ from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.vlm_step import forward_step
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
 from ..bridge.megatron import cpu
+from .checkpoints import MarkedCheckpoints, resume
 from .training_log import TrainingLog
 
 
 def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
-    """Train as ``config`` says, from ``checkpoint.pretrained_checkpoint`` or from random weights.
+    """Train as ``config`` says, from ``checkpoint.pretrained_checkpoint`` or from random weights, or go on.
+
+    With ``checkpoint.load`` the same folder as ``checkpoint.save``, a run that was killed goes on from its newest whole
+    checkpoint when it is started again, with the data, random numbers and losses of a run that was never stopped.
 
     Args:
         config: complete; on a machine without CUDA its communication settings are adapted (`cpu.settle`).
         callbacks: told of every step by Megatron-Bridge, before our own.
     """
     cpu.settle(config)
+    config.checkpoint.custom_manager_class = f"{MarkedCheckpoints.__module__}.{MarkedCheckpoints.__qualname__}"
+    # The queue of Megatron-Core's checkpoint writer is a process. Made now, it is a fork of this one; made by the
+    # writer, it is a new one that imports everything again, which takes every rank some seconds and 320 MB.
+    get_write_results_queue("fork")
+    resume(config.checkpoint)
     with cpu.runtime():
         pretrain(config, forward_step, callbacks=[*callbacks, TrainingLog()])

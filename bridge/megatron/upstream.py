@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import megatron.bridge.training.initialize as bridge_initialize
+import torch
 from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 from megatron.core.datasets import utils as core_dataset_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -25,8 +26,14 @@ def apply() -> None:
         bridge_initialize.compile_helpers = _nothing_to_compile
     if DistributedOptimizer._build_model_and_main_param_groups.__func__ is _build_groups:
         DistributedOptimizer._build_model_and_main_param_groups = classmethod(_build_groups_in_order)
+    DistributedOptimizer.state_dict = _state_dict_before_the_first_step_too
+    DistributedOptimizer.load_state_dict = _load_state_dict_and_part_the_steps
+    DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_but_step
 
 
+_state_dict = DistributedOptimizer.state_dict
+_load_state_dict = DistributedOptimizer.load_state_dict
+_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 _build_groups = DistributedOptimizer._build_model_and_main_param_groups.__func__
 
 
@@ -44,6 +51,33 @@ def _build_groups_in_order(cls, gbuf_ranges, param_gbuf_map, opt_group_ranges, c
         shards |= dict(zip(full_models[index], full_shards[index], strict=True))
         group["orig_group"]["params"] = [shards[parameter] for parameter in group["params"]]
     return result
+
+
+# The next three let a run with torch's Adam and the distributed optimizer be resumed. Megatron-Core 0.19.2 can do it
+# only with the Adam of Transformer Engine or Apex, which counts steps per group and not per parameter.
+
+
+def _state_dict_before_the_first_step_too(self: DistributedOptimizer) -> dict:
+    """Give torch's Adam the state that it makes in its first step: loading asks for it before."""
+    adam = self.optimizer
+    if isinstance(adam, torch.optim.Adam | torch.optim.AdamW) and not adam.state:
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    return _state_dict(self)
+
+
+def _load_state_dict_and_part_the_steps(self: DistributedOptimizer, state_dict: dict) -> None:
+    """Give each parameter a step counter of its own: Megatron-Core hands one tensor to all, and each adds to it."""
+    _load_state_dict(self, state_dict)
+    for state in self.optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+def _set_states_but_step(self: DistributedOptimizer, model_param, tensors: dict) -> None:
+    """Load moments and weights; the step is none of the saved tensors, and has been set from the groups."""
+    _set_states(self, model_param, {"step": None} | tensors)
 
 
 @contextmanager

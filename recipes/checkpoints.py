@@ -1,0 +1,98 @@
+"""Checkpoints of a run that may be killed at any moment: which of them are whole, and where to go on."""
+
+from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
+from pathlib import Path
+
+import torch
+from megatron.bridge.training.callbacks import CallbackManager
+from megatron.bridge.training.checkpointing import (
+    CheckpointLoadContext,
+    CheckpointSaveContext,
+    DefaultCheckpointManager,
+    get_rng_state,
+    is_empty_async_queue,
+)
+from megatron.bridge.training.config import CheckpointConfig
+from megatron.bridge.training.state import GlobalState
+from megatron.bridge.training.utils.checkpoint_utils import is_checkpoint_iteration_directory
+from megatron.bridge.training.utils.pg_utils import get_pg_collection
+from megatron.bridge.utils.common_utils import print_rank_0
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+MARK = "saving_{step}"
+"""A file beside the checkpoints, there while the checkpoint of that step is not whole."""
+
+
+class MarkedCheckpoints(DefaultCheckpointManager):
+    """Megatron-Bridge's own checkpoints, marked while they are written.
+
+    Megatron-Bridge 0.6.2 names a checkpoint as the latest before its last file is written, and writes into the tracker
+    in place. A run killed there could not be resumed; with the marks it goes on from the checkpoint before.
+    """
+
+    def __init__(self, checkpoint_config: CheckpointConfig) -> None:
+        super().__init__(checkpoint_config)
+        self._marks: list[Path] = []
+
+    def save(self, ctx: CheckpointSaveContext, callback_manager: CallbackManager | None = None) -> None:
+        """Save; the mark stands from before the first byte until after the last."""
+        if torch.distributed.get_rank() == 0:
+            mark = Path(self.checkpoint_config.save, MARK.format(step=int(ctx.state.train_state.step)))
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            self._marks.append(mark)
+        super().save(ctx, callback_manager)
+        self._unmark_when_written(ctx.state)
+
+    def finalize_async_saves(self, state: GlobalState, blocking: bool = False, terminate: bool = False) -> None:
+        """Finish what is written in the background, then take its marks away."""
+        super().finalize_async_saves(state, blocking, terminate)
+        self._unmark_when_written(state)
+
+    def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
+        """Load, without the random states where the ranks are laid out otherwise than they were."""
+        self._leave_foreign_random_states(ctx)
+        return super().load(ctx)
+
+    def _unmark_when_written(self, state: GlobalState) -> None:
+        # Only the marks of this run: an older one may stand at a checkpoint that this run has not come to yet.
+        while self._marks and is_empty_async_queue(state):
+            self._marks.pop().unlink()
+
+    def _leave_foreign_random_states(self, ctx: CheckpointLoadContext) -> None:
+        """Megatron-Bridge does so where tensor or pipeline parallelism differ, and fails where only others do."""
+        config, groups = ctx.state.cfg, get_pg_collection(ctx.model)
+        folder = config.checkpoint.load
+        if folder is None or not is_checkpoint_iteration_directory(folder):
+            return
+        mine = get_rng_state(config.rng.data_parallel_random_init, pg_collection=groups)
+        if mine.unique_key not in load_sharded_metadata(folder):
+            print_rank_0(f"The random states in {folder} are of another layout; they start from the seed.")
+            config.checkpoint.load_rng = False
+
+
+def resume(checkpoint: CheckpointConfig) -> None:
+    """Point ``load``, when it is a folder of checkpoints, to the newest one in it that is whole, and say which.
+
+    A folder without any is left to Megatron-Bridge, which then takes ``pretrained_checkpoint`` or random weights.
+    """
+    if checkpoint.load is None or checkpoint.ckpt_step is not None:
+        return
+    folder = Path(checkpoint.load)
+    unfinished = {_step(mark) for mark in folder.glob(MARK.format(step="*"))}
+    # The run's configuration is the last file that is written.
+    saved = {_step(file.parent): file.parent for file in folder.glob("iter_*/run_config.yaml")}
+    whole = saved.keys() - unfinished
+    if whole:
+        checkpoint.load = str(saved[max(whole)])
+        print_rank_0(f"Going on after step {max(whole)}, from {checkpoint.load}")
+    elif unfinished:
+        print_rank_0(f"No checkpoint in {folder} is whole; starting at step 0.")
+        checkpoint.load = None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("_")[2])
