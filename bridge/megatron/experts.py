@@ -57,6 +57,10 @@ class GroupedLinear(nn.Module):
                 with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                     init_method(weight)
 
+    def forward(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`pairs`, as a call: data parallelism waits for overlapped gathering of parameters in a hook of the call."""
+        return self.pairs()
+
     def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """``(weight, bias)`` of each local expert, in order."""
         return [(getattr(self, f"weight{i}"), getattr(self, f"bias{i}")) for i in range(self.num_experts)]
@@ -105,8 +109,8 @@ class GroupedExperts(MegatronModule):
             permuted_local_hidden_states,
             tokens_per_expert.tolist(),
             permuted_probs,
-            self.linear_fc1.pairs(),
-            [(weight, self._share(bias)) for weight, bias in self.linear_fc2.pairs()],
+            self.linear_fc1(),
+            [(weight, self._share(bias)) for weight, bias in self.linear_fc2()],
             limit=self.config.activation_func_clamp_value,
             offset=self.config.glu_linear_offset,
         )

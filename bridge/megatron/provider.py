@@ -20,6 +20,7 @@ from megatron.core.utils import log_single_rank
 from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from . import cpu, upstream
 from .cost import text_operations
+from .features import check_features
 from .groups import GROUPS, freeze
 from .layer_spec import block_spec
 from .model import GPTOSSVisionModel
@@ -126,6 +127,7 @@ class GPTOSSVisionProvider(GPTModelProvider):
         # Megatron-Core wants the dense FFN size even where every layer is a mixture of experts.
         self.ffn_hidden_size = self.moe_ffn_hidden_size
         check_layout(self)
+        check_features(self, resolve_backend(self.backend))
         # Megatron-Core trains a mixture of experts with tensor parallelism only so.
         self.sequence_parallel = self.tensor_model_parallel_size > 1
         if self.context_parallel_size > 1:
@@ -190,6 +192,7 @@ BACKEND_SETTINGS: dict[str, dict[str, Any]] = {
         "persist_layer_norm": False,
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
+        # Megatron-Core's rounds the gradient of the logits to bf16, in fp32 runs too.
         "cross_entropy_loss_fusion": False,
     },
     "transformer_engine": {

@@ -29,6 +29,8 @@ class VisionStage(nn.Module):
         self.config = config
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.vit = build_tower(config.vision_config)
+        size = self.vit.config.image_size
+        self.image_shape = (self.vit.config.num_channels, *((size, size) if isinstance(size, int) else size))
         width = self.vit.config.hidden_size
         self.pool_token = nn.Parameter(torch.zeros(1, 1, width)) if config.vision_pool_token else None
         self.norm = nn.LayerNorm(width)
@@ -45,14 +47,20 @@ class VisionStage(nn.Module):
     def forward(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """``[n, channels, height, width]`` to ``[n, tokens per image, h]``: pool token, CLS, patches row by row.
 
-        Without images, here or in this rank's share of them, every parameter still takes part with a gradient of
-        zero, so that the reduction of gradients does not wait for it.
+        In training a rank whose share is empty runs the tower on a blank image and drops the result: every parameter
+        has a gradient, of zero, and the hooks that gather parameters and reduce gradients run in the same order
+        everywhere. The other ranks are at work meanwhile, or the whole batch has no image.
         """
         images = 0 if pixel_values is None else len(pixel_values)
         ranks, rank = self.tp_group.size() * self.cp_group.size(), self.cp_group.rank() * self.tp_group.size()
         share = -(-images // ranks)
         first = min((rank + self.tp_group.rank()) * share, images)
-        mine = self.features(None if pixel_values is None else pixel_values[first : first + share])
+        if first < images:
+            mine = self.features(pixel_values[first : first + share])
+        elif torch.is_grad_enabled():
+            mine = self.features(self.proj.weight.new_zeros(1, *self.image_shape))[:0]
+        else:
+            mine = self.proj.weight.new_empty(0, self.config.num_image_tokens, self.config.hidden_size)
         if images == 0:
             return mine
         # Gathered shares are of equal size; the last ones may be padding.
@@ -62,10 +70,8 @@ class VisionStage(nn.Module):
         gathered = gather_from_sequence_parallel_region(gathered, tensor_parallel_output_grad=True, group=self.cp_group)
         return gathered[:images]
 
-    def features(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """The same on this rank alone; ``[0, tokens per image, h]`` for no images."""
-        if pixel_values is None or len(pixel_values) == 0:
-            return self.proj.weight.new_zeros(0, self.config.num_image_tokens, self.config.hidden_size) + self._idle()
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The same on this rank alone."""
         if self.config.vision_recompute and torch.is_grad_enabled():
             return checkpoint(self._features, pixel_values, use_reentrant=False)
         return self._features(pixel_values)
@@ -75,10 +81,6 @@ class VisionStage(nn.Module):
         if self.pool_token is not None:
             hidden_states = torch.cat([self.pool_token.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
         return self.proj(self.norm(hidden_states))
-
-    def _idle(self) -> torch.Tensor:
-        """A zero that depends on every parameter and costs nothing."""
-        return sum(parameter.flatten()[:0].sum() for parameter in self.parameters())
 
 
 def build_tower(vision_config: dict) -> PreTrainedModel:

@@ -71,8 +71,9 @@ def test_ranks_share_the_images_and_all_get_the_features(tensor_parallel: int, c
     by_rank = cpu.run_ranks(ranks, share, counts, tensor_parallel, context_parallel)
     for count, results in zip(counts, zip(*by_rank, strict=True), strict=True):
         seen = [result[0] for result in results]
-        assert sum(seen) == count
-        assert max(seen) == -(-count // ranks)
+        most = -(-count // ranks)
+        # A rank with nothing to do looks at a blank image, so that its parameters take part.
+        assert seen == [min(max(count - rank * most, 0), most) or 1 for rank in range(ranks)]
         module = adapter()
         expected = module(images(count)).pooler_output if count else torch.zeros(0, 6, 32)
         if count:

@@ -1,0 +1,81 @@
+"""What Megatron can switch on and this model cannot take, each with its reason; the user's page lists them all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+TORCH, ENGINE = "torch", "transformer_engine"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A setting that would not do what it says.
+
+    Attributes:
+        field: of the provider.
+        is_refused: whether a value of it is.
+        reason: the rest of a sentence.
+        backends: where it is.
+    """
+
+    field: str
+    is_refused: Callable[[Any], bool]
+    reason: str
+    backends: tuple[str, ...] = (TORCH, ENGINE)
+
+
+def _is_recomputed_elsewhere(modules: list[str] | None) -> bool:
+    return bool(set(modules or ()) - {"core_attn", "moe"})
+
+
+REFUSALS = (
+    Refusal("mtp_num_layers", bool, "gpt-oss has no layers that predict further tokens"),
+    Refusal("should_pad_vocab", bool, "the vocabulary stays as it is; 201,088 entries are a multiple of 128"),
+    Refusal("init_model_with_meta_device", bool, "the vision tower is built with its values"),
+    Refusal(
+        "overlap_moe_expert_parallel_comm",
+        bool,
+        "its schedule runs the layers without telling the routers which tokens are visual",
+    ),
+    Refusal(
+        "mlp_chunks_for_training",
+        lambda chunks: chunks > 1,
+        "Megatron-Core's chunks don't tell the routers which tokens are visual",
+    ),
+    Refusal(
+        "cuda_graph_impl",
+        lambda kind: kind == "full_iteration",
+        "batches differ in their number of images; 'transformer_engine' captures layers",
+        (ENGINE,),
+    ),
+    Refusal(
+        "cuda_graph_impl",
+        lambda kind: kind != "none",
+        "its experts read the number of their tokens on the host",
+        (TORCH,),
+    ),
+    Refusal("fp8", bool, "8-bit products are Transformer Engine's", (TORCH,)),
+    Refusal("fp4", bool, "4-bit products are Transformer Engine's", (TORCH,)),
+    Refusal("tp_comm_overlap", bool, "overlapped products are Transformer Engine's", (TORCH,)),
+    Refusal("cpu_offloading", bool, "offloading is Transformer Engine's", (TORCH,)),
+    Refusal(
+        "recompute_modules",
+        _is_recomputed_elsewhere,
+        "it recomputes 'core_attn' and 'moe', or whole layers with recompute_granularity='full'",
+        (TORCH,),
+    ),
+    Refusal("cross_entropy_fusion_impl", lambda kind: kind == "te", "this kind is Transformer Engine's", (TORCH,)),
+)
+
+
+def check_features(provider: Any, backend: str) -> None:
+    """Refuse settings that would be ignored, fail in the middle of a run, or change the model.
+
+    Raises:
+        ValueError: naming the first one, its value and the reason.
+    """
+    for refusal in REFUSALS:
+        value = getattr(provider, refusal.field)
+        if backend in refusal.backends and refusal.is_refused(value):
+            where = "" if len(refusal.backends) > 1 else f" with backend={backend!r}"
+            raise ValueError(f"{refusal.field}={value!r} is not supported{where}: {refusal.reason}.")

@@ -1,0 +1,150 @@
+"""The table of features in docs/parallelism.md, row by row: what «works» is run, what is «refused» is tried."""
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_oss_vision.bridge import hf, megatron
+from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.megatron.features import REFUSALS, check_features
+from gpt_oss_vision.bridge.megatron.groups import GROUPS
+from gpt_oss_vision.bridge.megatron.provider import provider_from_config
+from layouts import Layout, megatron_run, reference_run, with_labels
+from tiny import tiny_batch, tiny_config, tiny_model
+
+PAGE = Path(__file__).parents[2] / "docs" / "parallelism.md"
+CONFIG = tiny_config()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    feature: str
+    model: dict[str, Any]
+    ddp: dict[str, Any]
+    torch: str
+    transformer_engine: str
+
+    @classmethod
+    def read(cls, line: str) -> "Row":
+        feature, settings, torch, engine = (cell.strip() for cell in line.strip("| \n").split("|"))
+        fields: dict[str, dict[str, Any]] = {"model": {}, "ddp": {}}
+        for owner, name, value in re.findall(r"`(model|ddp)\.(\w+)=(.+?)`", settings):
+            fields[owner][name] = ast.literal_eval(value)
+        return cls(feature, **fields, torch=torch, transformer_engine=engine)
+
+
+ROWS = [
+    Row.read(line)
+    for line in PAGE.read_text().partition("## What works where")[2].partition("\n## ")[0].splitlines()
+    if re.match(r"\|.*`(model|ddp)\.", line)
+]
+# Two microbatches of the first data-parallel rank have images; those of the second are text.
+IMAGES = [(1, 1), (0, 0), (2, 0), (0, 0)]
+
+
+def rows(**said: str) -> list:
+    """The rows with these words in their columns."""
+    return [
+        pytest.param(row, id=row.feature)
+        for row in ROWS
+        if all(getattr(row, column) == word for column, word in said.items())
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory):
+    """A checkpoint, the microbatches of two steps, and what transformers makes of them."""
+    hf.register_auto_classes()
+    megatron.register()
+    folder, model = tmp_path_factory.mktemp("checkpoint"), tiny_model(CONFIG)
+    model.save_pretrained(folder)
+    steps = [
+        [
+            with_labels(tiny_batch(CONFIG, images, length=24, seed=10 * step + place), CONFIG.image_token_id)
+            for place, images in enumerate(IMAGES)
+        ]
+        for step in range(2)
+    ]
+    return folder, steps, reference_run(model, steps)
+
+
+def test_the_table_says_one_of_three_words_in_every_cell():
+    assert len(ROWS) > 20
+    assert {row.torch for row in ROWS} == {"works", "refused"}
+    assert {row.transformer_engine for row in ROWS} == {"written", "refused"}
+
+
+@pytest.mark.parametrize("row", rows(torch="works"))
+def test_what_works_trains_to_the_losses_of_transformers(row: Row, reference):
+    path, steps, expected = reference
+    layout = Layout(dp=2, extra=row.model, ddp=row.ddp)
+    (found,) = [run for run in cpu.run_ranks(layout.world_size, megatron_run, path, layout, steps) if run is not None]
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert found.norms == pytest.approx(expected.norms, rel=1e-4)
+
+
+def refused(row: Row, backend: str) -> str:
+    provider = provider_from_config(CONFIG, **row.model)
+    with pytest.raises(ValueError, match="is not supported") as caught:
+        check_features(provider, backend)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("row", rows(torch="refused"))
+def test_what_is_refused_is_refused_when_finalized(row: Row):
+    provider = provider_from_config(CONFIG, backend="torch", **row.model)
+    with cpu.runtime(), pytest.raises(ValueError, match="is not supported") as caught:
+        provider.finalize()
+    sentence = str(caught.value)
+    assert sentence == refused(row, "torch")
+    assert set(row.model) & set(re.findall(r"\w+", sentence))
+
+
+@pytest.mark.parametrize("row", rows(transformer_engine="refused"))
+def test_what_is_refused_on_transformer_engine_has_its_reason(row: Row):
+    assert set(row.model) & set(re.findall(r"\w+", refused(row, "transformer_engine")))
+
+
+@pytest.mark.parametrize("row", rows(transformer_engine="written"))
+def test_what_is_written_for_transformer_engine_is_not_refused(row: Row):
+    check_features(provider_from_config(CONFIG, **row.model), "transformer_engine")
+
+
+def fused_gradient() -> torch.Tensor:
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+    torch.distributed.init_process_group("gloo")
+    logits = torch.randn(8, 1, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    fused_vocab_parallel_cross_entropy(logits, torch.arange(8)[:, None], torch.distributed.group.WORLD).sum().backward()
+    return logits.grad
+
+
+def test_megatron_cores_fused_cross_entropy_still_rounds_its_gradient():
+    """When this fails, the `torch` back end can have it."""
+    (gradient,) = cpu.run_ranks(1, fused_gradient)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient, gradient.bfloat16().float())
+
+
+def test_every_refusal_is_on_the_page():
+    on_page = {name for row in ROWS if "refused" in (row.torch, row.transformer_engine) for name in row.model}
+    assert {refusal.field for refusal in REFUSALS} <= on_page
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    provider = provider_from_config(CONFIG, **{f"freeze_{group}": True for group in GROUPS})
+    with cpu.runtime(), pytest.raises(ValueError, match="All 4 groups of parameters are frozen"):
+        provider.finalize()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_is_on_the_page(group: str):
+    assert f"`{group}`" in PAGE.read_text()
+    assert f"model.freeze_{group}=True" in PAGE.read_text()
