@@ -1,0 +1,188 @@
+"""How fast a Hugging Face checkpoint is imported, beside what the disk gives and what Megatron-Bridge's functions take.
+
+    uv run python tests/benchmarks/make_20b.py 20b                            (once; with --layers 2 for a small disk)
+    uv run python tests/benchmarks/bench_import.py 20b out [--jobs 4] [--keep]
+
+The limit is the same reads and writes with nothing computed in between, by as many threads, on the same files: before
+and after the import. Memory is RssAnon summed over all processes of the import, looked at every 50 ms.
+
+One layer's experts are also imported on one core by Megatron-Bridge's functions, in its order. From both come
+seconds per layer and, multiplied, an estimate for 20B and 120B, which is labelled so.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from gpt_oss_vision.conversion.importing import Import
+from gpt_oss_vision.conversion.progress import Progress
+from gpt_oss_vision.conversion.source import open_source
+from gpt_oss_vision.conversion.stream import STEP, Memory, Run, Unit, Worker, stream
+from gpt_oss_vision.conversion.torch_dist_writer import TorchDistPlan
+
+LAYERS = {"20b": (24, 32), "120b": (36, 128)}
+MOST_SCRATCH = 8 * 10**9
+
+
+def import_and_watch(hf: Path, out: Path, jobs: int) -> tuple[float, int]:
+    """Seconds of the command, all imports included, and the most RssAnon of its processes, in bytes."""
+    command = [sys.executable, "-m", "gpt_oss_vision.cli", "convert", "import", "--hf", str(hf), "--out", str(out)]
+    begun, peak = time.perf_counter(), 0
+    process = subprocess.Popen([*command, "--jobs", str(jobs), "--overwrite"])
+    while process.poll() is None:
+        peak = max(peak, sum(anonymous_memory(pid) for pid in family(process.pid)))
+        time.sleep(0.05)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return time.perf_counter() - begun, peak
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and all that descend from it."""
+    yield pid
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return
+    for child in children:
+        yield from family(int(child))
+
+
+def anonymous_memory(pid: int) -> int:
+    """RssAnon in bytes; 0 for a process that has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def copy_seconds(work: Import, scratch: Path, jobs: int) -> float:
+    """Seconds for the import's reads and writes alone, each file read and written in steps by one thread at a time.
+
+    Where the output is larger than `MOST_SCRATCH`, the scratch file is written over again.
+    """
+    total = sum(work.layout.sizes.values())
+    size = min(total, MOST_SCRATCH) // STEP * STEP
+    tensors = sorted(work.source.tensors.values(), key=lambda stored: (stored.file, stored.offset))
+    share = total / sum(stored.nbytes for stored in tensors)
+    units, written = [], 0
+    for stored in tensors:
+        begin, written = int(written), written + stored.nbytes * share
+
+        def run(worker: Worker, stored=stored, begin=begin, end=int(written)) -> None:
+            for done in range(0, stored.nbytes, STEP):
+                worker.read(stored.file, stored.offset + done, min(STEP, stored.nbytes - done))
+            for place in range(begin // STEP * STEP, end // STEP * STEP, STEP):
+                worker.write("scratch", place % size, STEP)
+
+        units.append(Unit(stored.name, ("scratch",), run, STEP, STEP, 0, 0))
+    memory = Memory()
+    memory.output = scratch.parent
+    begun = time.perf_counter()
+    stream(units, memory, {"scratch": size}, jobs=jobs, progress=Progress("", 0))
+    seconds = time.perf_counter() - begun
+    (scratch.parent / "scratch").unlink()
+    return seconds
+
+
+def our_layer(work: Import) -> float:
+    """Seconds to read a layer's experts and lay them out in a buffer, one thread."""
+    layer = [group for group in work.layout.groups if "layers.0.mlp.experts" in group.name]
+    units = [unit for unit in work.units() if unit.name in {group.name for group in layer}]
+    run = Run({}, Progress("", 0))
+    run.outputs = Nowhere()
+    worker = Worker(
+        run, *(max(getattr(unit, f"{name}_capacity") for unit in units) for name in ("read", "write", "scratch"))
+    )
+    units[0].run(worker)  # first touch
+    begun = time.perf_counter()
+    for unit in units:
+        unit.run(worker)
+    return time.perf_counter() - begun
+
+
+class Nowhere(dict):
+    """Files whose bytes are dropped."""
+
+    def __missing__(self, name: str) -> "Nowhere":
+        return self
+
+    def write(self, *_: object) -> None:
+        """Drop."""
+
+
+def bridge_layer(hf: Path, experts: int) -> float:
+    """Seconds of the same by Megatron-Bridge's own functions: a tensor of all experts, then expert by expert."""
+    from gpt_oss_vision.bridge import plugin  # noqa: F401
+
+    # isort: split
+    from megatron.bridge.models.conversion.quantization_utils import dequantize_mxfp4
+    from megatron.bridge.models.gpt_oss.gpt_oss_bridge import GPTOSSMLPGateUpProjMapping
+
+    interleave = GPTOSSMLPGateUpProjMapping._interleave
+    prefix = "model.layers.0.mlp.experts."
+    files = {name: file for file in hf.glob("*.safetensors") for name in safe_open(file, "pt").keys()}  # noqa: SIM118
+
+    def tensor(name: str) -> torch.Tensor:
+        with safe_open(files[prefix + name], "pt") as file:
+            return file.get_tensor(prefix + name)
+
+    begun = time.perf_counter()
+    for name in ("gate_up_proj", "down_proj"):
+        whole = dequantize_mxfp4(tensor(f"{name}_blocks"), tensor(f"{name}_scales"))
+        for expert in range(experts):
+            one = interleave(whole[expert]) if name == "gate_up_proj" else whole[expert]
+            torch.empty_like(one).copy_(one)  # into the model
+        bias = tensor(f"{name}_bias")
+        for expert in range(experts):
+            one = interleave(bias[expert]) if name == "gate_up_proj" else bias[expert]
+            torch.empty_like(one).copy_(one)
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("hf", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--jobs", type=int, default=4)
+    parser.add_argument("--keep", action="store_true", help="leave the imported checkpoint where it is")
+    arguments = parser.parse_args()
+    source = open_source(arguments.hf)
+    work = Import(source, TorchDistPlan(source.parameters, torch.bfloat16))
+    moved = work.bytes_read + sum(work.layout.sizes.values())
+    arguments.out.parent.mkdir(exist_ok=True, parents=True)
+    before = copy_seconds(work, arguments.out.absolute(), arguments.jobs)
+    seconds, peak = import_and_watch(arguments.hf, arguments.out, arguments.jobs)
+    if not arguments.keep:
+        shutil.rmtree(arguments.out)
+    after = copy_seconds(work, arguments.out.absolute(), arguments.jobs)
+    torch.set_num_threads(1)
+    ours, theirs = our_layer(work), bridge_layer(arguments.hf, source.config.num_local_experts)
+    limit, layers = (before + after) / 2, source.config.num_hidden_layers
+    print(f"{moved / 1e9:.1f} GB moved, {layers} layers, {arguments.jobs} jobs, {os.cpu_count()} cores")
+    print(f"import, all imports included  {seconds:8.1f} s  {moved / 1e9 / seconds:.2f} GB/s")
+    print(
+        f"the disk alone                {limit:8.1f} s  {moved / 1e9 / limit:.2f} GB/s ({before:.1f} and {after:.1f} s)"
+    )
+    print(f"of what the disk gives        {limit / seconds:8.0%}")
+    print(f"peak RssAnon, all processes   {peak / 2**30:8.2f} GiB")
+    print(
+        f"one layer's experts, one core {ours:8.2f} s  Megatron-Bridge's functions {theirs:.2f} s, {theirs / ours:.0f}x"
+    )
+    for name, (layers, experts) in LAYERS.items():
+        one, other = (each * layers * experts / source.config.num_local_experts for each in (ours, theirs))
+        print(f"{name} estimated from one layer{one:8.0f} s  Megatron-Bridge's functions {other:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Write a synthetic gpt-oss-20b with a ViT-L/14: real names, shapes and number types, random but finite numbers.
+
+    uv run python tests/benchmarks/make_20b.py FOLDER [--layers 24]
+
+13.8 GB and the tower's 0.6 GB; less with fewer layers.
+
+The experts are MXFP4, as gpt-oss ships them, with scales that the OCP rule would give: quantising the dequantised
+numbers returns the same bytes.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from gpt_oss_vision.conversion.journal import check_space, open_output
+from gpt_oss_vision.conversion.layouts import MXFP4_PARTS
+from gpt_oss_vision.conversion.progress import Progress
+from gpt_oss_vision.conversion.safetensors_writer import ShardPlan, Tensor, plan_shards
+from gpt_oss_vision.conversion.source import shapes_of
+from gpt_oss_vision.conversion.stream import STEP, Unit, Worker, stream
+
+
+def config_20b(layers: int = 24, experts: int = 32) -> GPTOSSVisionConfig:
+    """The shape of gpt-oss-20b, or of a piece of it; 36 layers and 128 experts are the 120b."""
+    return GPTOSSVisionConfig(
+        num_hidden_layers=layers,
+        num_local_experts=experts,
+        dtype=torch.bfloat16,
+        architectures=["GPTOSSVisionForCausalLM"],
+    )
+
+
+def tensors_of(config: GPTOSSVisionConfig) -> list[Tensor]:
+    """Every tensor as it is stored: experts' weights packed, the vision bias in fp32, the rest in bf16."""
+    tensors = []
+    for name, shape in shapes_of(config).items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inside, outside = shape
+            blocks, scales = (name + part for part in MXFP4_PARTS)
+            tensors.append(Tensor(blocks, torch.uint8, (experts, outside, inside // 32, 16)))
+            tensors.append(Tensor(scales, torch.uint8, (experts, outside, inside // 32)))
+        else:
+            dtype = torch.float32 if name.endswith("vision_bias") else torch.bfloat16
+            tensors.append(Tensor(name, dtype, shape))
+    return tensors
+
+
+def random_bytes(tensor: Tensor, nbytes: int, generator: np.random.Generator) -> np.ndarray:
+    """Bytes of finite numbers; a block of MXFP4 has a largest value of 4 or 6, so that its scale is the rule's."""
+    raw = np.frombuffer(generator.bytes(nbytes), dtype=np.uint8).copy()
+    if tensor.name.endswith(MXFP4_PARTS[0]):
+        raw[::16] |= 0x06
+    elif tensor.name.endswith(MXFP4_PARTS[1]):
+        raw = raw % 8 + 116  # 2^-11 to 2^-4
+    else:
+        # The sign, the two low bits of the exponent and the mantissa are random: magnitudes from 2^-7 to 2^-3.
+        is_short = tensor.dtype.itemsize == 2
+        numbers = raw.view(np.uint16 if is_short else np.uint32)
+        numbers &= 0x81FF if is_short else 0x81FFFFFF
+        numbers |= 0x3C00 if is_short else 0x3C000000
+    return raw
+
+
+def unit_of(tensor: Tensor, plan: ShardPlan) -> Unit:
+    """Writing one tensor, in steps."""
+    place = plan.places[tensor.name]
+
+    def run(worker: Worker) -> None:
+        generator = np.random.default_rng([*tensor.name.encode()])
+        for done in range(0, tensor.nbytes, STEP):
+            nbytes = min(STEP, tensor.nbytes - done)
+            worker.room(place.offset + done, nbytes).numpy()[:] = random_bytes(tensor, nbytes, generator)
+            worker.write(place.file, place.offset + done, nbytes)
+
+    return Unit(tensor.name, (place.file,), run, 0, STEP, 0, tensor.nbytes)
+
+
+def header_of(file: str, header: bytes) -> Unit:
+    """Writing the beginning of a file."""
+
+    def run(worker: Worker) -> None:
+        worker.room(0, len(header)).numpy()[:] = np.frombuffer(header, dtype=np.uint8)
+        worker.write(file, 0, len(header))
+
+    return Unit(file, (file,), run, 0, len(header), 0, len(header))
+
+
+def make(folder: Path, config: GPTOSSVisionConfig, **options: Any) -> int:
+    """Write a checkpoint of a config; the bytes of its weights."""
+    tensors = tensors_of(config)
+    plan = plan_shards(tensors)
+    units = [header_of(*item) for item in plan.headers.items()] + [unit_of(tensor, plan) for tensor in tensors]
+    total = sum(plan.sizes.values())
+    with open_output(folder, {"config": config.to_dict() | {"dtype": "bfloat16"}}, **options) as journal:
+        check_space(journal, total)
+        with Progress("Making", total, Console(stderr=True)) as progress:
+            stream(units, journal, plan.sizes, jobs=3, progress=progress)
+        config.save_pretrained(journal.output)
+        if plan.index:
+            (journal.output / "model.safetensors.index.json").write_text(plan.index)
+        journal.finish()
+    return total
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=24)
+    arguments = parser.parse_args()
+    print(f"{make(arguments.folder, config_20b(arguments.layers)) / 1e9:.2f} GB")
