@@ -38,7 +38,9 @@ class Rule:
 # The first prefix that fits a file counts. A room may always import itself.
 RULES = {
     "bridge/ops": Rule((), frozenset({"torch"})),
-    "bridge/hf": Rule((), frozenset({"torch", "transformers", "huggingface_hub", "numpy", "PIL", "tokenizers"})),
+    "bridge/hf": Rule(
+        (), frozenset({"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "tokenizers"})
+    ),
     "bridge/megatron": Rule(
         ("bridge.ops", "bridge.weights", "bridge.hf.configuration_gpt_oss_vision"),
         frozenset({"torch", "transformers", "megatron"}),
@@ -49,6 +51,7 @@ RULES = {
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
     "conversion": Rule(("bridge",)),
     "recipes/quickstart.py": Rule(("recipes", "conversion", "bridge")),
+    "recipes/training.py": Rule(("recipes", "conversion.hf_side", "bridge")),
     "recipes": Rule(("bridge",)),
     "cli.py": Rule(("", *ROOMS)),
     "__init__.py": Rule(("bridge",), frozenset()),

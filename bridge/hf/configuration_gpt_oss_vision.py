@@ -72,6 +72,8 @@ class GPTOSSVisionConfig(GptOssConfig):
             Where the experts clamp both halves of their gated activation; gpt-oss's own field.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.0):
             Weight of the load-balancing loss, taken when `output_router_logits` is set.
+        router_aux_loss_per_modality (`bool`, *optional*, defaults to `False`):
+            Whether that loss balances visual and text tokens apart, each weighted by its share of the tokens.
 
     Raises:
         ValueError: when fields contradict each other; the sentence names both values.
@@ -98,6 +100,7 @@ class GPTOSSVisionConfig(GptOssConfig):
     nope_stride: int = 4
     swiglu_limit: float = 7.0
     router_aux_loss_coef: float = 0.0
+    router_aux_loss_per_modality: bool = False
 
     vision_embed_dim = _vision_field("hidden_size")
     vision_patch_size = _vision_field("patch_size")

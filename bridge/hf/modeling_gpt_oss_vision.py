@@ -6,15 +6,19 @@ layers without rotation, and a router that knows which tokens are visual.
 Shapes: b rows, s positions, t = b * s tokens, h hidden size, e experts, k chosen experts, n images, p tokens per image.
 """
 
+import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.integrations import Mxfp4GptOssExperts, mxfp4
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
@@ -34,12 +38,16 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssTopKRouter,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.import_utils import is_tracing, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationMethod
 
 from .configuration_gpt_oss_vision import GPTOSSVisionConfig
 
+logger = logging.get_logger(__name__)
+
+# What gpt-oss doesn't have, by name. A checkpoint lacks all of a kind, being gpt-oss's own, or it is broken.
+ADDED_WEIGHTS = ("vision_adapter", "vision_bias")
 AUTO_CLASSES = {
     "AutoModel": "GPTOSSVisionModel",
     "AutoModelForCausalLM": "GPTOSSVisionForCausalLM",
@@ -150,7 +158,11 @@ class GPTOSSVisionMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor, is_visual: torch.Tensor) -> torch.Tensor:
         """From `(b, s, h)` and `(b, s)` to `(b, s, h)`."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, router_scores, router_indices = self.router(tokens, is_visual.reshape(-1))
+        router_logits, router_scores, router_indices = self.router(tokens, is_visual.reshape(-1))
+        if isinstance(self.experts, Mxfp4GptOssExperts):
+            # Packed experts: the kernels choose and weigh by the logits themselves, and want their own indices.
+            routing, *places = mxfp4.triton_kernels_hub.routing.routing(router_logits, self.router.top_k)
+            return self.experts(tokens, routing, *places).reshape(hidden_states.shape)
         return self.experts(tokens, router_indices, router_scores).reshape(hidden_states.shape)
 
 
@@ -227,6 +239,59 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
             'use "eager", "sink_sdpa", "flex_attention" or a flash kernel with sinks.'
         )
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """
+        As in transformers, but a checkpoint that doesn't fit is an error, not a warning. What this model adds to
+        gpt-oss may be missing as a whole; it is then initialised, and reported.
+
+        With `output_loading_info`, or a `state_dict` in place of a checkpoint, fitting is the caller's affair.
+
+        Raises:
+            ValueError: when the checkpoint lacks weights or has others; the sentence lists them.
+            OSError: when a file is damaged; the sentence names it.
+        """
+        try:
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            file = _damaged_file(pretrained_model_name_or_path)
+            raise OSError(f"{file} is cut short or damaged ({error}); get it again.") from error
+        if output_loading_info:
+            return model, report
+        if kwargs.get("state_dict") is None:
+            model._check_fit(pretrained_model_name_or_path, report)
+        return model
+
+    def _check_fit(self, checkpoint: Any, report: dict[str, Any]) -> None:
+        """Raises where the checkpoint isn't one of this model, nor of gpt-oss; says what was initialised."""
+        missing, foreign = set(report["missing_keys"]), set(report["unexpected_keys"])
+        for kind in ADDED_WEIGHTS:
+            added = {name for name, _ in self.named_parameters() if kind in name.split(".")}
+            if added and added <= missing:
+                missing -= added
+                logger.warning(
+                    f"{checkpoint} has no {kind}: its {len(added)} weights are new, and still to be trained."
+                )
+        stand_in = next((name for name in foreign if re.search(r"\bpatch_embed\.", name)), None)
+        if stand_in is not None:
+            raise ValueError(
+                f"{checkpoint} has no vision tower, only the convolution {stand_in} that the original code put in its "
+                f"place when building the ViT failed; take the text weights and another tower."
+            )
+        if self.base_model is self:
+            foreign = {name for name in foreign if not name.startswith("lm_head.")}
+        if not self.config.use_vision:
+            foreign = {name for name in foreign if "vision_adapter" not in name.split(".")}
+        if missing or foreign:
+            raise ValueError(
+                f"{checkpoint} doesn't fit the model of its config: it lacks {_listed(missing)}, and has "
+                f"{_listed(foreign)} that the model doesn't know; output_loading_info=True loads it all the same."
+            )
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -241,6 +306,25 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
         # transformers names the class that is saved; the other Auto classes must find theirs too.
         self.config.auto_map = {auto: f"{__name__.rsplit('.', 1)[-1]}.{name}" for auto, name in AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _damaged_file(checkpoint: Any) -> str:
+    for file in sorted(Path(checkpoint).rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return str(file)
+    return f"A file of {checkpoint}"
+
+
+def _listed(names: set[str]) -> str:
+    """Names in words, those that differ only in the number of their layer once."""
+    by_pattern: dict[str, list[str]] = {}
+    for name in sorted(names):
+        by_pattern.setdefault(re.sub(r"layers\.\d+\.", "layers.*.", name), []).append(name)
+    named = [pattern if len(same) > 1 else same[0] for pattern, same in by_pattern.items()]
+    return f"{len(names)} weight{'s' * (len(names) > 1)} ({', '.join(named)})" if names else "nothing"
 
 
 class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
@@ -373,6 +457,31 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
         )
 
 
+def load_balancing_loss_per_modality(
+    router_logits: tuple[torch.Tensor, ...], top_k: int, is_visual: torch.Tensor, is_token: torch.Tensor
+) -> torch.Tensor:
+    """
+    The load-balancing loss of Switch Transformer (equations 4 to 6 of arXiv 2101.03961, over all layers together as in
+    transformers), taken over visual and over text tokens apart, each weighted by its share of the tokens. Where there
+    is one modality only it is transformers' own.
+
+    Args:
+        router_logits (`tuple[torch.Tensor]` of shape `(t, e)`): One a layer.
+        top_k (`int`): Experts chosen for a token.
+        is_visual (`torch.BoolTensor` of shape `(t,)`).
+        is_token (`torch.BoolTensor` of shape `(t,)`): False for padding.
+    """
+    logits = torch.cat([layer.to(router_logits[0].device) for layer in router_logits])
+    probabilities = logits.softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k).indices, 1.0)
+    loss = logits.new_zeros(())
+    for modality in (is_visual & is_token, ~is_visual & is_token):
+        weight = modality.to(logits).repeat(len(router_logits)) / modality.sum().clamp(min=1) / len(router_logits)
+        share = modality.sum() / is_token.sum()
+        loss = loss + share * logits.shape[1] * ((weight @ chosen) * (weight @ probabilities)).sum()
+    return loss
+
+
 class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, GenerationMixin):
     """The model with its language-model head: text and images in, text out."""
 
@@ -392,6 +501,7 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
         """See [`GPTOSSVisionModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -416,7 +526,7 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
         Raises:
             ValueError: when the images and the placeholders don't match in number; the sentence names both.
         """
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -427,8 +537,19 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             logits_to_keep=logits_to_keep,
+            return_dict=True,
             **kwargs,
         )
+        if outputs.aux_loss is not None and self.config.router_aux_loss_per_modality:
+            is_visual = self.model.get_placeholder_mask(input_ids, inputs_embeds)
+            is_token = torch.ones_like(is_visual) if attention_mask is None else attention_mask.bool()
+            aux_loss = load_balancing_loss_per_modality(
+                outputs.router_logits, self.num_experts_per_tok, is_visual.flatten(), is_token.flatten()
+            )
+            if outputs.loss is not None:  # gpt-oss's forward has added its own to it
+                outputs.loss = outputs.loss + self.router_aux_loss_coef * (aux_loss - outputs.aux_loss)
+            outputs.aux_loss = aux_loss
+        return outputs
 
     def prepare_inputs_for_generation(
         self,

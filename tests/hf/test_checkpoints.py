@@ -22,13 +22,14 @@ from transformers import (
     GptOssForCausalLM,
 )
 
+from checkpoints import change, pack
 from gpt_oss_vision.bridge.hf import register_auto_classes
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionModel
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
-from tiny import tiny_batch, tiny_config, tiny_model, tiny_processor, tiny_vision_config
+from tiny import randomise, tiny_batch, tiny_config, tiny_model, tiny_processor, tiny_vision_config
 
 TEXT_NAMES = {
     "model.embed_tokens.weight",
@@ -143,19 +144,136 @@ def test_a_tower_under_the_names_of_transformers_4_loads(tmp_path):
     assert load_file(tmp_path / "new/model.safetensors").keys() == model.state_dict().keys()
 
 
-def test_a_stock_gpt_oss_checkpoint_loads_with_only_the_added_weights_missing(tmp_path):
-    config = tiny_config(use_nope=False)
-    fields = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim")}
-    fields |= {name: getattr(config, name) for name in ("num_hidden_layers", "num_attention_heads", "sliding_window")}
-    fields |= {name: getattr(config, name) for name in ("num_key_value_heads", "num_local_experts", "rope_parameters")}
-    stock = GptOssForCausalLM(GptOssConfig(**fields, num_experts_per_tok=2)).eval()
-    stock.save_pretrained(tmp_path)
-    model, report = GPTOSSVisionForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
-    assert all("vision" in name for name in report["missing_keys"])
-    assert not report["unexpected_keys"]
-    input_ids = tiny_batch(config, images_per_row=(0,))["input_ids"]
+# A stock gpt-oss checkpoint
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint of gpt-oss itself, with its whole vocabulary: in bf16, and with its experts in MXFP4."""
+    folders = {kind: tmp_path_factory.mktemp("stock") / kind for kind in ("bf16", "mxfp4")}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    config = GptOssConfig(**sizes, **experts, eos_token_id=200_002, pad_token_id=199_999, dtype="bfloat16")
+    model = GptOssForCausalLM(config)
+    randomise(model)
+    for kind, folder in folders.items():
+        model.bfloat16().save_pretrained(folder)
+        if kind == "mxfp4":
+            change(folder, pack)
+            fields = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": kind}}))
+    return folders
+
+
+LOAD_STOCK = """
+import logging, sys, torch
+from gpt_oss_vision import GPTOSSVisionForCausalLM
+folder, expected = sys.argv[1:]
+model = GPTOSSVisionForCausalLM.from_pretrained(folder, vision_embed_dim=16, vision_num_layers=1, vision_num_heads=2)
+expected = torch.load(expected, weights_only=True)
+with torch.no_grad():
+    assert torch.equal(model(expected["input_ids"]).logits, expected["logits"])
+assert model.config.num_image_tokens == 258 and model.config.image_token_id == 200013
+assert all(not layer.mlp.router.vision_bias.any() for layer in model.model.layers)
+assert model.model.vision_adapter.proj.weight.std() > 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bf16", "mxfp4"])
+def test_a_stock_checkpoint_loads_in_a_fresh_process(stock, kind, tmp_path):
+    """Text logits are its own, in MXFP4 those of transformers' unpacking; what is new is initialised and reported."""
+    input_ids = torch.randint(0, 199_000, (2, 150), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.equal(model(input_ids).logits, stock(input_ids).logits)
+        logits = GptOssForCausalLM.from_pretrained(stock[kind])(input_ids).logits
+    torch.save({"input_ids": input_ids, "logits": logits}, tmp_path / "expected.pt")
+    command = [sys.executable, "-c", LOAD_STOCK, str(stock[kind]), str(tmp_path / "expected.pt")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "has no vision_adapter: its 27 weights are new, and still to be trained." in result.stderr
+    assert "has no vision_bias: its 2 weights are new, and still to be trained." in result.stderr
+
+
+def test_a_stock_checkpoint_s_report_names_what_was_added(stock):
+    tower = {"vision_embed_dim": 16, "vision_num_layers": 1, "vision_num_heads": 2}
+    model, report = GPTOSSVisionForCausalLM.from_pretrained(stock["bf16"], **tower, output_loading_info=True)
+    added = {name for name, _ in model.named_parameters() if "vision" in name}
+    assert report["missing_keys"] == added
+    assert not report["unexpected_keys"]
+
+
+# A checkpoint that doesn't fit
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    tiny_model().save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["model.norm.weight"], r"lacks 1 weight \(model.norm.weight\), and has nothing that"),
+        (["model.vision_adapter.proj.bias"], r"lacks 1 weight \(model.vision_adapter.proj.bias\)"),
+        (
+            [f"model.layers.{layer}.self_attn.sinks" for layer in range(4)] + ["lm_head.weight"],
+            r"lacks 5 weights \(lm_head.weight, model.layers.\*.self_attn.sinks\)",
+        ),
+    ],
+)
+def test_a_checkpoint_that_lacks_weights_is_refused_with_their_names(saved, names, sentence):
+    change(saved, lambda tensors: [tensors.pop(name) for name in names])
+    with pytest.raises(ValueError, match=sentence):
+        GPTOSSVisionForCausalLM.from_pretrained(saved)
+    _, report = GPTOSSVisionForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert report["missing_keys"] == set(names)
+
+
+def test_a_checkpoint_with_foreign_weights_is_refused_with_their_names(saved):
+    change(saved, lambda tensors: tensors.update({"model.layers.0.mlp.gate.weight": torch.zeros(2)}))
+    with pytest.raises(
+        ValueError, match=r"has 1 weight \(model.layers.0.mlp.gate.weight\) that the model doesn't know"
+    ):
+        GPTOSSVisionForCausalLM.from_pretrained(saved)
+
+
+def test_a_convolution_in_the_place_of_a_tower_is_refused_by_name(saved):
+    """As in checkpoints of the original code whose ViT had failed to build."""
+
+    def replace_tower(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".vit." in name]:
+            del tensors[name]
+        tensors["model.vision_adapter.patch_embed.weight"] = torch.zeros(16, 3, 4, 4)
+
+    change(saved, replace_tower)
+    with pytest.raises(
+        ValueError, match=r"no vision tower, only the convolution model.vision_adapter.patch_embed.weight"
+    ):
+        GPTOSSVisionForCausalLM.from_pretrained(saved)
+
+
+def test_without_vision_a_tower_in_the_checkpoint_is_left_there(saved):
+    model = GPTOSSVisionForCausalLM.from_pretrained(saved, use_vision=False)
+    assert model.model.vision_adapter is None
+
+
+def test_a_file_cut_short_is_named(saved):
+    tiny_model().save_pretrained(saved, max_shard_size="100KB")
+    shard = sorted(saved.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    (saved / "model.safetensors").unlink(missing_ok=True)
+    with pytest.raises(OSError, match=rf"{shard.name} is cut short or damaged .*; get it again\.$"):
+        GPTOSSVisionForCausalLM.from_pretrained(saved)
+
+
+def test_a_shard_that_is_missing_is_named(saved):
+    tiny_model().save_pretrained(saved, max_shard_size="100KB")
+    (saved / "model.safetensors").unlink(missing_ok=True)
+    shard = sorted(saved.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(OSError, match=shard.name):
+        GPTOSSVisionForCausalLM.from_pretrained(saved)
 
 
 def test_the_model_and_its_head_load_each_other(tmp_path):

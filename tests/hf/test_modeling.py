@@ -199,6 +199,41 @@ def test_the_load_balancing_loss_is_added_with_its_coefficient():
     torch.testing.assert_close(balanced.loss, plain.loss + 0.5 * expected)
 
 
+@pytest.mark.parametrize("images_per_row", [(0, 1, 2), (0, 0), (1,)])
+def test_the_load_balancing_loss_may_be_taken_per_modality(images_per_row):
+    config = tiny_config(router_aux_loss_coef=0.5, router_aux_loss_per_modality=True)
+    model, batch = tiny_model(config), tiny_batch(config, images_per_row)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, :5] = 0
+    plain = model(**batch, labels=batch["input_ids"])
+    balanced = model(**batch, labels=batch["input_ids"], output_router_logits=True)
+    probabilities = torch.cat([logits[batch["attention_mask"].flatten() == 1] for logits in balanced.router_logits])
+    chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(config.num_experts_per_tok).indices, 1.0)
+    probabilities = probabilities.softmax(-1)
+    is_visual = (batch["input_ids"] == config.image_token_id)[batch["attention_mask"] == 1].repeat(4)
+    expected = 0.0
+    for modality in (is_visual, ~is_visual):
+        if modality.any():
+            balance = (chosen[modality].mean(0) * probabilities[modality].mean(0)).sum()
+            expected += modality.float().mean() * config.num_local_experts * balance
+    torch.testing.assert_close(balanced.aux_loss, expected)
+    torch.testing.assert_close(balanced.loss, plain.loss + 0.5 * expected)
+    assert isinstance(model(**batch, output_router_logits=True, return_dict=False), tuple)
+
+
+def test_each_modality_s_imbalance_reaches_its_routers():
+    """The gradient is that of the loss as computed, without gpt-oss's own."""
+    config = tiny_config(router_aux_loss_coef=0.5, router_aux_loss_per_modality=True)
+    model, batch = tiny_model(config).train(), tiny_batch(config)
+    bias = model.model.layers[0].mlp.router.vision_bias
+    both = model(**batch, labels=batch["input_ids"], output_router_logits=True)
+    (of_both,) = torch.autograd.grad(both.loss, bias, retain_graph=True)
+    (of_balance,) = torch.autograd.grad(both.aux_loss, bias)
+    (of_text,) = torch.autograd.grad(model(**batch, labels=batch["input_ids"]).loss, bias)
+    assert of_balance.abs().max() > 0
+    torch.testing.assert_close(of_both, of_text + 0.5 * of_balance)
+
+
 # Gradients
 
 
