@@ -55,9 +55,11 @@ STAND_INS: dict[str, tuple[str, ...]] = {
     "nvidia_resiliency_ext.inprocess": ("CallWrapper",),
 }
 
-CORE_MODULES = (
+# What must see honestly that Transformer Engine and the resiliency extension are missing, and keeps what it saw.
+HONEST_MODULES = (
     "megatron.core.extensions.transformer_engine",
     "megatron.core.dist_checkpointing.strategies.nvrx",
+    "peft",  # Megatron-Bridge imports it through diffusers; its LoRA would ask each layer whether it is TE's
 )
 BRIDGE_MODULES = (
     "megatron.bridge",
@@ -98,13 +100,13 @@ def _refusing_class(name: str, package: str) -> type:
 def import_megatron_bridge() -> None:
     """Import Megatron-Bridge, standing in for Transformer Engine and the resiliency extension where they are missing.
 
-    Megatron-Core is imported first and sees honestly that they are not there. The stand-ins are gone again when
-    this returns, so that whoever asks for the packages later hears the truth too.
+    Megatron-Core and peft are imported first and see honestly that they are not there. The stand-ins are gone again
+    when this returns, so that whoever asks for the packages later hears the truth too.
     """
     with warnings.catch_warnings():
         # Dozens, of deprecated names and absent kernels; none is about anything that a user of ours has done.
         warnings.simplefilter("ignore")
-        for name in CORE_MODULES:
+        for name in HONEST_MODULES:
             importlib.import_module(name)
         with _stand_ins():
             for name in BRIDGE_MODULES:

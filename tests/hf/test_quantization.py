@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.integrations import mxfp4
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
@@ -152,6 +154,34 @@ def test_mxfp4_experts_are_unpacked_on_a_cpu(packed):
     unpacked = dequantize(weights[f"{name}_blocks"], weights[f"{name}_scales"], torch.bfloat16)
     assert torch.equal(model.get_parameter(name).bfloat16(), unpacked.transpose(1, 2))
     assert logits_of(model).isfinite().all()
+
+
+class PlainExperts(mxfp4.Mxfp4GptOssExperts):
+    """Stands in for packed experts, whose kernels need a GPU: takes what they take, and is the plain experts."""
+
+    def __init__(self, experts: nn.Module):
+        nn.Module.__init__(self)
+        self.experts = experts
+
+    def forward(self, hidden_states, routing_data, gather_idx, scatter_idx):
+        return self.experts(hidden_states, *routing_data)
+
+
+def plain_routing(logits: torch.Tensor, top_k: int) -> tuple[tuple[torch.Tensor, torch.Tensor], None, None]:
+    """As the kernels' `routing`: the largest logits, and their softmax."""
+    top, indices = logits.topk(top_k)
+    return (indices, top.softmax(-1)), None, None
+
+
+def test_packed_experts_are_told_of_visual_tokens(checkpoint, monkeypatch):
+    config = GPTOSSVisionConfig.from_pretrained(checkpoint, num_experts_per_tok=2)
+    model = GPTOSSVisionForCausalLM.from_pretrained(checkpoint, config=config)
+    expected = logits_of(model)
+    kernels = SimpleNamespace(routing=SimpleNamespace(routing=plain_routing))
+    monkeypatch.setattr(mxfp4, "triton_kernels_hub", kernels, raising=False)
+    for layer in model.model.layers:
+        layer.mlp.experts = PlainExperts(layer.mlp.experts)
+    assert torch.equal(logits_of(model), expected)
 
 
 # Where the weights are
