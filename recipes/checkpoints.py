@@ -64,14 +64,14 @@ class MarkedCheckpoints(DefaultCheckpointManager):
 
     def _leave_foreign_random_states(self, ctx: CheckpointLoadContext) -> None:
         """Megatron-Bridge does so where tensor or pipeline parallelism differ, and fails where only others do."""
-        config, groups = ctx.state.cfg, get_pg_collection(ctx.model)
-        folder = config.checkpoint.load
+        config, folder = ctx.state.cfg, self.checkpoint_config.load
+        assert config is not None
         if folder is None or not is_checkpoint_iteration_directory(folder):
             return
-        mine = get_rng_state(config.rng.data_parallel_random_init, pg_collection=groups)
+        mine = get_rng_state(config.rng.data_parallel_random_init, pg_collection=get_pg_collection(ctx.model))
         if mine.unique_key not in load_sharded_metadata(folder):
             print_rank_0(f"The random states in {folder} are of another layout; they start from the seed.")
-            config.checkpoint.load_rng = False
+            self.checkpoint_config.load_rng = False
 
 
 def resume(checkpoint: CheckpointConfig) -> None:
