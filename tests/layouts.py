@@ -157,7 +157,6 @@ def build(bridge: Any, layout: Layout, **changed: Any) -> list[torch.nn.Module]:
 
     provider = bridge.to_megatron_provider()
     layout.apply(provider)
-    provider.calculate_per_token_loss = True
     provider.finalize()
     for name, value in changed.items():
         setattr(provider, name, value)
@@ -183,6 +182,7 @@ def build_optimizer(model: list[torch.nn.Module], layout: Layout) -> Any:
         weight_decay=ADAM["weight_decay"],
         clip_grad=MAX_NORM,
         use_distributed_optimizer=ddp.use_distributed_optimizer,
+        overlap_param_gather=ddp.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(settings, model)
     _constant_rates(optimizer, settings)

@@ -43,6 +43,7 @@ LAYOUTS = [
     Layout(dp=2, ddp=PLAIN_DDP),
     Layout(dp=2, ddp=OVERLAPPED),
     Layout(dp=4, ddp=OVERLAPPED | PLAIN_DDP),
+    Layout(tp=2, pp=2, dp=2, ddp=OVERLAPPED | {"overlap_param_gather": True}),
     Layout(tp=2, pp=2),
     Layout(tp=2, ep=2),
     Layout(tp=2, etp=2),

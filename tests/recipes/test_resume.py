@@ -57,7 +57,6 @@ class Job:
         config = training_config(self.start, self.digits, Settings(steps=self.steps, batch_size=BATCH))
         self.layout.apply(config.model)
         config.model.hidden_dropout = self.dropout
-        config.model.calculate_per_token_loss = True
         config.train.micro_batch_size = 2
         config.dataset.train_path = str(self.rows)
         config.logger.tensorboard_dir = None
