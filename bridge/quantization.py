@@ -16,7 +16,7 @@ from transformers import TorchAoConfig
 try:
     from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 except ModuleNotFoundError as error:
-    raise ImportError("INT8 weights need torchao; install gpt-oss-vision with its extra `int8`") from error
+    raise ImportError("INT8 weights need torchao, which comes with the extra `int8` of this package") from error
 
 # Weights of the linear layers of decoder, tower and head, and the experts. Routers stay: they are small, and a rounding
 # there changes which experts are chosen. So do embeddings, which torchao would unpack whole for every token.

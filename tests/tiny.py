@@ -1,5 +1,6 @@
 """Tiny configurations, models and batches with every feature switched on, for the tests of all rooms."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,3 +140,14 @@ def tiny_processor(config: GPTOSSVisionConfig | None = None) -> GPTOSSVisionProc
     return GPTOSSVisionProcessor(
         GPTOSSVisionImageProcessor.from_config(config), tokenizer, num_image_tokens=config.num_image_tokens
     )
+
+
+def tiny_checkpoint(folder: Path, **overrides: Any) -> Path:
+    """Saves the `tiny_model` for the `tiny_processor` to a folder, with both; the same folder comes back."""
+    processor = tiny_processor()
+    fields = {"vocab_size": len(processor.tokenizer), "image_token_id": processor.image_token_id}
+    model = tiny_model(tiny_config(**(fields | overrides)))
+    model.generation_config = processor.tokenizer.generation_config()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

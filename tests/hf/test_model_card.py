@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tiny import tiny_config, tiny_model, tiny_processor
+from tiny import tiny_checkpoint
 
 NAME = "AIGym/gpt_oss_vision_20B"
 
@@ -51,17 +51,7 @@ model = GPTOSSVisionForCausalLM.from_pretrained(
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the examples define: starts empty, in a folder with a checkpoint and an image."""
-    processor = tiny_processor()
-    config = tiny_config(
-        vocab_size=len(processor.tokenizer),
-        image_token_id=processor.image_token_id,
-        use_nope=False,
-        num_hidden_layers=5,
-    )
-    model = tiny_model(config)
-    model.generation_config = processor.tokenizer.generation_config()
-    model.save_pretrained(tmp_path / "checkpoint")
-    processor.save_pretrained(tmp_path / "checkpoint")
+    tiny_checkpoint(tmp_path / "checkpoint", use_nope=False, num_hidden_layers=5)
     Image.new("RGB", (30, 20), "red").save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
     return {}

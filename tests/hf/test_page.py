@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tiny import tiny_config, tiny_model, tiny_processor
+from tiny import tiny_checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs/transformers.md"
 # Without those that name a checkpoint of the reader's own.
@@ -19,11 +19,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a quickstart leaves, as far as the page asks for it: a checkpoint, an image and chats."""
     out = tmp_path / "out"
     (out / "digits/images").mkdir(parents=True)
-    processor = tiny_processor()
-    model = tiny_model(tiny_config(vocab_size=len(processor.tokenizer), image_token_id=processor.image_token_id))
-    model.generation_config = processor.tokenizer.generation_config()
-    model.save_pretrained(out / "hf")
-    processor.save_pretrained(out / "hf")
+    tiny_checkpoint(out / "hf")
     Image.new("L", (8, 8), 90).save(out / "digits/images/0003.png")
     question = [{"type": "image", "path": "images/0003.png"}, {"type": "text", "text": "Which digit is this?"}]
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "It is a seven."}]

@@ -12,7 +12,7 @@ from transformers import pipeline
 from gpt_oss_vision.bridge.hf import register_auto_classes
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from tiny import tiny_config, tiny_model, tiny_processor
+from tiny import tiny_checkpoint
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 SHADES = (20, 200)
@@ -22,11 +22,7 @@ SHADES = (20, 200)
 def folder(tmp_path_factory) -> Path:
     """Has a checkpoint in `model`, and two images."""
     folder = tmp_path_factory.mktemp("folder")
-    processor = tiny_processor()
-    model = tiny_model(tiny_config(vocab_size=len(processor.tokenizer), image_token_id=processor.image_token_id))
-    model.generation_config = processor.tokenizer.generation_config()
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    tiny_checkpoint(folder / "model")
     for shade in SHADES:
         Image.new("L", (12, 9), shade).save(folder / f"{shade}.png")
     register_auto_classes()

@@ -22,7 +22,7 @@ from gpt_oss_vision.recipes.generate import (
     parts_of,
 )
 from gpt_oss_vision.recipes.questions import read_questions
-from tiny import tiny_config, tiny_model, tiny_processor
+from tiny import tiny_checkpoint, tiny_processor
 
 
 @pytest.fixture
@@ -38,14 +38,8 @@ def generate(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A tiny checkpoint with its processor, and an image beside it."""
-    processor = tiny_processor()
-    config = tiny_config(vocab_size=len(processor.tokenizer), image_token_id=processor.image_token_id)
-    model = tiny_model(config)
-    model.generation_config = processor.tokenizer.generation_config()
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
     Image.fromarray(np.zeros((9, 7, 3), dtype=np.uint8)).save(tmp_path / "image.png")
-    return tmp_path / "model"
+    return tiny_checkpoint(tmp_path / "model")
 
 
 def test_it_answers_with_an_image(checkpoint: Path, generate: Callable):
