@@ -13,8 +13,9 @@ from tiny import tiny_batch, tiny_config, tiny_model, tiny_vision_config
 
 STEPS = 5
 # Images per row of the four microbatches of a step. The second and the fourth have none, so that under data parallelism
-# whole ranks have none, and under pipelining text and images take turns.
-IMAGES = [(0, 1, 2), (0, 0, 0), (2, 0, 1), (0, 0, 0)]
+# whole ranks have none, and under pipelining text and images take turns. The last step has none at all.
+MIXED = [(0, 1, 2), (0, 0, 0), (2, 0, 1), (0, 0, 0)]
+IMAGES = [*(STEPS - 1) * [MIXED], 4 * [(0, 0, 0)]]
 
 # Four groups of keys and values: room for TP4, and for TP2 with CP2.
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -91,9 +92,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory):
             steps = [
                 [
                     with_labels(tiny_batch(config, images, length=40, seed=10 * step + place), config.image_token_id)
-                    for place, images in enumerate(IMAGES)
+                    for place, images in enumerate(microbatches)
                 ]
-                for step in range(STEPS)
+                for step, microbatches in enumerate(IMAGES)
             ]
             made[name] = folder, steps, reference_run(model, steps)
         return made[name]
