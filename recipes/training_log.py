@@ -31,6 +31,7 @@ class TrainingLog(Callback):
     def on_train_start(self, context: CallbackContext) -> None:
         """Print the memory that the most loaded rank will need."""
         config = context.state.cfg
+        assert config is not None
         memory = memory_per_rank(
             config.model,
             world_size=torch.distributed.get_world_size(),
@@ -43,19 +44,20 @@ class TrainingLog(Callback):
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Called by Megatron-Bridge after each optimizer step, before its own log."""
-        state, step = context.state, context.state.train_state.step + 1
-        if step % state.cfg.logger.tensorboard_log_interval:
+        state, config, step = context.state, context.state.cfg, context.state.train_state.step + 1
+        assert config is not None
+        if step % config.logger.tensorboard_log_interval:
             return
-        counts = take_counts(context.model, state.cfg.model.num_layers).cpu()
+        counts = take_counts(context.model, config.model.num_layers).cpu()
         now = time.perf_counter()
-        speed, tower = self._throughput(state.cfg, counts, now - self.since)
+        speed, tower = self._throughput(config, counts, now - self.since)
         self.since = now
         state.train_state.floating_point_operations_so_far += tower
         if state.tensorboard_logger is not None:  # on the last rank
             write(state.tensorboard_logger, counts, step)
             for name, value in speed.items():
                 state.tensorboard_logger.add_scalar(f"throughput/{name}", value, step)
-        if step % state.cfg.logger.log_interval == 0:
+        if step % config.logger.log_interval == 0:
             print_rank_last(" | ".join(f"{name.replace('_', ' ')}: {value:.1f}" for name, value in speed.items()))
 
     def _throughput(self, config: ConfigContainer, counts: torch.Tensor, seconds: float) -> tuple[dict, float]:

@@ -151,6 +151,6 @@ def check_placeholders(is_visual: torch.Tensor, images: int, tokens_per_image: i
     needs = f"{images} image{'s need' if images != 1 else ' needs'} {images * tokens_per_image} placeholder tokens"
     room = is_visual.sum()
     if room.is_cuda:
-        torch._assert_async(room == images * tokens_per_image, f"{needs}; the batch has another number.")
+        torch.ops.aten._assert_async.msg(room == images * tokens_per_image, f"{needs}; the batch has another number.")
     elif room != images * tokens_per_image:
         raise ValueError(f"{needs}; the batch has {int(room)}.")

@@ -321,7 +321,8 @@ def provider_from_config(config: GPTOSSVisionConfig, **overrides: Any) -> GPTOSS
     fields["no_rope_freq"] = config.nope_layers
     fields["vision_config"] = config.vision_config.to_dict() if config.use_vision else {}
     if config.router_aux_loss_coef:
-        fields |= {"moe_router_load_balancing_type": "aux_loss", "calculate_per_token_loss": False}
+        kind = PER_MODALITY if config.router_aux_loss_per_modality else "aux_loss"
+        fields |= {"moe_router_load_balancing_type": kind, "calculate_per_token_loss": False}
     return GPTOSSVisionProvider(**fields | overrides)
 
 

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_oss_vision.bridge import hf, megatron
 from gpt_oss_vision.bridge.megatron import cpu
 from gpt_oss_vision.bridge.megatron.features import REFUSALS, check_features
 from gpt_oss_vision.bridge.megatron.groups import GROUPS
 from gpt_oss_vision.bridge.megatron.provider import provider_from_config
-from layouts import Layout, megatron_run, reference_run, with_labels
+from layouts import Layout, Microbatch, Run, megatron_run, reference_run, with_labels
 from tiny import tiny_batch, tiny_config, tiny_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "parallelism.md"
@@ -59,12 +58,8 @@ def rows(**said: str) -> list:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory):
-    """A checkpoint, the microbatches of two steps, and what transformers makes of them."""
-    hf.register_auto_classes()
-    megatron.register()
-    folder, model = tmp_path_factory.mktemp("checkpoint"), tiny_model(CONFIG)
-    model.save_pretrained(folder)
+def reference() -> tuple[list[list[Microbatch]], Run]:
+    """The microbatches of two steps, and what transformers makes of them."""
     steps = [
         [
             with_labels(tiny_batch(CONFIG, images, length=24, seed=10 * step + place), CONFIG.image_token_id)
@@ -72,7 +67,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory):
         ]
         for step in range(2)
     ]
-    return folder, steps, reference_run(model, steps)
+    return steps, reference_run(tiny_model(CONFIG), steps)
 
 
 def test_the_table_says_one_of_three_words_in_every_cell():
@@ -82,8 +77,8 @@ def test_the_table_says_one_of_three_words_in_every_cell():
 
 
 @pytest.mark.parametrize("row", rows(torch="works"))
-def test_what_works_trains_to_the_losses_of_transformers(row: Row, reference):
-    path, steps, expected = reference
+def test_what_works_trains_to_the_losses_of_transformers(row: Row, path: Path, reference):
+    steps, expected = reference
     layout = Layout(dp=2, extra=row.model, ddp=row.ddp)
     (found,) = [run for run in cpu.run_ranks(layout.world_size, megatron_run, path, layout, steps) if run is not None]
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)

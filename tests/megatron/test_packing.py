@@ -6,24 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_oss_vision.bridge import hf, megatron
 from gpt_oss_vision.bridge.megatron import cpu, packing
 from layouts import IGNORED, Layout, build, with_labels
-from tiny import tiny_batch, tiny_config, tiny_model
+from tiny import tiny_batch, tiny_config
 
 CONFIG = tiny_config()
 # Longer than the window of 8 and than YaRN's 32 positions, and shorter; with two images, none and one.
 SAMPLES = ((40, 2), (6, 0), (18, 1))
 PADDED_TO = 8
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    hf.register_auto_classes()
-    megatron.register()
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_model(CONFIG).save_pretrained(folder)
-    return folder
 
 
 def samples() -> list[dict[str, torch.Tensor]]:
@@ -62,7 +52,7 @@ def pack(apart: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
     }
 
 
-def losses_and_gradients(model: torch.nn.Module, batches: list[dict[str, Any]]) -> tuple[list, dict]:
+def losses_and_gradients(model: torch.nn.Module, batches: list[dict[str, Any]]) -> tuple[torch.Tensor, dict]:
     """The losses of the tokens that are predicted, and the gradients, summed over the ranks that share them."""
     from megatron.core.distributed import finalize_model_grads
 

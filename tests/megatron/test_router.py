@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import load_balancing_loss_func
 
-from gpt_oss_vision.bridge import hf, megatron
-from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import (
+    GPTOSSVisionForCausalLM,
+    load_balancing_loss_per_modality,
+)
 from gpt_oss_vision.bridge.megatron import cpu
 from gpt_oss_vision.bridge.megatron.provider import provider_from_config
 from gpt_oss_vision.bridge.megatron.router_statistics import entropy, overlap, take_counts
@@ -19,15 +21,6 @@ from tiny import tiny_batch, tiny_config, tiny_model
 CONFIG = tiny_config()
 EXPERTS, TOP_K, LAYERS = CONFIG.num_local_experts, CONFIG.num_experts_per_tok, CONFIG.num_hidden_layers
 COEFFICIENT = 0.3
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    hf.register_auto_classes()
-    megatron.register()
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_model(CONFIG).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +47,9 @@ def reference_logits(model: GPTOSSVisionForCausalLM, inputs: dict[str, torch.Ten
 
 def balance(logits: torch.Tensor, is_visual: torch.Tensor, per_modality: bool) -> torch.Tensor:
     """The loss of a layer by transformers, which adds up the `TOP_K` choices where Megatron takes their mean."""
-    parts = [logits[is_visual], logits[~is_visual]] if per_modality else [logits]
-    return sum(
-        load_balancing_loss_func((part,), EXPERTS, TOP_K) / TOP_K * len(part) / len(logits)
-        for part in parts
-        if len(part)
-    )
+    if per_modality:
+        return load_balancing_loss_per_modality((logits,), TOP_K, is_visual, torch.ones_like(is_visual)) / TOP_K
+    return load_balancing_loss_func((logits,), EXPERTS, TOP_K) / TOP_K
 
 
 def build(path: Path, layout: Layout) -> list[torch.nn.Module]:
@@ -189,6 +179,10 @@ def test_a_loss_of_the_router_with_another_weight_than_given_is_refused(fields: 
         provider_from_config(CONFIG, **fields).finalize()
 
 
-def test_a_checkpoint_that_wants_a_balanced_router_can_be_finalized():
+@pytest.mark.parametrize(("per_modality", "kind"), [(False, "aux_loss"), (True, "modality_aux_loss")])
+def test_a_checkpoint_that_wants_a_balanced_router_gets_one(per_modality: bool, kind: str):
+    config = tiny_config(router_aux_loss_coef=0.01, router_aux_loss_per_modality=per_modality)
+    provider = provider_from_config(config)
     with cpu.runtime():
-        provider_from_config(tiny_config(router_aux_loss_coef=0.01)).finalize()
+        provider.finalize()
+    assert (provider.moe_router_load_balancing_type, provider.moe_aux_loss_coeff) == (kind, 0.01)
