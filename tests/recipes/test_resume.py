@@ -207,6 +207,7 @@ class DeathAtFile(Death):
 FILES = 7  # that rank 0 writes for one checkpoint
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_has_the_losses_of_an_unbroken_one(job):
     fields = {"layout": Layout(tp=2, ep=2), "steps": 6, "save_interval": 1, "dropout": 0.1}
     started = time.monotonic()
