@@ -63,7 +63,7 @@ try:
 except SystemExit:
     print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
-    for arguments in (["--help"], ["quickstart", "--help"], ["quickstart", "--wrong"]):
+    for arguments in (["--help"], ["generate", "--help"], ["quickstart", "--help"], ["quickstart", "--wrong"]):
         line = [sys.executable, "-c", script, *arguments]
         done = subprocess.run(line, capture_output=True, text=True, check=True)
         loaded = set(json.loads(done.stdout.splitlines()[-1]))

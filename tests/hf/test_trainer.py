@@ -103,7 +103,7 @@ def test_lora_lowers_the_loss_and_leaves_the_model_alone(adapter, processor, dat
     model = model_for(processor)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     tuned = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, **ADAPTERS[adapter]))
-    run = losses(tuned, dataset, tmp_path)
+    run = losses(tuned, dataset, tmp_path, gradient_checkpointing=adapter == "both")
     assert run[-1] < 0.8 * run[0]
     after = tuned.unload().state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
