@@ -79,7 +79,8 @@ def test_everything_is_left_behind(out: Path):
 @pytest.mark.slow
 def test_the_command_asks_the_exported_model(out: Path):
     image = out / "digits" / "images" / "0003.png"
-    done = command("generate", "--model", str(out / "hf"), "--prompt", "Which digit is this?", "--image", str(image))
+    question = ["--prompt", "Which digit is this?", "--image", str(image)]
+    done = command("generate", "--model", str(out / "hf"), *question, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() in (*WORDS, NO_IMAGE)
 
