@@ -85,6 +85,7 @@ class GPTOSSVisionAdapter(nn.Module):
 
 def _build_tower(config: Any) -> PreTrainedModel:
     """The tower without what only a pooled output would use: those parameters would never get a gradient."""
+    config._experts_implementation = None  # transformers hands the decoder's down, and a tower has no experts
     if config.model_type == "vit":
         return ViTModel(config, add_pooling_layer=False)
     if config.model_type == "siglip_vision_model":

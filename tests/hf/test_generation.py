@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+from transformers.generation import CompileConfig
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
@@ -44,6 +46,24 @@ def test_past_the_real_window_the_cache_changes_nothing():
     cached = model.generate(**batch, **GREEDY, max_new_tokens=40)
     without = model.generate(**batch, **GREEDY, max_new_tokens=40, use_cache=False)
     assert torch.equal(cached.sequences, without.sequences)
+
+
+@pytest.mark.slow
+def test_past_the_original_context_the_cache_and_padding_change_nothing():
+    """YaRN's 4,096 positions, with gpt-oss's own window."""
+    rope = tiny_config().rope_parameters | {"original_max_position_embeddings": 4096}
+    config = tiny_config(num_hidden_layers=2, sliding_window=128, max_position_embeddings=32_768, rope_parameters=rope)
+    model, batch = tiny_model(config), tiny_batch(config, images_per_row=(2,), length=4100)
+    alone = model.generate(**batch, **GREEDY, max_new_tokens=3)
+    without = model.generate(**batch, **GREEDY, max_new_tokens=3, use_cache=False)
+    assert torch.equal(alone.sequences, without.sequences)
+    longer = tiny_batch(config, images_per_row=(0,), length=4130)["input_ids"]
+    input_ids = torch.cat((longer, F.pad(batch["input_ids"], (30, 0), value=config.pad_token_id)))
+    padded = {"input_ids": input_ids, "attention_mask": (torch.arange(4130) >= torch.tensor([[0], [30]])).long()}
+    together = model.generate(**padded, pixel_values=batch["pixel_values"], **GREEDY, max_new_tokens=3)
+    assert torch.equal(together.sequences[1, 30:], alone.sequences[0])
+    for ours, theirs in zip(together.logits, alone.logits, strict=True):
+        torch.testing.assert_close(ours[1], theirs[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_row_in_a_left_padded_batch_is_the_row_alone(model, config):
@@ -91,6 +111,40 @@ def test_a_conversation_goes_on_from_its_cache(model, config):
     pixel_values = torch.cat((batch["pixel_values"], question["pixel_values"]))
     scratch = model.generate(input_ids=input_ids, pixel_values=pixel_values, **GREEDY, max_new_tokens=6)
     assert torch.equal(cached.sequences, scratch.sequences)
+
+
+def test_an_assistant_sees_the_images():
+    config = tiny_config(sliding_window=128)
+    model, assistant = tiny_model(config), tiny_model(config, seed=1)
+    batch = tiny_batch(config, images_per_row=(2,))
+    alone = model.generate(**batch, **GREEDY, max_new_tokens=12)
+    seen = []
+    assistant.model.vision_adapter.register_forward_pre_hook(lambda _, arguments: seen.extend(arguments))
+    assisted = model.generate(**batch, **GREEDY, max_new_tokens=12, assistant_model=assistant)
+    assert torch.equal(assisted.sequences, alone.sequences)
+    assert len(seen) == 1 and torch.equal(seen[0], batch["pixel_values"])
+
+
+def test_embeddings_of_a_prompt_generate_as_the_prompt(model, config):
+    batch = tiny_batch(config)
+    from_ids = model.generate(**batch, **GREEDY, max_new_tokens=6)
+    inputs_embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    from_embeds = model.generate(inputs_embeds=inputs_embeds, **batch, **GREEDY, max_new_tokens=6)
+    assert torch.equal(from_embeds.sequences, from_ids.sequences[:, 40:])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, in what its compiler imports
+def test_compiled_steps_without_a_graph_break_give_the_same_output(model, config):
+    batch = tiny_batch(config)
+    compiling = CompileConfig(fullgraph=True, dynamic=False)
+    compiling._compile_all_devices = True
+    compiled = model.generate(
+        **batch, **GREEDY, max_new_tokens=6, cache_implementation="static", compile_config=compiling
+    )
+    assert hasattr(model, "_compiled_call")
+    torch.compiler.reset()
+    assert torch.equal(compiled.sequences, model.generate(**batch, **GREEDY, max_new_tokens=6).sequences)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"suppress_tokens": [3]}, {"num_beams": 2}, {"use_cache": False}])

@@ -234,6 +234,22 @@ def test_each_modality_s_imbalance_reaches_its_routers():
     torch.testing.assert_close(of_both, of_text + 0.5 * of_balance)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_experts_implementation_gives_the_same_logits(tmp_path, implementation, tower):
+    """Chosen on loading, or later."""
+    config = tiny_config(vision_config=tiny_vision_config(tower))
+    model, batch = tiny_model(config), tiny_batch(config)
+    model.save_pretrained(tmp_path)
+    loaded = GPTOSSVisionForCausalLM.from_pretrained(tmp_path, experts_implementation=implementation)
+    reference = oracle.forward(model.state_dict(), config.to_dict(), **batch)
+    model.set_experts_implementation(implementation)
+    with torch.no_grad():
+        for chosen in (loaded, model):
+            assert chosen.config._experts_implementation == implementation
+            assert relative_error(chosen(**batch).logits, reference) < 1e-5
+
+
 # Gradients
 
 
@@ -342,6 +358,16 @@ def test_a_contradiction_set_after_the_config_was_built_is_refused():
     config.nope_stride = 0
     with pytest.raises(ValueError, match=r"^nope_stride must be at least 1, got 0\.$"):
         GPTOSSVisionForCausalLM(config)
+
+
+def test_attention_that_transformers_has_for_gpt_oss_is_offered():
+    assert (
+        GPTOSSVisionForCausalLM._compatible_flash_implementations == GptOssForCausalLM._compatible_flash_implementations
+    )
+    assert GPTOSSVisionForCausalLM._supports_flex_attn
+    model = tiny_model()
+    model.set_attn_implementation("flex_attention")
+    assert model.config._attn_implementation == "flex_attention"
 
 
 def test_sdpa_is_refused_with_the_reason():
