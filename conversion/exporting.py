@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,16 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from .. import __version__
 from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import Quantizer
 from . import report as reports
 from .checkpoint import MODEL_TYPE, read_json
-from .hf_side import DTYPES, KEPT_IN, skeleton, tensors_of, write_files
+from .hf_side import DTYPES, KEPT_IN, folder_of_files, skeleton, tensors_of, write_files
 from .journal import Journal, check_space, fingerprint, open_output
 from .layouts import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
 from .progress import Progress
 from .safetensors_reader import listed
-from .safetensors_writer import ShardPlan, Tensor, plan_shards
+from .safetensors_writer import SHARD_BYTES, ShardPlan, Tensor, plan_shards
 from .source import read_config, room_for, shapes_of
 from .stream import STEP, Unit, Worker, peak_memory, stream
 from .torch_dist_reader import Region, StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
@@ -198,7 +198,12 @@ def plan_export(
     model = skeleton(config, DTYPES[dtype], text_only=text_only)
     targets = tensors_of(model, packed=dtype == "mxfp4")
     written = [one for one in everything if not (text_only and any(word in one.name for word in OF_VISION))]
-    export = Export(checkpoint.tensors, written, {target.name: target for target in targets}, plan_shards(targets))
+    export = Export(
+        checkpoint.tensors,
+        written,
+        {target.name: target for target in targets},
+        plan_shards(targets, shard_bytes=SHARD_BYTES),
+    )
     return export, model
 
 
@@ -231,10 +236,9 @@ def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:
     Raises:
         FileNotFoundError: there is no config.
     """
-    places = [hf] if hf else [folder / KEPT_IN for folder in (checkpoint.folder, checkpoint.root)]
-    for folder in places:
-        if (folder / "config.json").is_file():
-            return folder
+    folder = folder_of_files([hf] if hf else [place / KEPT_IN for place in (checkpoint.folder, checkpoint.root)])
+    if folder is not None:
+        return folder
     if hf:
         raise FileNotFoundError(f"{hf} holds no config.json; name the folder of a Hugging Face checkpoint with --hf")
     raise FileNotFoundError(
@@ -286,7 +290,13 @@ def export_checkpoint(
     totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.shards.sizes.values())}
     if dry_run:
         return totals | {"peak_memory": peak_memory(units, jobs), "files": len(work.shards.sizes)}
-    plan = {"action": "export", "version": __version__, "dtype": dtype, "text_only": text_only, "out": str(out)}
+    plan = {
+        "action": "export",
+        "version": version("gpt-oss-vision"),
+        "dtype": dtype,
+        "text_only": text_only,
+        "out": str(out),
+    }
     sources = {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}
     with open_output(out, plan | sources, overwrite=overwrite) as journal:
         if not journal.is_complete:

@@ -5,7 +5,9 @@ what ``save_pretrained`` would write.
 """
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,13 @@ from .safetensors_writer import Tensor
 KEPT_IN = "tokenizer"
 """Folder of a Megatron checkpoint, or of one of its iterations, for `FILES`: Megatron-Bridge keeps tokenizers there."""
 
-TEXT_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TEXT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 FILES = (
     "config.json",
     *TEXT_FILES,
@@ -44,14 +52,21 @@ NOT_PACKED = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.em
 """The modules that gpt-oss's own MXFP4 checkpoints name as left alone."""
 
 
-def keep_files(source: Path, megatron: Path) -> None:
-    """Put what an export will need beside Megatron's files.
+def folder_of_files(candidates: Iterable[Path]) -> Path | None:
+    """The first of some folders that has a config."""
+    return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+
+
+def keep_files(candidates: Iterable[Path], megatron: Path) -> None:
+    """Put what an export will need beside Megatron's files, unless it is there or none of the candidates has it.
 
     Args:
-        source: a Hugging Face checkpoint, or that folder of another Megatron checkpoint.
+        candidates: Hugging Face checkpoints, or Megatron checkpoints and their iterations.
         megatron: root of a Megatron checkpoint.
     """
-    copy_files(source, megatron / KEPT_IN, FILES)
+    source = folder_of_files([place for folder in candidates for place in (folder / KEPT_IN, folder)])
+    if source is not None and not (megatron / KEPT_IN / "config.json").is_file():
+        copy_files(source, megatron / KEPT_IN, FILES)
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
@@ -134,8 +149,10 @@ def write_files(model: PreTrainedModel, source: Path, out: Path, *, packed: bool
     if packed:
         left_alone = [*NOT_PACKED, "model.vision_adapter"] if is_ours else [*NOT_PACKED]
         model.config.quantization_config = Mxfp4Config(modules_to_not_convert=left_alone).to_dict()
-    with _without_bars():
-        model.save_pretrained(out, state_dict={})  # no tensors, no file of weights
+    # It writes no file of weights, having no tensors, and would remove the shards that are in its folder.
+    with tempfile.TemporaryDirectory() as folder, _without_bars():
+        model.save_pretrained(folder, state_dict={})
+        copy_files(Path(folder), out, os.listdir(folder))
     if not is_ours and (out / "tokenizer_config.json").is_file():
         _make_stock(out / "tokenizer_config.json")
 

@@ -37,6 +37,11 @@ class Journal:
         self.results: dict[str, Any] = {}
 
     @property
+    def is_begun(self) -> bool:
+        """Whether there is something to continue."""
+        return self._file.exists()
+
+    @property
     def is_complete(self) -> bool:
         """Whether everything was written, and at most the renaming is left."""
         return COMPLETE in self.results
@@ -66,7 +71,8 @@ class Journal:
             self.output.rename(self.out)
             sync(self.out.parent)
         shutil.rmtree(self._replaced, ignore_errors=True)
-        shutil.rmtree(self.partial)
+        self._file.unlink()  # last: as long as there is anything to do, it says so
+        self.partial.rmdir()
 
     def start(self, plan: Mapping[str, Any], overwrite: bool) -> None:
         """Continue what is there, or begin anew; see `open_output` for what is refused."""
@@ -107,15 +113,13 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
         overwrite: replace `out`, and give up a partial output of another plan.
 
     Raises:
-        FileExistsError: `out` exists.
+        FileExistsError: `out` exists, or the partial output that is there was begun with another plan.
         BlockingIOError: another call is writing it.
-        ValueError: the partial output that is there was begun with another plan.
     """
     out = out.absolute()
     plan = json.loads(json.dumps(plan))
     partial = out.with_name(out.name + ".partial")
-    is_new = not partial.exists()
-    if is_new and out.exists() and not overwrite:
+    if not partial.exists() and out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; name another folder, or replace it with --overwrite")
     held = _hold(partial)
     try:
@@ -123,7 +127,7 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
         try:
             journal.start(plan, overwrite)
         except OSError:
-            if is_new:
+            if not journal.is_begun:  # also where a call had finished, and was killed before it could remove the folder
                 shutil.rmtree(partial)
             raise
         try:

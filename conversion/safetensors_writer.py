@@ -84,12 +84,16 @@ def _dealt(tensors: Iterable[Tensor], shard_bytes: int) -> Iterator[list[Tensor]
     shard: list[Tensor] = []
     held = 0
     for tensor in tensors:
-        if shard and held + tensor.nbytes > shard_bytes:
+        if tensor.nbytes > shard_bytes:
+            yield [tensor]
+            continue
+        if held + tensor.nbytes > shard_bytes:
             yield shard
             shard, held = [], 0
         shard.append(tensor)
         held += tensor.nbytes
-    yield shard
+    if shard:
+        yield shard
 
 
 def _file_names(count: int, stem: str) -> list[str]:

@@ -4,7 +4,9 @@ from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge impo
 
 # isort: split
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.config import ConfigContainer
@@ -13,6 +15,7 @@ from megatron.bridge.training.vlm_step import forward_step
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
 from ..bridge.megatron import cpu
+from ..conversion.hf_side import keep_files
 from .checkpoints import MarkedCheckpoints, resume
 from .training_log import TrainingLog
 
@@ -33,5 +36,18 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
     # writer, it is a new one that imports everything again, which takes every rank some seconds and 320 MB.
     get_write_results_queue("fork")
     resume(config.checkpoint)
+    _keep_files(config)
     with cpu.runtime():
         pretrain(config, forward_step, callbacks=[*callbacks, TrainingLog()])
+
+
+def _keep_files(config: ConfigContainer) -> None:
+    """Put config, tokenizer and processor beside the checkpoints, so that these can be exported by themselves.
+
+    They are taken from the checkpoint that training starts from, or from the folder of the dataset's processor.
+    """
+    if config.checkpoint.save is None or int(os.environ.get("RANK", "0")):
+        return
+    start, processor = config.checkpoint.pretrained_checkpoint, getattr(config.dataset, "processor_path", None)
+    folders = [folder for path in (start, processor) if path for folder in (Path(path), *Path(path).glob("iter_*"))]
+    keep_files(folders, Path(config.checkpoint.save))

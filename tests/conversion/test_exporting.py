@@ -1,0 +1,363 @@
+"""Streamed export: what AutoBridge gives, from any layout that training saves, in every precision, for every reader."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from crashes import fork, many_small_units, survives_kills
+from torch.distributed import checkpoint
+from transformers import GptOssForCausalLM
+
+import gpt_oss_vision
+from checkpoints import OBLONG, SQUARE, change, files_of, load_hf, load_megatron, save_tiny
+from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
+from gpt_oss_vision.conversion.exporting import export_checkpoint
+from gpt_oss_vision.conversion.importing import import_checkpoint
+from gpt_oss_vision.conversion.verify import verify
+from gpt_oss_vision.recipes.digits import write_digits
+from gpt_oss_vision.recipes.quickstart import Settings, training_config, write_checkpoint
+from gpt_oss_vision.recipes.quickstart import export_checkpoint as export_by_bridge
+from gpt_oss_vision.recipes.training import train
+from layouts import Layout
+from tiny import tiny_batch, tiny_vision_config
+
+KILLS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    gpt_oss_vision.register()
+
+
+def there_and_back(folder: Path, export_as: str, **fields: object) -> Path:
+    """`hf`, imported as `megatron`, exported as `back`."""
+    save_tiny(folder / "hf", **fields)
+    import_checkpoint(folder / "hf", folder / "megatron")
+    export_checkpoint(folder / "megatron", folder / "back", dtype=export_as)
+    return folder
+
+
+CHECKPOINTS = {
+    "oblong experts, fp32, CLIP": (
+        {**OBLONG, "vision_config": tiny_vision_config("clip_vision_model"), "tie_word_embeddings": False},
+        "fp32",
+    ),
+    "square experts, bf16, SigLIP": (
+        {**SQUARE, "dtype": torch.bfloat16, "vision_config": tiny_vision_config("siglip_vision_model")},
+        "bf16",
+    ),
+    "oblong experts, bf16, ViT": ({**OBLONG, "dtype": torch.bfloat16}, "bf16"),
+    "square experts, fp32, no vision": ({**SQUARE, "use_vision": False}, "fp32"),
+}
+
+
+@pytest.mark.parametrize(("fields", "export_as"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_there_and_back_every_weight_has_the_same_bytes(fields: dict, export_as: str, tmp_path: Path):
+    there_and_back(tmp_path, export_as, **fields)
+    before, after = files_of(tmp_path / "hf"), files_of(tmp_path / "back")
+    assert after.keys() == before.keys() | {"conversion.json"}
+    assert [name for name in before if before[name] != after[name] and name != "config.json"] == []
+    GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "saved")
+    assert files_of(tmp_path / "saved")["config.json"] == after["config.json"]
+
+
+@pytest.mark.parametrize("sizes", [SQUARE, OBLONG], ids=["square", "oblong"])
+def test_mxfp4_becomes_bf16_and_mxfp4_again_with_the_same_bytes(sizes: dict, tmp_path: Path):
+    there_and_back(tmp_path, "mxfp4", **sizes, dtype=torch.bfloat16, packed=True)
+    before, after = load_hf(tmp_path / "hf"), load_hf(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_mxfp4_with_other_scales_than_the_rule_gives_keeps_its_values(tmp_path: Path):
+    def use_small_values_only(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_blocks")]:
+            tensors[name] &= 0xBB  # no exponent of 2 or more, so the rule would choose smaller scales
+
+    change(save_tiny(tmp_path / "hf", **OBLONG, dtype=torch.bfloat16, packed=True), use_small_values_only)
+    import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", dtype="mxfp4")
+    before, after = load_hf(tmp_path / "hf"), load_hf(tmp_path / "back")
+    names = [name.removesuffix("_blocks") for name in before if name.endswith("_blocks")]
+    for name in names:
+        assert not torch.equal(before[name + "_scales"], after[name + "_scales"])
+        values = [dequantize(some[name + "_blocks"], some[name + "_scales"]) for some in (before, after)]
+        assert torch.equal(*values), name
+
+
+def test_bf16_becomes_the_mxfp4_of_the_rule_and_the_rest_stays(tmp_path: Path):
+    there_and_back(tmp_path, "mxfp4", **OBLONG, dtype=torch.bfloat16)
+    expected, found = load_hf(tmp_path / "hf"), load_hf(tmp_path / "back")
+    for name, weight in expected.items():
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            assert found[name + "_blocks"].shape == (*weight.mT.shape[:-1], weight.shape[1] // 32, 16)
+            blocks, scales = quantize(weight.mT.contiguous())
+            assert torch.equal(found.pop(name + "_blocks"), blocks) and torch.equal(found.pop(name + "_scales"), scales)
+        else:
+            assert torch.equal(found.pop(name), weight), name
+    assert not found
+    quantization = json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
+    assert quantization["quant_method"] == "mxfp4"
+    assert {"model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"} <= set(
+        quantization["modules_to_not_convert"]
+    )
+
+
+# --- from training -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the quickstart is trained."""
+
+    layout: Layout
+    precision: str = "fp32"
+    distributed_optimizer: bool = True
+
+
+TRAININGS = {
+    "TP2·EP2, bf16": Training(Layout(tp=2, ep=2), "bf16"),
+    "PP2": Training(Layout(pp=2)),
+    "TP2·ETP2": Training(Layout(tp=2, etp=2)),
+    "one rank, plain optimizer": Training(Layout(), distributed_optimizer=False),
+}
+
+
+def train_as(training: Training, start: Path, out: Path) -> None:
+    config = training_config(start, write_digits(start / "digits", 0), Settings(steps=1, batch_size=4))
+    training.layout.apply(config.model)
+    config.train.micro_batch_size = 2
+    config.mixed_precision = "bf16_mixed" if training.precision == "bf16" else None
+    config.ddp.use_distributed_optimizer = training.distributed_optimizer
+    config.optimizer.use_distributed_optimizer = training.distributed_optimizer
+    config.checkpoint.pretrained_checkpoint, config.checkpoint.save = str(start / "megatron"), str(out)
+    train(config)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits, and the quickstart's checkpoint as `hf_start` and `megatron`."""
+    folder = tmp_path_factory.mktemp("start")
+    write_digits(folder / "digits", 0)
+    write_checkpoint(folder / "hf_start", Settings())
+    import_checkpoint(folder / "hf_start", folder / "megatron")
+    return folder
+
+
+@pytest.mark.parametrize("training", TRAININGS.values(), ids=TRAININGS)
+def test_what_training_saved_at_a_layout_is_exported_as_by_autobridge(training: Training, start: Path, tmp_path: Path):
+    saved = tmp_path / "megatron"
+    cpu.run_ranks(training.layout.world_size, train_as, training, start, saved)
+    export_checkpoint(saved, tmp_path / "ours", dtype=training.precision)
+    cpu.run_ranks(1, export_by_bridge, start / "hf_start", saved, tmp_path / "theirs")
+    ours, theirs, before = (load_hf(folder) for folder in (tmp_path / "ours", tmp_path / "theirs", start / "hf_start"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
+    assert any(not torch.equal(tensor.float(), before[name]) for name, tensor in ours.items())  # training did something
+    assert verify(tmp_path / "ours", saved)["agrees"]
+
+
+# --- for readers without this package ----------------------------------------------------------------------------
+
+READ = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.modules["gpt_oss_vision"] = None  # importing it fails
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, trusted, tokens, logits = sys.argv[1:]
+options = {"trust_remote_code": True} if trusted == "trusted" else {}
+assert AutoTokenizer.from_pretrained(folder, **options)("some text").input_ids
+model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+assert not any(report.values()), report
+model.config.dtype = None
+with torch.no_grad():
+    torch.save(model.eval().float()(torch.load(tokens, weights_only=True)).logits, logits)
+"""
+
+
+def logits_elsewhere(folder: Path, tokens: torch.Tensor, tmp_path: Path, *, trusted: bool) -> torch.Tensor:
+    """What a fresh process makes of a checkpoint, in fp32."""
+    torch.save(tokens, tmp_path / "tokens.pt")
+    words = [str(folder), "trusted" if trusted else "", str(tmp_path / "tokens.pt"), str(tmp_path / "logits.pt")]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", READ, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(tmp_path / "logits.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("text_only", [False, True], ids=["with vision", "text only"])
+def test_transformers_alone_reads_mxfp4_as_the_quantised_model(text_only: bool, tmp_path: Path):
+    hf = save_tiny(tmp_path / "hf", **OBLONG, dtype=torch.bfloat16, use_nope=False)
+    import_checkpoint(hf, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "out", dtype="mxfp4", text_only=text_only)
+    reference = GPTOSSVisionForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    tokens = tiny_batch(reference.config, images_per_row=(0, 0))["input_ids"]
+    with torch.no_grad():
+        unquantised = reference(tokens).logits
+        for name, weight in reference.named_parameters():
+            if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+                weight.copy_(dequantize(*quantize(weight.mT.contiguous())).mT)
+        expected = reference(tokens).logits
+    found = logits_elsewhere(tmp_path / "out", tokens, tmp_path, trusted=not text_only)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (found - unquantised).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_text_only_is_a_stock_gpt_oss_with_every_key_in_place(tmp_path: Path):
+    there_and_back(tmp_path, "fp32", use_nope=False)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "text", dtype="fp32", text_only=True)
+    stock, report = GptOssForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
+    assert not any(report.values())
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    assert config["model_type"] == "gpt_oss" and config["architectures"] == ["GptOssForCausalLM"]
+    assert not any("vision" in name or "image" in name or name == "auto_map" for name in config)
+    whole = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = tiny_batch(whole.config, images_per_row=(0,))["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(stock.eval()(tokens).logits, whole.eval()(tokens).logits)
+
+
+def test_text_only_of_what_gpt_oss_cannot_express_is_refused(tmp_path: Path):
+    import_checkpoint(save_tiny(tmp_path / "hf", use_nope=True, nope_stride=2), tmp_path / "megatron")
+    with pytest.raises(ValueError, match="Layers 1, 3 have no rotation"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "text", text_only=True)
+    assert not list(tmp_path.glob("text*"))
+
+
+# --- its manners -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imported checkpoint in bf16, with `hf` beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    import_checkpoint(save_tiny(folder / "hf", **OBLONG, dtype=torch.bfloat16), folder / "megatron")
+    return folder / "megatron"
+
+
+def test_large_files_are_sharded_as_save_pretrained_shards(megatron: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("gpt_oss_vision.conversion.exporting.SHARD_BYTES", 100_000)
+    export_checkpoint(megatron, tmp_path / "ours")
+    GPTOSSVisionForCausalLM.from_pretrained(megatron.parent / "hf").save_pretrained(
+        tmp_path / "theirs", max_shard_size=100_000
+    )
+    ours, theirs = files_of(tmp_path / "ours"), files_of(tmp_path / "theirs")
+    shards = [name for name in theirs if "safetensors" in name]
+    assert len(shards) > 3
+    assert [name for name in shards if ours.get(name) != theirs[name]] == []
+
+
+def test_a_parameter_larger_than_a_step_is_written_in_steps(megatron: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("gpt_oss_vision.conversion.exporting.STEP", 1000)
+    export_checkpoint(megatron, tmp_path / "out", dtype="fp32")
+    found = load_hf(tmp_path / "out")
+    for name, tensor in load_hf(megatron.parent / "hf").items():
+        assert torch.equal(found[name], tensor.float()), name
+
+
+def test_import_export_and_verify_give_a_parameter_the_same_hash(megatron: Path, tmp_path: Path):
+    export_checkpoint(megatron, tmp_path / "out", dtype="mxfp4")
+    imported, exported = (
+        json.loads((folder / "conversion.json").read_text())["tensors"] for folder in (megatron, tmp_path / "out")
+    )
+    verified = verify(tmp_path / "out", megatron)["tensors"]
+    assert imported.keys() == exported.keys() == verified.keys()
+    for name, entry in imported.items():
+        assert entry["xxh3_128"] == exported[name]["xxh3_128"] == verified[name]["xxh3_128"]
+
+
+def test_a_dry_run_writes_nothing_and_says_how_much(megatron: Path, tmp_path: Path):
+    plan = export_checkpoint(megatron, tmp_path / "out", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    export_checkpoint(megatron, tmp_path / "out")
+    assert plan["bytes_written"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert 0 < plan["peak_memory"] < 2**25
+
+
+def changed(megatron: Path, folder: Path, edit) -> Path:
+    """A copy of a checkpoint with other tensors, written by torch."""
+    tensors = load_megatron(megatron)
+    edit(tensors)
+    checkpoint.save(tensors, checkpoint_id=folder, no_dist=True)
+    shutil.copytree(megatron / "iter_0000000" / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+def test_tensors_that_do_not_fit_are_listed_and_nothing_is_left(megatron: Path, tmp_path: Path):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["decoder.layers.novelty.weight"] = torch.ones(2)
+        del tensors["vision_adapter.proj.bias"]
+        tensors["output_layer.weight"] = tensors["output_layer.weight"][:-1].clone()
+
+    broken = changed(megatron, tmp_path / "broken", spoil)
+    with pytest.raises(ValueError, match="does not match its config") as failure:
+        export_checkpoint(broken, tmp_path / "out")
+    assert "missing in the checkpoint: vision_adapter.proj.bias" in str(failure.value)
+    assert "nothing reads: decoder.layers.novelty.weight" in str(failure.value)
+    assert re.search(r"another shape: output_layer.weight is \[\d+, 64\], not \[\d+, 64\]", str(failure.value))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_nan_is_reported_in_bf16_and_refused_in_mxfp4(megatron: Path, tmp_path: Path):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["decoder.layers.mlp.experts.experts.linear_fc1.weight"][1, 2, 3, 4] = torch.nan
+
+    broken = changed(megatron, tmp_path / "broken", spoil)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.linear_fc1\.weight2: .* NaN.* --dtype bf16"):
+        export_checkpoint(broken, tmp_path / "packed", dtype="mxfp4")
+    assert not list(tmp_path.glob("packed*"))
+    report = export_checkpoint(broken, tmp_path / "out")
+    assert (
+        report["not_finite"] == 1 and report["tensors"]["decoder.layers.1.mlp.experts.linear_fc1.weight2"]["nan"] == 1
+    )
+
+
+def test_a_checkpoint_that_keeps_no_config_asks_for_one(megatron: Path, tmp_path: Path):
+    bare = shutil.copytree(megatron, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer"))
+    with pytest.raises(FileNotFoundError, match="name the Hugging Face checkpoint it came from with --hf"):
+        export_checkpoint(bare, tmp_path / "out")
+    export_checkpoint(bare, tmp_path / "out", hf=megatron.parent / "hf")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_an_output_that_exists_is_replaced_only_when_asked(megatron: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    export_checkpoint(megatron, out)
+    (out / "mine").touch()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        export_checkpoint(megatron, out)
+    assert (out / "mine").exists()
+    export_checkpoint(megatron, out, overwrite=True)
+    assert not (out / "mine").exists() and (out / "model.safetensors").exists()
+
+
+def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(megatron: Path, tmp_path: Path, monkeypatch):
+    many_small_units(monkeypatch)
+    out = tmp_path / "out"
+    work = partial(export_checkpoint, megatron, out, dtype="mxfp4")
+    continued, completed = survives_kills(work, out, KILLS, seed=time.time_ns() % 10**6)
+    assert continued >= KILLS // 4
+    assert completed >= 1
+
+
+def test_two_at_once_do_not_harm_each_other(megatron: Path, tmp_path: Path):
+    export_checkpoint(megatron, tmp_path / "alone")
+    out = tmp_path / "out"
+    codes = [os.waitpid(child, 0)[1] for child in [fork(partial(export_checkpoint, megatron, out)) for _ in range(3)]]
+    assert 0 in codes
+    assert files_of(out) == files_of(tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
