@@ -72,7 +72,7 @@ def image_operations(provider) -> Operations:
     vision = provider.vision_config
     width, layers, channels = vision["hidden_size"], vision["num_hidden_layers"], vision["num_channels"]
     tokens = provider.num_image_tokens - provider.vision_pool_token
-    patches = (vision["image_size"] // vision["patch_size"]) ** 2
+    patches = tokens - (vision["model_type"] != "siglip_vision_model")  # the others put a CLS token in front
     blocks = tokens * layers * (4 * width**2 + 2 * width * vision["intermediate_size"])
     ends = patches * width * channels * vision["patch_size"] ** 2
     ends += provider.num_image_tokens * width * provider.hidden_size

@@ -13,7 +13,13 @@ from gpt_oss_vision.bridge.megatron import cpu
 from gpt_oss_vision.bridge.megatron.cost import image_operations, text_operations
 from gpt_oss_vision.bridge.megatron.groups import GROUPS, LearningRateFactors, group_of
 from gpt_oss_vision.recipes.digits import write_digits
-from gpt_oss_vision.recipes.quickstart import Callback, CallbackContext, Settings, training_config
+from gpt_oss_vision.recipes.quickstart import (
+    Callback,
+    CallbackContext,
+    ConfigContainer,
+    Settings,
+    training_config,
+)
 from gpt_oss_vision.recipes.training import train
 
 
@@ -144,3 +150,13 @@ def test_tensorboard_tells_which_experts_see_which_modality(sizes: dict, out: Pa
         assert 0 <= logged.Scalars(f"router/overlap/layer_{layer}")[-1].value <= 1
         assert {f"router/{modality}_entropy/layer_{layer}" for modality in ("text", "visual")} <= set(scalars)
     assert set(logged.Tags()["images"]) == {"router/text", "router/visual"}
+
+
+def test_factors_and_frozen_groups_survive_the_configuration_file(out: Path):
+    config = training_config(out, write_digits(out / "digits", 0), Settings())
+    config.optimizer_config_override_provider = LearningRateFactors(vision_model=0.1)
+    config.model.freeze_vision_bias = True
+    config.to_yaml(str(out / "run_config.yaml"))
+    again = ConfigContainer.from_yaml(str(out / "run_config.yaml"))
+    assert again.optimizer_config_override_provider == LearningRateFactors(vision_model=0.1)
+    assert again.model.frozen_groups == ["vision_bias"]
