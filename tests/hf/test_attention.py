@@ -9,11 +9,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gpt_oss_vision.bridge import attention
 from gpt_oss_vision.bridge.attention import register_attention
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.ops import attention as kernels
 from tiny import tiny_batch, tiny_config, tiny_model, tiny_vision_config
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
 register_attention()
+
+
+@pytest.fixture(autouse=True)
+def always_fused(monkeypatch):
+    """However short the sequence."""
+    monkeypatch.setattr(kernels, "_SHORT", 0)
 
 
 def both(tmp_path, config=None) -> tuple[GPTOSSVisionForCausalLM, GPTOSSVisionForCausalLM]:

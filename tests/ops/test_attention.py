@@ -11,6 +11,12 @@ SINKS = [-5.0, 0.0, 3.0, 20.0]
 NAMES = ["query", "key", "value", "sinks"]
 
 
+@pytest.fixture(autouse=True)
+def always_fused(monkeypatch):
+    """However short the sequence; the loops that it is compared with are slow."""
+    monkeypatch.setattr(attention, "_SHORT", 0)
+
+
 def attention_by_hand(query, key, value, sinks, scale, window=None, mask=None):
     """One query at a time: ``exp(s_ij) / (exp(sink) + sum_j exp(s_ij))`` over the keys that it may see."""
     rows = []
@@ -169,6 +175,14 @@ def test_a_query_rotated_in_fp32_meets_a_value_in_bf16_under_autocast():
     tensors = [tensor.bfloat16() for tensor in inputs(9)]
     mixed = [tensors[0].float(), tensors[1].float(), *tensors[2:]]
     assert torch.equal(fused_sink_attention(*mixed, scale=0.3), fused_sink_attention(*tensors, scale=0.3))
+
+
+@pytest.mark.parametrize(("length", "is_fused"), [(64, False), (65, True)])
+def test_few_keys_go_by_the_formula(monkeypatch, length: int, is_fused: bool):
+    monkeypatch.undo()
+    output = fused_sink_attention(*inputs(length), scale=0.3)
+    assert ("_BlockwiseAttention" in str(output.grad_fn.next_functions)) == is_fused
+    torch.testing.assert_close(output, sink_attention(*inputs(length), scale=0.3))
 
 
 def test_a_second_derivative_is_an_error():
