@@ -139,6 +139,21 @@ def convert_verify(hf: Path, megatron: Path, logits: bool, report: Path, jobs: i
     return 0
 
 
+def convert_assemble(text: Path, vision: Path, out: Path, seed: int, jobs: int, overwrite: bool, dry_run: bool) -> int:
+    """A gpt-oss and a vision tower to a first GPT-OSS-Vision checkpoint, streamed.
+
+    Text weights stay as they are, packed ones too. The tower is a ViT, CLIP or SigLIP. Projector, norm, pool token and
+    vision biases are new, and still to be trained.
+    """
+    from rich.console import Console
+
+    from .conversion.assemble import assemble
+
+    console = Console(stderr=True)
+    report = assemble(text, vision, out, seed=seed, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
+    return _tell(out, report, dry_run)
+
+
 def _tell(out: Path, report: dict, dry_run: bool) -> int:
     """One line about a conversion that is done, or that a dry run has planned."""
     moved = f"{report['bytes_read'] / 1e9:.2f} GB read, {report['bytes_written'] / 1e9:.2f} GB written"
@@ -214,6 +229,11 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     add("--logits", action="store_true", help="compare logits too: each model has to fit in memory, in fp32")
     add("--report", type=Path, default="verify.json", metavar="FILE", help="file to write (%(default)s)")
     add("--jobs", type=_at_least(1), default=4, metavar="N", help="threads (%(default)s)")
+    add = _command(actions, convert_assemble, "assemble").add_argument
+    add("--text", type=Path, required=True, metavar="DIR", help="folder of a gpt-oss checkpoint, bf16 or MXFP4")
+    add("--vision", type=Path, required=True, metavar="DIR", help="folder of a ViT, CLIP or SigLIP checkpoint")
+    add("--seed", type=_at_least(0), default=0, metavar="N", help="of the new weights (%(default)s)")
+    _add_output(add)
 
 
 def _add_output(add: Callable[..., object]) -> None:

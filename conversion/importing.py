@@ -18,7 +18,7 @@ from .layouts import KEPT_WHOLE, Parameter, to_megatron, unpack
 from .megatron_files import ITERATION, Describing
 from .progress import Progress
 from .source import Source, open_source, room_for
-from .stream import BLOCK, STEP, Unit, Worker, peak_memory, stream
+from .stream import BLOCK, STEP, Unit, Worker, constant, peak_memory, stream
 from .torch_dist_writer import Group, Piece, TorchDistPlan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -59,7 +59,7 @@ def import_checkpoint(
     """
     hf, out, console = Path(hf).absolute(), Path(out).absolute(), console or Console(quiet=True)
     source = open_source(hf)
-    number_type = DTYPES[dtype] if dtype else source.config.dtype or torch.bfloat16
+    number_type = DTYPES[dtype] if dtype else source.dtype
     work = Import(source, TorchDistPlan(source.parameters, number_type))
     units = work.units()
     totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.layout.sizes.values())}
@@ -115,17 +115,8 @@ class Import:
     def units(self) -> list[Unit]:
         """The work, the largest tensors first, so that none is left alone at the end."""
         groups = sorted(self.layout.groups, key=lambda group: group.start - group.end)
-        return [self._objects(), *(self._unit(group) for group in groups)]
-
-    def _objects(self) -> Unit:
-        """What is no tensor, at the beginning of the first file."""
-        data, file = self.layout.objects, f"{ITERATION}/{TorchDistPlan.OBJECTS_FILE}"
-
-        def run(worker: Worker) -> None:
-            _put(worker.room(0, len(data)), 0, data)
-            worker.write(file, 0, len(data))
-
-        return Unit("objects", (file,), run, 0, len(data), 0, len(data))
+        objects = constant(f"{ITERATION}/{TorchDistPlan.OBJECTS_FILE}", self.layout.objects)
+        return [objects, *map(self._unit, groups)]
 
     def _unit(self, group: Group) -> Unit:
         reads = [self.source.nbytes(parameter) for parameter in group.parameters]

@@ -12,6 +12,7 @@ import signal
 import warnings
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -102,19 +103,16 @@ def write_files(source: Source, dtype: torch.dtype, output: Path, out: Path) -> 
     source.config.dtype = dtype
     provider = provider_from_config(source.config, perform_initialization=False, hf_model_id=str(source.folder))
     provider.finalize()
+    unused: dict[str, Any] = dict.fromkeys(("train", "ddp", "scheduler", "dataset", "dist"))
     config = ConfigContainer(
+        **unused,
         model=provider,
-        train=None,
-        optimizer=OptimizerConfig(use_distributed_optimizer=False),
-        ddp=None,
-        scheduler=None,
-        dataset=None,
+        optimizer=cast(Any, OptimizerConfig(use_distributed_optimizer=False)),
         logger=LoggerConfig(),
         tokenizer=TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(source.folder)),
         checkpoint=CheckpointConfig(
             async_save=False, save=str(out), save_optim=False, save_rng=False, dist_ckpt_optim_fully_reshardable=True
         ),
-        dist=None,
     )
     folder = output / ITERATION
     folder.mkdir(exist_ok=True)

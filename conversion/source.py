@@ -39,6 +39,12 @@ class Source:
     tensors: dict[str, Stored]
     missing: frozenset[str]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are not packed, as the config has it."""
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
     @cached_property
     def parameters(self) -> list[Parameter]:
         """Of the Megatron model."""
@@ -114,22 +120,22 @@ def shapes_of(config: "GPTOSSVisionConfig") -> dict[str, tuple[int, ...]]:
 
 def _check(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
     """Whether every tensor of the model is stored in its shape, and nothing else."""
-    problems: dict[str, list[str]] = {"missing": [], "wrong": []}
-    used = set()
+    missing, wrong, used = [], [], set()
     for name, shape in shapes.items():
-        stored = source.stored(name)
-        used |= {tensor.name for tensor in stored}
-        wanted = {name: shape} if len(stored) == 1 else _packed_shapes(name, shape)
-        if not stored and name not in source.missing:
-            problems["missing"].append(name)
-        problems["wrong"] += [
-            f"{tensor.name} is {_spelled(tensor)}, not {list(wanted[tensor.name])}"
-            for tensor in stored
-            if wanted.get(tensor.name) != tensor.shape or (len(stored) == 1) != (tensor.dtype in FLOATS)
+        is_packed = name not in source.tensors and bool(source.stored(name)) and len(shape) == 3
+        wanted = _packed_shapes(name, shape) if is_packed else {name: tuple(shape)}
+        types = (torch.uint8,) if is_packed else FLOATS
+        found = {part: source.tensors[part] for part in wanted if part in source.tensors}
+        missing += [part for part in wanted if part not in found and name not in source.missing]
+        wrong += [
+            f"{part} is {_spelled(tensor)}, not {list(wanted[part])} {' or '.join(map(_type, types))}"
+            for part, tensor in found.items()
+            if tensor.shape != wanted[part] or tensor.dtype not in types
         ]
+        used |= found.keys()
     titles = {
-        "tensors missing in the checkpoint": problems["missing"],
-        "tensors of another shape or type": problems["wrong"],
+        "tensors missing in the checkpoint": missing,
+        "tensors of another shape or type": wrong,
         "tensors of the checkpoint that nothing reads": sorted(source.tensors.keys() - used),
     }
     said = [f"{title}: {listed(names)}" for title, names in titles.items() if names]
@@ -139,12 +145,14 @@ def _check(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
 
 def _packed_shapes(name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Of blocks and scales: output rows first, 32 numbers in 16 bytes."""
-    if len(shape) != 3:
-        return {}
     experts, inside, outside = shape
     blocks, scales = (name + part for part in MXFP4_PARTS)
     return {blocks: (experts, outside, inside // 32, 16), scales: (experts, outside, inside // 32)}
 
 
 def _spelled(tensor: Stored) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{list(tensor.shape)} {_type(tensor.dtype)}"
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

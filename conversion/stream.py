@@ -182,6 +182,16 @@ class Unit:
     nbytes: int
 
 
+def constant(file: str, data: bytes) -> Unit:
+    """A unit that begins a file with given bytes."""
+
+    def run(worker: Worker) -> None:
+        worker.room(0, len(data)).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        worker.write(file, 0, len(data))
+
+    return Unit(f"the beginning of {file}", (file,), run, 0, len(data), 0, len(data))
+
+
 def peak_memory(units: Iterable[Unit], jobs: int) -> int:
     """Bytes of buffers that a run will hold: what it needs beyond the interpreter and its libraries."""
     units = list(units)

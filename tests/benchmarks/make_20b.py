@@ -22,7 +22,7 @@ from gpt_oss_vision.conversion.layouts import MXFP4_PARTS
 from gpt_oss_vision.conversion.progress import Progress
 from gpt_oss_vision.conversion.safetensors_writer import ShardPlan, Tensor, plan_shards
 from gpt_oss_vision.conversion.source import shapes_of
-from gpt_oss_vision.conversion.stream import STEP, Unit, Worker, stream
+from gpt_oss_vision.conversion.stream import STEP, Unit, Worker, constant, stream
 
 
 def config_20b(layers: int = 24, experts: int = 32) -> GPTOSSVisionConfig:
@@ -80,21 +80,11 @@ def unit_of(tensor: Tensor, plan: ShardPlan) -> Unit:
     return Unit(tensor.name, (place.file,), run, 0, STEP, 0, tensor.nbytes)
 
 
-def header_of(file: str, header: bytes) -> Unit:
-    """Writing the beginning of a file."""
-
-    def run(worker: Worker) -> None:
-        worker.room(0, len(header)).numpy()[:] = np.frombuffer(header, dtype=np.uint8)
-        worker.write(file, 0, len(header))
-
-    return Unit(file, (file,), run, 0, len(header), 0, len(header))
-
-
 def make(folder: Path, config: GPTOSSVisionConfig, **options: Any) -> int:
     """Write a checkpoint of a config; the bytes of its weights."""
     tensors = tensors_of(config)
     plan = plan_shards(tensors)
-    units = [header_of(*item) for item in plan.headers.items()] + [unit_of(tensor, plan) for tensor in tensors]
+    units = [constant(*item) for item in plan.headers.items()] + [unit_of(tensor, plan) for tensor in tensors]
     total = sum(plan.sizes.values())
     with open_output(folder, {"config": config.to_dict() | {"dtype": "bfloat16"}}, **options) as journal:
         check_space(journal, total)

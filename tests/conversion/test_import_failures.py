@@ -1,15 +1,25 @@
 """What goes wrong with an import: it is told in a sentence, harms nothing and can be continued."""
 
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from crashes import many_small_units, survives_kills
+from crashes import fork, many_small_units, survives_kills
+from rich.console import Console
 
 import gpt_oss_vision
-from checkpoints import OBLONG, save_tiny
+from checkpoints import OBLONG, change, files_of, save_tiny
 from gpt_oss_vision.conversion.importing import import_checkpoint
+from gpt_oss_vision.conversion.progress import Progress
+from gpt_oss_vision.conversion.stream import File
 
 KILLS = 60
 
@@ -33,3 +43,169 @@ def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(
     continued, completed = survives_kills(lambda: import_checkpoint(hf, out), out, KILLS, seed)
     assert continued >= KILLS // 4
     assert completed >= 1
+
+
+BROKEN = {
+    "a file that is cut off": (lambda hf: os.truncate(hf / "model.safetensors", 10_000), "cut off or damaged"),
+    "a length that was hit": (lambda hf: flip(hf / "model.safetensors", 3), "cut off or damaged"),
+    "a header that was hit": (lambda hf: flip(hf / "model.safetensors", 9), "cut off or damaged"),
+    "a name that was hit": (
+        lambda hf: flip(hf / "model.safetensors", (hf / "model.safetensors").read_bytes().index(b"sinks")),
+        r"missing in the checkpoint: model\.layers\.\d\.self_attn\.sinks; .* nothing reads: model\.layers",
+    ),
+    "an index that names a missing shard": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
+        "lacks gone.safetensors",
+    ),
+    "an index that names a missing tensor": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}'),
+        "disagree about a",
+    ),
+    "a tensor of the wrong shape": (
+        lambda hf: change(hf, lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)})),
+        r"model\.norm\.weight is \[63\] float32, not \[64\]",
+    ),
+    "a tensor of the wrong type": (
+        lambda hf: change(hf, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int64)})),
+        r"model\.norm\.weight is \[64\] int64, not \[64\] bfloat16 or float16 or float32",
+    ),
+    "blocks without scales": (
+        lambda hf: change(hf, lambda tensors: tensors.pop("model.layers.0.mlp.experts.down_proj_scales")),
+        r"missing in the checkpoint: model\.layers\.0\.mlp\.experts\.down_proj_scales",
+    ),
+    "a foreign architecture": (
+        lambda hf: (hf / "config.json").write_text('{"model_type": "gpt2"}'),
+        "is a checkpoint of 'gpt2', not of 'gpt_oss_vision' or 'gpt_oss'",
+    ),
+    "a config that is no JSON": (lambda hf: (hf / "config.json").write_text("{"), "is not JSON"),
+    "no config": (lambda hf: (hf / "config.json").unlink(), r"holds no config\.json"),
+    "no weights": (lambda hf: (hf / "model.safetensors").unlink(), r"lacks model\.safetensors"),
+    "a rotation that Megatron lacks": (
+        lambda hf: edit_config(hf, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        "Megatron-Core has no rotary embedding like",
+    ),
+}
+
+
+def flip(file: Path, byte: int) -> None:
+    """Flip a bit."""
+    data = bytearray(file.read_bytes())
+    data[byte] ^= 0x04
+    file.write_bytes(data)
+
+
+def edit_config(hf: Path, **fields: object) -> None:
+    """Change fields of a config."""
+    file = hf / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), BROKEN.values(), ids=BROKEN)
+def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, hf: Path, tmp_path: Path):
+    shutil.copytree(hf, tmp_path / "hf")
+    spoil(tmp_path / "hf")
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence) as failure:
+        import_checkpoint(tmp_path / "hf", tmp_path / "out")
+    assert "\n" not in str(failure.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_start(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small = os.statvfs_result((4096, 4096, 9, 9, 9, 0, 0, 0, 0, 255))
+    monkeypatch.setattr("gpt_oss_vision.conversion.journal.os.statvfs", lambda path: small)
+    with pytest.raises(OSError, match=r"needs \d\.\d\d GB more and its disk has 0\.00 GB free"):
+        import_checkpoint(hf, tmp_path / "out")
+    monkeypatch.undo()
+    import_checkpoint(hf, tmp_path / "out")
+
+
+def test_a_file_system_that_runs_full_is_told_and_continued_when_there_is_room(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The kernel refuses to let files grow beyond a limit, half-way through the output."""
+    many_small_units(monkeypatch)
+    out = tmp_path / "out"
+    import_checkpoint(hf, out)
+    expected = files_of(out)
+    shutil.rmtree(out)
+    sizes = sorted(len(data) for name, data in expected.items() if name.endswith(".distcp"))
+
+    def import_with_little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] - 1, sizes[-1] - 1))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with pytest.raises(OSError, match="File too large") as failure:
+            import_checkpoint(hf, out)
+        assert failure.value.errno == errno.EFBIG
+
+    assert os.waitstatus_to_exitcode(os.waitpid(fork(import_with_little_room), 0)[1]) == 0
+    assert not out.exists()
+    import_checkpoint(hf, out)
+    assert files_of(out) == expected
+
+
+def test_a_write_that_fails_half_way_is_continued_from_what_is_on_the_disk(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    many_small_units(monkeypatch)
+    out = tmp_path / "out"
+    import_checkpoint(hf, out)
+    expected = files_of(out)
+    shutil.rmtree(out)
+    original, left = File.write, iter(range(40))
+
+    def write(*args: object) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(*args)
+
+    monkeypatch.setattr(File, "write", write)
+    with pytest.raises(OSError, match="No space left"):
+        import_checkpoint(hf, out)
+    monkeypatch.setattr(File, "write", original)
+    journal = (tmp_path / "out.partial" / "journal").read_bytes()
+    assert journal.count(b"\n") > 20
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        import_checkpoint(hf, out, console=Console(file=file, width=200))
+    assert "were done before" in log.read_text()
+    assert files_of(out) == expected
+
+
+def test_two_at_once_do_not_harm_each_other(hf: Path, tmp_path: Path):
+    """The second is refused while the first runs; the first goes on to the right bytes."""
+    out = tmp_path / "out"
+    import_checkpoint(hf, out)
+    expected = files_of(out)
+    shutil.rmtree(out)
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Waiting(Progress):
+        def advance(self, nbytes: int) -> None:
+            begun.set()
+            go_on.wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt_oss_vision.conversion.importing.Progress", Waiting)
+        first = threading.Thread(target=import_checkpoint, args=(hf, out))
+        first.start()
+        begun.wait()
+        for overwrite in (False, True):
+            with pytest.raises(BlockingIOError, match="is being written by another process"):
+                import_checkpoint(hf, out, overwrite=overwrite)
+        go_on.set()
+        first.join()
+    assert files_of(out) == expected
+
+
+def test_a_source_that_changed_is_not_continued(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(hf, tmp_path / "hf")
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr(
+        "gpt_oss_vision.conversion.importing.check_space", lambda *_: (_ for _ in ()).throw(OSError("full"))
+    )
+    with pytest.raises(OSError, match="full"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "out")
+    monkeypatch.undo()
+    os.utime(tmp_path / "hf" / "model.safetensors", (1, 1))
+    with pytest.raises(FileExistsError, match="begun with another source"):
+        import_checkpoint(tmp_path / "hf", tmp_path / "out")

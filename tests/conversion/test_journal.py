@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from crashes import fork
 
 from gpt_oss_vision.conversion.journal import check_space, open_output
 
@@ -84,9 +85,9 @@ def test_overwriting_replaces_only_when_the_new_one_is_complete(tmp_path: Path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("renames", range(4))
+@pytest.mark.parametrize("survived", range(5))
 def test_a_death_between_any_two_steps_of_finishing_is_continued(
-    renames: int, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    survived: int, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Finishing renames and removes; the process dies before each of these in turn, and is called again as before."""
     out = tmp_path / "out"
@@ -95,25 +96,28 @@ def test_a_death_between_any_two_steps_of_finishing_is_continued(
     steps = iter(range(100))
 
     def dying(name: str):
-        original = getattr(Path, name) if name == "rename" else __import__("shutil").rmtree
+        original = getattr(Path, name)
 
-        def step(*args: object, **kwargs: object) -> object:
-            if next(steps) == renames:
+        def step(*args: object) -> object:
+            if next(steps) == survived:
                 os._exit(9)
-            return original(*args, **kwargs)
+            return original(*args)
 
         return step
 
-    child = os.fork()
-    if not child:
-        monkeypatch.setattr(Path, "rename", dying("rename"))
-        monkeypatch.setattr("gpt_oss_vision.conversion.journal.shutil.rmtree", dying("rmtree"))
+    def write_and_die() -> None:
+        for name in ("rename", "unlink", "rmdir"):
+            monkeypatch.setattr(Path, name, dying(name))
         write(out, overwrite=overwrite)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) in (0, 9)
-    if os.waitstatus_to_exitcode(status) == 9:
+
+    code = os.waitstatus_to_exitcode(os.waitpid(fork(write_and_die), 0)[1])
+    assert code == (9 if survived < (4 if overwrite else 3) else 0)
+    journal = tmp_path / "out.partial" / "journal"
+    if code and (journal.exists() or overwrite):
         write(out, overwrite=overwrite)
+    elif code:  # nothing was left to do but to remove an empty folder
+        with pytest.raises(FileExistsError):
+            write(out)
     assert (out / "one").read_text() == "test"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -1,0 +1,242 @@
+"""gpt-oss and a vision tower → a first GPT-OSS-Vision checkpoint, in Hugging Face format, streamed.
+
+Text weights are kept as they are, packed ones too. Tower weights are found under the names that transformers itself
+would rename on loading. What neither has, norm, projector, pool token and vision biases, is initialised as in a new
+model.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from ..bridge.hf.configuration_gpt_oss_vision import VISION_CONFIGS, GPTOSSVisionConfig
+from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+from . import report as reports
+from .checkpoint import read_json
+from .hf_side import skeleton, write_files
+from .journal import check_space, fingerprint, open_output
+from .layouts import MXFP4_PARTS
+from .progress import Progress
+from .safetensors_reader import Stored, listed, read_index
+from .safetensors_writer import ShardPlan, Tensor, plan_shards
+from .source import TEXT_MODEL_TYPE, open_source, room_for
+from .stream import BLOCK, STEP, Unit, Worker, constant, peak_memory, stream
+
+ADAPTER, TOWER = "model.vision_adapter.", "model.vision_adapter.vit."
+
+
+def assemble(
+    text: str | Path,
+    vision: str | Path,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    jobs: int = 4,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Write a first checkpoint.
+
+    Args:
+        text: folder of a gpt-oss checkpoint, bf16 or MXFP4.
+        vision: folder of a ViT, CLIP or SigLIP checkpoint; of a whole CLIP or SigLIP only the tower is taken.
+        out: the folder to make. A call that was interrupted is continued by the same call.
+        seed: of the new weights.
+        jobs: threads.
+        overwrite: replace `out`.
+        dry_run: only say what would be done.
+        console: where progress goes; None is nowhere.
+        **fields: of `GPTOSSVisionConfig`, for what is added, for example ``use_nope`` or ``image_token_id``.
+
+    Returns:
+        The report that lies in `out` too: with ``added``, the new weights, and ``left_out``, what the tower's
+        checkpoint has and the model does not take. For a dry run its totals and ``peak_memory``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        FileExistsError: `out` exists, or holds another conversion's beginning.
+        ValueError: a checkpoint is of another architecture, damaged or incomplete.
+        OSError: the disk is too small, or fails.
+    """
+    text, vision, out = (Path(path).absolute() for path in (text, vision, out))
+    console = console or Console(quiet=True)
+    work = plan_assembly(text, vision, seed, fields)
+    units = work.units()
+    totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.shards.sizes.values())}
+    if dry_run:
+        return totals | {"peak_memory": peak_memory(units, jobs), "files": len(work.shards.sizes)}
+    sources = {"text": fingerprint(text), "vision": fingerprint(vision)}
+    plan = {"action": "assemble", "version": version("gpt-oss-vision"), "seed": seed, "fields": fields, **sources}
+    with open_output(out, plan, overwrite=overwrite) as journal:
+        if not journal.is_complete:
+            check_space(journal, totals["bytes_written"])
+            with Progress("Assembling", sum(unit.nbytes for unit in units), console) as progress:
+                results = stream(units, journal, work.shards.sizes, jobs=jobs, progress=progress)
+            entries = {tensor.name: results[tensor.name] for tensor in work.tensors}
+            said = {
+                "text": str(text),
+                "vision": str(vision),
+                "seed": seed,
+                "added": [*work.new],
+                "left_out": work.left_out,
+            }
+            report = reports.build("assemble", entries, **said, **totals)
+            work.write_files(text, journal.output)
+            reports.write(report, journal.output)
+        journal.finish()
+    return reports.read(out)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """One assembly, planned.
+
+    Attributes:
+        config: of the new model.
+        dtype: of its weights that are not packed.
+        tensors: what is written, in the model's order.
+        copied: where a tensor comes from, by its new name.
+        new: what makes the numbers of the others.
+        left_out: tensors of the tower's checkpoint that are not taken.
+        shards: where everything will lie.
+    """
+
+    config: GPTOSSVisionConfig
+    dtype: torch.dtype
+    tensors: list[Tensor]
+    copied: dict[str, Stored]
+    new: dict[str, Callable[[], torch.Tensor]]
+    left_out: list[str]
+    shards: ShardPlan
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the tensors that are taken."""
+        return sum(stored.nbytes for stored in self.copied.values())
+
+    def units(self) -> list[Unit]:
+        """The work, the largest tensors first."""
+        ordered = sorted(self.tensors, key=lambda tensor: -tensor.nbytes)
+        return [*(constant(*each) for each in self.shards.headers.items()), *map(self._unit, ordered)]
+
+    def _unit(self, tensor: Tensor) -> Unit:
+        stored, place = self.copied.get(tensor.name), self.shards.places[tensor.name]
+        step = STEP // tensor.dtype.itemsize
+        inbox = room_for(step * stored.dtype.itemsize) if stored else 0
+
+        def run(worker: Worker) -> dict[str, Any]:
+            digest, total = reports.Digest(), prod(tensor.shape)
+            values = torch.empty(0) if stored else self.new[tensor.name]().flatten()
+            for first in range(0, total, step):
+                count = min(step, total - first)
+                offset, nbytes = place.offset + first * tensor.dtype.itemsize, count * tensor.dtype.itemsize
+                numbers = worker.room(offset, nbytes).view(tensor.dtype)
+                part = stored.read(worker, first, count) if stored else values[first : first + count]
+                digest.update(numbers.copy_(part))
+                worker.write(place.file, offset, nbytes)
+            return digest.entry([stored.name] if stored else [], tensor.shape, tensor.dtype)
+
+        nbytes = tensor.nbytes + (stored.nbytes if stored else 0)
+        return Unit(tensor.name, (place.file,), run, inbox, STEP + BLOCK, 0, nbytes)
+
+    def write_files(self, text: Path, out: Path) -> None:
+        """Config, code, tokenizer and processor."""
+        model = skeleton(self.config, self.dtype)
+        write_files(model, text, out, packed=any(name.endswith(MXFP4_PARTS) for name in self.copied))
+        if self.shards.index:
+            (out / "model.safetensors.index.json").write_text(self.shards.index)
+        if (text / "tokenizer.json").is_file():
+            tokenizer = GPTOSSVisionTokenizer.from_pretrained(text)
+            GPTOSSVisionProcessor.from_config(self.config, tokenizer).save_pretrained(out)
+
+
+def plan_assembly(text: Path, vision: Path, seed: int, fields: Mapping[str, Any]) -> Assembly:
+    """Look at both checkpoints and settle where every tensor of the new one comes from; see `assemble`."""
+    source = open_source(text)
+    if not source.missing:
+        raise ValueError(f"{text} is no stock {TEXT_MODEL_TYPE!r} checkpoint: it has vision biases already")
+    config = config_of(text, vision, source.dtype, fields)
+    model = skeleton(config, source.dtype)
+    tower, left_out = tower_tensors(vision, model.model.vision_adapter.vit)
+    tensors, copied = [], {f"{TOWER}{name}": stored for name, stored in tower.items()}
+    for name, tensor in model.state_dict().items():
+        parts = source.stored(name)
+        copied |= {part.name: part for part in parts}
+        tensors += [Tensor(part.name, part.dtype, part.shape) for part in parts]
+        if not parts:
+            tensors.append(Tensor(name, tensor.dtype, tuple(tensor.shape)))
+    lacking = [tensor.name for tensor in tensors if tensor.name.startswith(TOWER) and tensor.name not in copied]
+    if lacking:
+        raise ValueError(
+            f"{vision} lacks tensors of its tower: {listed([name.removeprefix(TOWER) for name in lacking])}"
+        )
+    wrong = [tensor.name for tensor in tensors if tensor.name in copied and copied[tensor.name].shape != tensor.shape]
+    if wrong:
+        raise ValueError(f"{vision} holds tensors that do not match its config: {listed(wrong)}")
+    new = {tensor.name: _initialiser(tensor, config, seed) for tensor in tensors if tensor.name not in copied}
+    return Assembly(config, source.dtype, tensors, copied, new, left_out, plan_shards(tensors))
+
+
+def config_of(text: Path, vision: Path, dtype: torch.dtype, fields: Mapping[str, Any]) -> GPTOSSVisionConfig:
+    """The config of the new model.
+
+    Raises:
+        FileNotFoundError: `vision` has no config.
+        ValueError: its architecture is none of the towers'.
+    """
+    if not (vision / "config.json").is_file():
+        raise FileNotFoundError(f"{vision} holds no config.json; name the folder of a ViT, CLIP or SigLIP checkpoint")
+    tower = read_json(vision / "config.json")
+    kind = tower.get("model_type")
+    if kind in ("clip", "siglip"):
+        tower, kind = tower["vision_config"], f"{kind}_vision_model"
+    if kind not in VISION_CONFIGS:
+        raise ValueError(f"{vision} is a checkpoint of {kind!r}, not of {', '.join(map(repr, VISION_CONFIGS))}")
+    own = {name: value for name, value in tower.items() if name not in ("architectures", "torch_dtype", "dtype")}
+    base = {name: value for name, value in read_json(text / "config.json").items() if name not in OF_THE_TEXT}
+    new = {"vision_config": own | {"model_type": kind}, "dtype": dtype}
+    return GPTOSSVisionConfig.from_dict(base | new | dict(fields))
+
+
+OF_THE_TEXT = ("model_type", "architectures", "quantization_config", "dtype", "torch_dtype", "transformers_version")
+
+
+def tower_tensors(folder: Path, tower: PreTrainedModel) -> tuple[dict[str, Stored], list[str]]:
+    """The tensors of a checkpoint that a tower takes, by the tower's own names, and the names of the others."""
+    weights, wanted = get_model_conversion_mapping(tower), tower.state_dict()
+    renamings = [weight for weight in weights if isinstance(weight, WeightRenaming)]
+    converters = [weight for weight in weights if isinstance(weight, WeightConverter)]
+    taken, left_out = {}, []
+    for name, stored in read_index(folder).items():
+        new, _ = rename_source_key(name, renamings, converters, tower.base_model_prefix, wanted)
+        if new in wanted:
+            taken[new] = stored
+        else:
+            left_out.append(name)
+    return taken, left_out
+
+
+def _initialiser(tensor: Tensor, config: GPTOSSVisionConfig, seed: int) -> Callable[[], torch.Tensor]:
+    """What transformers would initialise a weight to: norms to one, the projector at random, the rest to zero."""
+
+    def numbers() -> torch.Tensor:
+        if tensor.name == f"{ADAPTER}norm.weight":
+            return torch.ones(tensor.shape)
+        if tensor.name == f"{ADAPTER}proj.weight":
+            generator = torch.Generator().manual_seed(seed)
+            return config.initializer_range * torch.randn(tensor.shape, generator=generator)
+        return torch.zeros(tensor.shape)
+
+    return numbers

@@ -1,0 +1,170 @@
+"""Assembling a gpt-oss and a tower: every weight in its place, the rest new and named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from crashes import survives_kills
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+from checkpoints import change, files_of, load_hf, pack
+from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from gpt_oss_vision.conversion.assemble import assemble
+from tiny import randomise, tiny_config, tiny_processor, tiny_vision_config
+
+TOWER = {name: value for name, value in tiny_vision_config().items() if name != "model_type"}
+TEXT_TOWER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT_TOWER |= {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+
+
+def save_text(folder: Path, *, packed: bool = False) -> Path:
+    """A tiny stock gpt-oss with a tokenizer."""
+    processor = tiny_processor()
+    ours = tiny_config(vocab_size=len(processor.tokenizer), hidden_size=64, intermediate_size=96)
+    fields = {name: value for name, value in ours.to_dict().items() if name in GptOssConfig().to_dict()}
+    model = GptOssForCausalLM(GptOssConfig(**fields | {"model_type": "gpt_oss"}))
+    randomise(model)
+    model.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    return change(folder, pack) if packed else folder
+
+
+def towers() -> dict[str, torch.nn.Module]:
+    """A tower by itself, in a classifier, and with the text half of its model."""
+    return {
+        "ViT": ViTModel(ViTConfig(**TOWER), add_pooling_layer=False),
+        "ViT with a classifier": ViTForImageClassification(ViTConfig(**TOWER)),
+        "CLIP's tower": CLIPVisionModel(CLIPVisionConfig(**TOWER)),
+        "CLIP": CLIPModel(CLIPConfig(vision_config=TOWER, text_config=TEXT_TOWER, projection_dim=8)),
+        "SigLIP": SiglipModel(SiglipConfig(vision_config=TOWER, text_config=TEXT_TOWER)),
+    }
+
+
+LEFT_OUT = {
+    "ViT": set(),
+    "ViT with a classifier": {"classifier"},
+    "CLIP's tower": {"post_layernorm", "vision_model"},
+    "CLIP": {"logit_scale", "text_model", "text_projection", "visual_projection", "vision_model"},
+    "SigLIP": {"logit_bias", "logit_scale", "text_model", "vision_model"},
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+@pytest.mark.parametrize("packed", [False, True], ids=["fp32", "MXFP4"])
+def test_every_weight_gets_into_its_place(kind: str, packed: bool, tmp_path: Path):
+    text, tower = save_text(tmp_path / "text", packed=packed), towers()[kind]
+    for parameter in tower.parameters():
+        parameter.data.normal_()
+    tower.save_pretrained(tmp_path / "vision")
+    report = assemble(text, tmp_path / "vision", tmp_path / "out", image_token_id=tiny_processor().image_token_id)
+    made, before = load_hf(tmp_path / "out"), load_hf(text)
+    assert [name for name in before if not torch.equal(made[name], before[name])] == []
+    found = tower.state_dict()
+    tails = [name for name in made if name.startswith("model.vision_adapter.vit.")]
+    assert tails
+    for name in tails:
+        (same,) = [
+            other
+            for other in found
+            if other.endswith(name.removeprefix("model.vision_adapter.vit.")) and "text" not in other
+        ]
+        assert torch.equal(made[name], found[same]), name
+    assert {name.split(".")[0] for name in report["left_out"]} <= LEFT_OUT[kind]
+    assert bool(report["left_out"]) == bool(LEFT_OUT[kind])
+    assert {name.removeprefix("model.vision_adapter.") for name in report["added"] if "vision_adapter" in name} == {
+        "pool_token",
+        "norm.weight",
+        "norm.bias",
+        "proj.weight",
+        "proj.bias",
+    }
+
+
+def test_the_result_loads_and_answers_text_as_gpt_oss_does(tmp_path: Path):
+    text = save_text(tmp_path / "text")
+    towers()["CLIP"].save_pretrained(tmp_path / "vision")
+    assemble(text, tmp_path / "vision", tmp_path / "out", image_token_id=tiny_processor().image_token_id)
+    ours, stock = (
+        cls.from_pretrained(path).eval()
+        for cls, path in ((GPTOSSVisionForCausalLM, tmp_path / "out"), (GptOssForCausalLM, text))
+    )
+    tokens = torch.arange(2, 42).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids=tokens).logits, stock(input_ids=tokens).logits)
+        processor = GPTOSSVisionProcessor.from_pretrained(tmp_path / "out")
+        inputs = processor(text="<image> What?", images=torch.zeros(3, 8, 8, dtype=torch.uint8), return_tensors="pt")
+        assert ours(**inputs).logits.isfinite().all()
+
+
+def test_new_weights_depend_on_the_seed_alone(tmp_path: Path):
+    text = save_text(tmp_path / "text")
+    towers()["ViT"].save_pretrained(tmp_path / "vision")
+    token = tiny_processor().image_token_id
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        assemble(text, tmp_path / "vision", tmp_path / name, seed=seed, image_token_id=token)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert not torch.equal(*(load_hf(tmp_path / name)["model.vision_adapter.proj.weight"] for name in "ac"))
+
+
+def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("gpt_oss_vision.conversion.stream.SECONDS_BETWEEN_SYNCS", 0.0)
+    text = save_text(tmp_path / "text")
+    towers()["ViT"].save_pretrained(tmp_path / "vision")
+    token, out = tiny_processor().image_token_id, tmp_path / "out"
+    work = lambda: assemble(text, tmp_path / "vision", out, image_token_id=token)  # noqa: E731
+    continued, completed = survives_kills(work, out, 20, seed=0)
+    assert continued and completed
+
+
+BROKEN = {
+    "a tower of another kind": (
+        lambda vision: edit(vision, model_type="resnet"),
+        "is a checkpoint of 'resnet', not of",
+    ),
+    "a tower that lacks weights": (
+        lambda vision: change(vision, lambda tensors: tensors.pop("layernorm.weight")),
+        r"lacks tensors of its tower: layernorm\.weight",
+    ),
+    "a tower of another width": (lambda vision: edit(vision, intermediate_size=32), "do not match its config"),
+    "a tower without a config": (lambda vision: (vision / "config.json").unlink(), r"holds no config\.json"),
+}
+
+
+def edit(folder: Path, **fields: object) -> None:
+    """Change fields of a config."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), BROKEN.values(), ids=BROKEN)
+def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, tmp_path: Path):
+    save_text(tmp_path / "text")
+    towers()["ViT"].save_pretrained(tmp_path / "vision")
+    spoil(tmp_path / "vision")
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        assemble(tmp_path / "text", tmp_path / "vision", tmp_path / "out", image_token_id=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "vision"]
+
+
+def test_a_text_that_has_vision_already_is_refused(tmp_path: Path):
+    save_text(tmp_path / "text")
+    towers()["ViT"].save_pretrained(tmp_path / "vision")
+    assemble(tmp_path / "text", tmp_path / "vision", tmp_path / "first", image_token_id=3)
+    with pytest.raises(ValueError, match="is no stock 'gpt_oss' checkpoint"):
+        assemble(tmp_path / "first", tmp_path / "vision", tmp_path / "out", image_token_id=3)
+    shutil.rmtree(tmp_path / "first")
