@@ -21,7 +21,7 @@ from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.progress import Progress
 from gpt_oss_vision.conversion.stream import File
 
-KILLS = 60
+KILLS = 50
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,6 +32,14 @@ def registered():
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("source") / "hf", **OBLONG, dtype=torch.bfloat16, packed=True)
+
+
+def undisturbed(hf: Path, out: Path) -> dict[str, bytes]:
+    """The files that an import writes when nothing goes wrong; they are removed again."""
+    import_checkpoint(hf, out)
+    files = files_of(out)
+    shutil.rmtree(out)
+    return files
 
 
 def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(
@@ -125,9 +133,7 @@ def test_a_file_system_that_runs_full_is_told_and_continued_when_there_is_room(
     """The kernel refuses to let files grow beyond a limit, half-way through the output."""
     many_small_units(monkeypatch)
     out = tmp_path / "out"
-    import_checkpoint(hf, out)
-    expected = files_of(out)
-    shutil.rmtree(out)
+    expected = undisturbed(hf, out)
     sizes = sorted(len(data) for name, data in expected.items() if name.endswith(".distcp"))
 
     def import_with_little_room() -> None:
@@ -148,9 +154,7 @@ def test_a_write_that_fails_half_way_is_continued_from_what_is_on_the_disk(
 ):
     many_small_units(monkeypatch)
     out = tmp_path / "out"
-    import_checkpoint(hf, out)
-    expected = files_of(out)
-    shutil.rmtree(out)
+    expected = undisturbed(hf, out)
     original, left = File.write, iter(range(40))
 
     def write(*args: object) -> None:
@@ -174,9 +178,7 @@ def test_a_write_that_fails_half_way_is_continued_from_what_is_on_the_disk(
 def test_two_at_once_do_not_harm_each_other(hf: Path, tmp_path: Path):
     """The second is refused while the first runs; the first goes on to the right bytes."""
     out = tmp_path / "out"
-    import_checkpoint(hf, out)
-    expected = files_of(out)
-    shutil.rmtree(out)
+    expected = undisturbed(hf, out)
     begun, go_on = threading.Event(), threading.Event()
 
     class Waiting(Progress):

@@ -194,3 +194,27 @@ def test_a_dry_run_writes_nothing_and_says_how_much(both: Path, tmp_path: Path):
     assert plan["bytes_written"] == sum(len(data) for name, data in written.items() if name.endswith(".distcp"))
     assert 0 < plan["peak_memory"] < 2**25
     assert list(tmp_path.iterdir()) == []
+
+
+def losses(out: Path, start: Path, checkpoint: Path) -> list[float]:
+    """Of two steps of training at TP2·EP2 from an imported checkpoint, as the last rank sees them."""
+    from gpt_oss_vision.recipes.digits import write_digits
+    from gpt_oss_vision.recipes.quickstart import Settings, fine_tune
+
+    out.mkdir()
+    (out / "hf_start").symlink_to(start)
+    (out / "megatron_start").symlink_to(checkpoint)
+    settings = Settings(steps=2, batch_size=8, tensor_parallel=2, expert_parallel=2)
+    digits = write_digits(out / "digits", settings.seed)
+    return cpu.run_ranks(settings.ranks, fine_tune, out, digits, settings, Console(quiet=True))[-1]
+
+
+def test_training_at_tp2_ep2_begins_from_it_as_from_autobridges(tmp_path: Path):
+    from gpt_oss_vision.recipes.quickstart import Settings, write_checkpoint
+
+    write_checkpoint(tmp_path / "hf", Settings())
+    import_checkpoint(tmp_path / "hf", tmp_path / "ours")
+    cpu.run_ranks(1, import_by_bridge, tmp_path / "hf", tmp_path / "theirs")
+    ours, theirs = (losses(tmp_path / f"from {name}", tmp_path / "hf", tmp_path / name) for name in ("ours", "theirs"))
+    assert len(ours) == 2
+    assert ours == theirs
