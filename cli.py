@@ -103,18 +103,33 @@ def convert_import(hf: Path, out: Path, dtype: str | None, jobs: int, overwrite:
 
 
 def convert_export(
-    megatron: Path, out: Path, dtype: str, text_only: bool, hf: Path | None, jobs: int, overwrite: bool, dry_run: bool
+    megatron: Path,
+    out: Path,
+    dtype: str,
+    text_only: bool,
+    adapter: bool,
+    hf: Path | None,
+    base: Path | None,
+    jobs: int,
+    overwrite: bool,
+    dry_run: bool,
 ) -> int:
     """Megatron to Hugging Face, streamed: sharded safetensors with everything that transformers needs.
 
-    Takes a checkpoint that was converted, or saved by training at any parallel layout. Needs neither a GPU nor memory
-    for the model. A call that was interrupted is continued by the same call.
+    Takes a checkpoint that was converted, or saved by training at any parallel layout; adapters of LoRA are merged.
+    Needs neither a GPU nor memory for the model. A call that was interrupted is continued by the same call.
     """
     from rich.console import Console
 
     from .conversion.exporting import export_checkpoint
 
-    choices = {"dtype": dtype, "text_only": text_only, "hf": hf}
+    if adapter:
+        from .conversion.lora import export_adapters
+
+        export_adapters(megatron, out, hf=hf, overwrite=overwrite)
+        print(f"{out} is complete: an adapter for PEFT.")
+        return 0
+    choices = {"dtype": dtype, "text_only": text_only, "hf": hf, "base": base}
     output = {"jobs": jobs, "overwrite": overwrite, "dry_run": dry_run, "console": Console(stderr=True)}
     return _tell(out, export_checkpoint(megatron, out, **choices, **output), dry_run)
 
@@ -221,7 +236,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     dtypes = ("bf16", "fp32", "mxfp4")
     add("--dtype", choices=dtypes, default="bf16", help="of the new weights; mxfp4 packs the experts (%(default)s)")
     add("--text-only", action="store_true", help="leave out what is visual and write a stock gpt-oss")
+    add("--adapter", action="store_true", help="write the adapters of LoRA alone, for PEFT")
     add("--hf", type=Path, metavar="DIR", help="where config and tokenizer are, if --megatron keeps none")
+    add("--base", type=Path, metavar="DIR", help="the Megatron checkpoint that adapters adapt, if it has moved")
 
     add = _command(actions, convert_verify, "verify").add_argument
     add("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face checkpoint")

@@ -16,9 +16,10 @@ from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import Quantizer
 from . import report as reports
 from .checkpoint import MODEL_TYPE, read_json
-from .hf_side import DTYPES, KEPT_IN, folder_of_files, skeleton, tensors_of, write_files
+from .hf_side import DTYPES, reference_folder, skeleton, tensors_of, write_files
 from .journal import Journal, check_space, fingerprint, open_output
 from .layouts import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
+from .lora import Adapters, is_adapter_checkpoint, open_base, read_adapters
 from .progress import Progress
 from .safetensors_reader import listed
 from .safetensors_writer import SHARD_BYTES, ShardPlan, Tensor, plan_shards
@@ -39,12 +40,14 @@ class Export:
         parameters: what is written.
         targets: the tensors to be written, by name.
         shards: where.
+        adapters: to be merged.
     """
 
     stored: Mapping[str, StoredTensor]
     parameters: list[Parameter]
     targets: dict[str, Tensor]
     shards: ShardPlan
+    adapters: Adapters | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -112,6 +115,8 @@ class Export:
         for block in blocks:
             numbers = read_region(worker, stored, region_of(parameter, block))
             digest.update(numbers)
+            if self.adapters is not None:
+                numbers = self.adapters.merge(parameter, block, numbers)
             places = [_rows_of(place, block, blocks[-1].stop) for place in self._places(parameter)]
             self._lay_out(worker, parameter, numbers.view(-1, *parameter.shape[1:]), places)
         return digest.entry(parameter.hf, parameter.shape, stored.dtype)
@@ -174,7 +179,12 @@ def _rows_of(place: tuple[str, int, int], block: slice, count: int) -> tuple[str
 
 
 def plan_export(
-    checkpoint: TorchDistCheckpoint, folder: Path, *, dtype: str, text_only: bool
+    checkpoint: TorchDistCheckpoint,
+    folder: Path,
+    *,
+    dtype: str,
+    text_only: bool,
+    adapters: Adapters | None = None,
 ) -> tuple[Export, PreTrainedModel]:
     """Compare a checkpoint with the model that it should hold, and lay the output out.
 
@@ -183,6 +193,7 @@ def plan_export(
         folder: of the model's config.
         dtype: ``bf16``, ``fp32`` or ``mxfp4``.
         text_only: without what is visual, as a stock gpt-oss.
+        adapters: LoRA to be merged.
 
     Returns:
         The plan, and the model without weights that it was made for.
@@ -203,6 +214,7 @@ def plan_export(
         written,
         {target.name: target for target in targets},
         plan_shards(targets, shard_bytes=SHARD_BYTES),
+        adapters,
     )
     return export, model
 
@@ -230,22 +242,6 @@ def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[Parameter]) 
         raise ValueError(f"{checkpoint.folder} does not match its config. {'; '.join(said)}.")
 
 
-def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:
-    """Where config, tokenizer and processor are: in `hf` if it is given, else kept in the checkpoint.
-
-    Raises:
-        FileNotFoundError: there is no config.
-    """
-    folder = folder_of_files([hf] if hf else [place / KEPT_IN for place in (checkpoint.folder, checkpoint.root)])
-    if folder is not None:
-        return folder
-    if hf:
-        raise FileNotFoundError(f"{hf} holds no config.json; name the folder of a Hugging Face checkpoint with --hf")
-    raise FileNotFoundError(
-        f"{checkpoint.folder} keeps no config of its model; name the Hugging Face checkpoint it came from with --hf"
-    )
-
-
 def export_checkpoint(
     megatron: str | Path,
     out: str | Path,
@@ -253,6 +249,7 @@ def export_checkpoint(
     dtype: str = "bf16",
     text_only: bool = False,
     hf: str | Path | None = None,
+    base: str | Path | None = None,
     jobs: int = 4,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -262,11 +259,12 @@ def export_checkpoint(
 
     Args:
         megatron: a checkpoint's root, whose latest iteration is taken, or the folder of one iteration; converted, or
-            saved by training at any parallel layout.
+            saved by training at any parallel layout. Adapters of LoRA are merged, in fp32.
         out: the folder to make. A call that was interrupted is continued by the same call.
         dtype: ``bf16``, ``fp32``, or ``mxfp4`` as gpt-oss itself ships it: experts packed, the rest in bf16.
         text_only: leave out what is visual and write a stock gpt-oss.
         hf: a Hugging Face checkpoint to take config, tokenizer and processor from, where `megatron` keeps none.
+        base: with adapters, the checkpoint that they adapt, where it is not where training found it.
         jobs: threads.
         overwrite: replace `out`.
         dry_run: only say what would be done.
@@ -285,7 +283,12 @@ def export_checkpoint(
     out, console = Path(out).absolute(), console or Console(quiet=True)
     checkpoint = open_checkpoint(Path(megatron).absolute())
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
-    work, model = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only)
+    sources, adapters = {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}, None
+    if is_adapter_checkpoint(checkpoint):
+        adapters = read_adapters(checkpoint)
+        checkpoint = open_base(adapters, Path(base).absolute() if base else None)
+        sources["base"] = fingerprint(checkpoint.folder)
+    work, model = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)
     units = work.units()
     totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.shards.sizes.values())}
     if dry_run:
@@ -297,7 +300,6 @@ def export_checkpoint(
         "text_only": text_only,
         "out": str(out),
     }
-    sources = {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}
     with open_output(out, plan | sources, overwrite=overwrite) as journal:
         if not journal.is_complete:
             check_space(journal, totals["bytes_written"])

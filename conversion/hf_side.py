@@ -23,6 +23,7 @@ from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.ops.mxfp4 import BLOCK
 from .layouts import MXFP4_PARTS
 from .safetensors_writer import Tensor
+from .torch_dist_reader import TorchDistCheckpoint
 
 KEPT_IN = "tokenizer"
 """Folder of a Megatron checkpoint, or of one of its iterations, for `FILES`: Megatron-Bridge keeps tokenizers there."""
@@ -67,6 +68,22 @@ def keep_files(candidates: Iterable[Path], megatron: Path) -> None:
     source = folder_of_files([place for folder in candidates for place in (folder / KEPT_IN, folder)])
     if source is not None and not (megatron / KEPT_IN / "config.json").is_file():
         copy_files(source, megatron / KEPT_IN, FILES)
+
+
+def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:
+    """Where config, tokenizer and processor are: in `hf` if it is given, else kept in the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no config.
+    """
+    folder = folder_of_files([hf] if hf else [place / KEPT_IN for place in (checkpoint.folder, checkpoint.root)])
+    if folder is not None:
+        return folder
+    if hf:
+        raise FileNotFoundError(f"{hf} holds no config.json; name the folder of a Hugging Face checkpoint with --hf")
+    raise FileNotFoundError(
+        f"{checkpoint.folder} keeps no config of its model; name the Hugging Face checkpoint it came from with --hf"
+    )
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import megatron.bridge.peft.utils as bridge_peft
 import megatron.bridge.training.initialize as bridge_initialize
 import torch
 from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 from megatron.core.datasets import utils as core_dataset_utils
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 KEEP_IN_FP32 = "_keep_in_float32_parameter_names"
@@ -22,6 +24,9 @@ KEEP_IN_FP32 = "_keep_in_float32_parameter_names"
 def apply() -> None:
     """Put the work-arounds in place and open Megatron-Bridge's seams to us; idempotent."""
     register_allowed_target_prefix("gpt_oss_vision.")
+    # Megatron-Bridge 0.6.2 takes the names that Megatron-Core sets to None without Transformer Engine for its classes,
+    # and its LoRA asks each layer whether it is one of them.
+    bridge_peft.HAVE_TE = bridge_peft.HAVE_TE and HAVE_TE
     if not _helpers_can_be_compiled():
         bridge_initialize.compile_helpers = _nothing_to_compile
     if DistributedOptimizer._build_model_and_main_param_groups.__func__ is _build_groups:

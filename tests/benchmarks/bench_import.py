@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,11 +33,10 @@ LAYERS = {"20b": (24, 32), "120b": (36, 128)}
 MOST_SCRATCH = 8 * 10**9
 
 
-def import_and_watch(hf: Path, out: Path, jobs: int) -> tuple[float, int]:
-    """Seconds of the command, all imports included, and the most RssAnon of its processes, in bytes."""
-    command = [sys.executable, "-m", "gpt_oss_vision.cli", "convert", "import", "--hf", str(hf), "--out", str(out)]
+def convert_and_watch(*words: object) -> tuple[float, int]:
+    """Seconds of a conversion by the command, all imports included, and the most RssAnon of its processes, in bytes."""
     begun, peak = time.perf_counter(), 0
-    process = subprocess.Popen([*command, "--jobs", str(jobs), "--overwrite"])
+    process = subprocess.Popen([sys.executable, "-m", "gpt_oss_vision.cli", "convert", *map(str, words)])
     while process.poll() is None:
         peak = max(peak, sum(anonymous_memory(pid) for pid in family(process.pid)))
         time.sleep(0.05)
@@ -65,26 +65,32 @@ def anonymous_memory(pid: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def copy_seconds(work: Import, scratch: Path, jobs: int) -> float:
-    """Seconds for the import's reads and writes alone, each file read and written in steps by one thread at a time.
+def copy_seconds(reads: Iterable[tuple[Path, int, int]], total: int, scratch: Path, jobs: int) -> float:
+    """Seconds for a conversion's reads and writes alone, in steps, each piece by one thread.
 
     Where the output is larger than `MOST_SCRATCH`, the scratch file is written over again.
-    """
-    total = sum(work.layout.sizes.values())
-    size = min(total, MOST_SCRATCH) // STEP * STEP
-    tensors = sorted(work.source.tensors.values(), key=lambda stored: (stored.file, stored.offset))
-    share = total / sum(stored.nbytes for stored in tensors)
-    units, written = [], 0
-    for stored in tensors:
-        begin, written = int(written), written + stored.nbytes * share
 
-        def run(worker: Worker, stored=stored, begin=begin, end=int(written)) -> None:
-            for done in range(0, stored.nbytes, STEP):
-                worker.read(stored.file, stored.offset + done, min(STEP, stored.nbytes - done))
+    Args:
+        reads: file, offset and bytes of every piece.
+        total: bytes that are written.
+        scratch: a name beside which there is room.
+        jobs: threads.
+    """
+    size = min(total, MOST_SCRATCH) // STEP * STEP
+    pieces = sorted(reads)
+    share = total / sum(nbytes for _, _, nbytes in pieces)
+    units, written = [], 0
+    for file, offset, nbytes in pieces:
+        begin, written = int(written), written + nbytes * share
+
+        def run(worker: Worker, piece=(file, offset, nbytes), begin=begin, end=int(written)) -> None:
+            file, offset, nbytes = piece
+            for done in range(0, nbytes, STEP):
+                worker.read(file, offset + done, min(STEP, nbytes - done))
             for place in range(begin // STEP * STEP, end // STEP * STEP, STEP):
                 worker.write("scratch", place % size, STEP)
 
-        units.append(Unit(stored.name, ("scratch",), run, STEP, STEP, 0, 0))
+        units.append(Unit(f"{file} {offset}", ("scratch",), run, STEP, STEP, 0, 0))
     memory = Memory()
     memory.output = scratch.parent
     begun = time.perf_counter()
@@ -161,11 +167,14 @@ def main() -> None:
     work = Import(source, TorchDistPlan(source.parameters, torch.bfloat16))
     moved = work.bytes_read + sum(work.layout.sizes.values())
     arguments.out.parent.mkdir(exist_ok=True, parents=True)
-    before = copy_seconds(work, arguments.out.absolute(), arguments.jobs)
-    seconds, peak = import_and_watch(arguments.hf, arguments.out, arguments.jobs)
+    reads = [(stored.file, stored.offset, stored.nbytes) for stored in source.tensors.values()]
+    limit_of = partial(copy_seconds, reads, moved - work.bytes_read, arguments.out.absolute(), arguments.jobs)
+    before = limit_of()
+    words = "--hf", arguments.hf, "--out", arguments.out, "--jobs", arguments.jobs, "--overwrite"
+    seconds, peak = convert_and_watch("import", *words)
     if not arguments.keep:
         shutil.rmtree(arguments.out)
-    after = copy_seconds(work, arguments.out.absolute(), arguments.jobs)
+    after = limit_of()
     torch.set_num_threads(1)
     ours, theirs = our_layer(work), bridge_layer(arguments.hf, source.config.num_local_experts)
     limit, layers = (before + after) / 2, source.config.num_hidden_layers
