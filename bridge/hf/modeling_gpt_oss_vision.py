@@ -573,7 +573,20 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
         in_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
         if is_first_iteration or not in_cache or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
+            if in_cache and pixel_values is not None and inputs.get("input_ids") is not None:
+                inputs["pixel_values"] = self._images_not_in_cache(pixel_values, input_ids, inputs["input_ids"])
         return inputs
+
+    def _images_not_in_cache(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, new_ids: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Given all images of chats `(b, s)`, those of their last tokens `(b, s')`; only the new ones stay as given."""
+        in_chat, new = ((ids == self.config.image_token_id).sum(1) for ids in (input_ids, new_ids))
+        in_chat, new = ((count // self.config.num_image_tokens).tolist() for count in (in_chat, new))
+        if sum(in_chat) != len(pixel_values):
+            return pixel_values
+        rows = zip(pixel_values.split(in_chat), new, strict=True)
+        return torch.cat([images[len(images) - count :] for images, count in rows]) if any(new) else None
 
     def _expand_inputs_for_generation(
         self,
@@ -601,6 +614,11 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """A placeholder is never generated: no image would stand behind it."""
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("pixel_values") is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} would cut the prompt, and may cut the "
+                "placeholders of an image; leave it out for prompts with images."
+            )
         if self.config.use_vision:
             suppressed = set(generation_config.suppress_tokens or ()) | {self.config.image_token_id}
             generation_config.suppress_tokens = sorted(suppressed)

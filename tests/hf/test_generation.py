@@ -113,6 +113,27 @@ def test_a_conversation_goes_on_from_its_cache(model, config):
     assert torch.equal(cached.sequences, scratch.sequences)
 
 
+@pytest.mark.parametrize("images_per_question", [(0, 0), (1, 0)])
+def test_a_conversation_that_brings_all_its_images_takes_the_new_ones(model, config, images_per_question):
+    """As a processor gives them for a whole chat."""
+    batch = tiny_batch(config, images_per_row=(1, 2))
+    first = model.generate(**batch, **GREEDY, max_new_tokens=6)
+    question = tiny_batch(config, images_per_question, length=20, seed=1)
+    old, new = batch["pixel_values"], question.get("pixel_values", batch["pixel_values"][:0])
+    chat = {
+        "input_ids": torch.cat((first.sequences, question["input_ids"]), dim=1),
+        "pixel_values": torch.cat((old[:1], new, old[1:])),
+    }
+    scratch = model.generate(**chat, **GREEDY, max_new_tokens=6)
+    cached = model.generate(**chat, past_key_values=first.past_key_values, **GREEDY, max_new_tokens=6)
+    assert torch.equal(cached.sequences, scratch.sequences)
+
+
+def test_a_prompt_with_images_is_not_read_in_chunks(model, config):
+    with pytest.raises(ValueError, match="prefill_chunk_size=16 would cut"):
+        model.generate(**tiny_batch(config), prefill_chunk_size=16, max_new_tokens=2)
+
+
 def test_an_assistant_sees_the_images():
     config = tiny_config(sliding_window=128)
     model, assistant = tiny_model(config), tiny_model(config, seed=1)
