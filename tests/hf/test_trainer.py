@@ -8,8 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
+from gpt_oss_vision.bridge.hf import register_auto_classes
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from gpt_oss_vision.recipes.data import IGNORE_INDEX, ChatDataset, collate_for_trainer
@@ -48,27 +50,24 @@ def model_for(processor: GPTOSSVisionProcessor) -> GPTOSSVisionForCausalLM:
     return tiny_model(tiny_config(vocab_size=len(processor.tokenizer), image_token_id=processor.image_token_id))
 
 
-def losses(
-    model: torch.nn.Module, dataset: ChatDataset, out: Path, learning_rate: float = 1e-2, **options: object
-) -> list[float]:
+def losses(model: torch.nn.Module, dataset: ChatDataset, out: Path, **options: object) -> list[float]:
     """The loss of each step of a short run of `Trainer`."""
-    arguments = TrainingArguments(
-        out,
-        max_steps=20,
-        per_device_train_batch_size=6,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        **options,
-    )
+    fields: dict[str, object] = {
+        "max_steps": 20,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(out, **(fields | options))
     collate = partial(collate_for_trainer, pad_token_id=dataset.processor.tokenizer.pad_token_id)
-    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=dataset)
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=dataset, eval_dataset=dataset)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -82,6 +81,30 @@ def test_gradient_checkpointing_changes_nothing(processor, dataset, tmp_path):
     plain = losses(model_for(processor), dataset, tmp_path)
     checkpointed = losses(model_for(processor), dataset, tmp_path, gradient_checkpointing=True)
     assert checkpointed == pytest.approx(plain, rel=1e-4)
+
+
+def test_smoothed_labels_are_shifted_as_the_model_shifts_them(processor, dataset, tmp_path):
+    register_auto_classes()  # the Trainer looks up by the name of the class whether to shift
+    model = model_for(processor)
+    batch = collate_for_trainer(list(dataset), processor.tokenizer.pad_token_id)
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1]
+    smoothed = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    options = {"max_steps": 1, "per_device_train_batch_size": len(dataset), "label_smoothing_factor": 0.1}
+    assert losses(model, dataset, tmp_path, **options) == [pytest.approx(smoothed.item(), rel=1e-4)]
+
+
+def test_the_best_model_is_loaded_whole_at_the_end(processor, dataset, tmp_path):
+    model = model_for(processor)
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    # At this rate the first step is the best: each one makes it worse.
+    losses(model, dataset, tmp_path, **steps, max_steps=2, learning_rate=3.0, load_best_model_at_end=True)
+    best = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "checkpoint-1").state_dict()
+    last = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "checkpoint-2").state_dict()
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in best.items())
+    assert not torch.equal(best["lm_head.weight"], last["lm_head.weight"])
 
 
 def test_only_the_assistant_s_words_are_labels(dataset, processor):
