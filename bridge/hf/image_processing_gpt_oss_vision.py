@@ -123,13 +123,13 @@ def _open(source: str) -> Image.Image:
         return load_image(source)
     name = source if len(source) < 200 else f"{source[:40]}…"
     try:
-        content = Path(source).read_bytes() if os.path.isfile(source) else _decode_base64(source)
+        content = Path(source).read_bytes() if os.path.exists(source) else _decode_base64(source)
         image = Image.open(BytesIO(content))
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, UnidentifiedImageError):
             raise ValueError(f"Can't read the image {name}: it is in no format that PIL knows, or damaged.") from error
-        raise ValueError(f"Can't read the image {name}: {error}.") from error
+        raise ValueError(f"Can't read the image {name}: {str(error).rstrip('.')}.") from error
     return image
 
 

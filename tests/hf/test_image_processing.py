@@ -177,6 +177,13 @@ def test_a_broken_file_is_named(processor, tmp_path, kind):
         processor(path)
 
 
+def test_a_folder_is_named(processor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cats").mkdir()  # could be base64 as well
+    with pytest.raises(ValueError, match=r"^Can't read the image cats: .*Is a directory"):
+        processor("cats")
+
+
 def test_a_missing_file_is_named(processor):
     with pytest.raises(ValueError, match=r"^Can't read the image cat\.png: there is no such file\.$"):
         processor("cat.png")
