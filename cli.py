@@ -68,6 +68,10 @@ def generate(
         raise UsageError("--batch needs --out for its answers, and names its images in its lines, not by --image")
     if out is not None and out.exists() and not overwrite:
         raise FileExistsError(f"--out {out} exists; name another file, or replace it with --overwrite")
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out} has no folder to be in; make {out.parent} first")
+    if batch is not None and not batch.is_file():
+        raise FileNotFoundError(f"--batch {batch} is no file")
     from .conversion.checkpoint import check_checkpoint
 
     check_checkpoint(model)
@@ -310,8 +314,8 @@ def _command(
 def _at_least[Number: (int, float)](minimum: Number) -> Callable[[str], Number]:
     def number(text: str) -> Number:
         value = type(minimum)(text)
-        if not value >= minimum:
-            raise argparse.ArgumentTypeError(f"{text} is less than {minimum}")
+        if not minimum <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {minimum} up")
         return value
 
     return number  # argparse shows this function's name for what is no number

@@ -349,7 +349,8 @@ def _parse_message(message: dict[str, Any], folder: Path) -> dict[str, Any]:
     if message.get("role") not in ROLES:
         raise UnusableRow(f"unknown role {message.get('role')!r:.40}")
     if unknown := message.keys() - MESSAGE_KEYS:
-        raise UnusableRow(f"a message has {', '.join(sorted(unknown))}, which the chat template does not know")
+        known = ", ".join(sorted(MESSAGE_KEYS))
+        raise UnusableRow(f"a message has {', '.join(sorted(unknown))}, and only {known} are read")
     if message["role"] == "tool" and "name" not in message:
         raise UnusableRow("a tool message without «name»")
     if not all(isinstance(message.get(key, ""), str) for key in ("thinking", "name")):

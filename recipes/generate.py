@@ -90,13 +90,14 @@ class AnswerStreamer(TextStreamer):
 def load(model_path: Path, *, int8: bool = False) -> tuple[GPTOSSVisionForCausalLM, GPTOSSVisionProcessor]:
     """A checkpoint with its processor, on the devices that are there; with `int8`, its weights in INT8."""
     logging.disable_progress_bar()
+    processor = GPTOSSVisionProcessor.from_pretrained(model_path)  # first, since it fails in no time
     options = {}
     if int8:
         from ..bridge.quantization import int8_config
 
         options["quantization_config"] = int8_config()
     model = GPTOSSVisionForCausalLM.from_pretrained(model_path, device_map="auto", **options).eval()
-    return model, GPTOSSVisionProcessor.from_pretrained(model_path)
+    return model, processor
 
 
 def answer(
@@ -148,8 +149,12 @@ def parts_of(prompt: str, images: Sequence[Path]) -> list[dict[str, str]]:
     """The parts of a chat message: the prompt cut at its marks, with an image at each cut.
 
     Raises:
-        ValueError: when there are marks, but not as many as images.
+        ValueError: when there are marks, but not as many as images, or the prompt is no text, as bytes of a shell.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The prompt is not in UTF-8 ({error}).") from error
     texts = prompt.split(IMAGE_MARK)
     if len(texts) == 1:
         texts = [""] * len(images) + texts

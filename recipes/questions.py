@@ -71,11 +71,13 @@ def read_questions(path: Path, processor: GPTOSSVisionProcessor) -> Iterator[Que
     for line, _, content in numbered_lines(path):
         try:
             chat = _parse_question(content, path.parent)
+            processor.apply_chat_template(chat, tokenize=False).encode()  # half a surrogate pair is JSON, but no text
             refuse_control_tokens(chat, processor)
             for part in (part for message in chat for part in message["content"] if part["type"] == "image"):
                 check_image(Path(part["path"]), processor, decode=True)
         except ValueError as error:
-            yield Skipped(line, str(error).rstrip("."))
+            # A reason may quote what is no text, and will be written.
+            yield Skipped(line, str(error).rstrip(".").encode(errors="backslashreplace").decode())
         else:
             yield Question(line, chat)
 

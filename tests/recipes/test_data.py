@@ -241,7 +241,7 @@ def test_an_empty_file_is_an_error(folder, processor):
         (chat("Hi"), "no assistant message"),
         (chat("Hi", ""), "assistant message without text"),
         (chat("Hi", [picture("red.png")]), "assistant message without text"),
-        (chat("Hi", "one", tool_calls=[{}]), "has tool_calls"),
+        (chat("Hi", "one", tool_calls=[{}]), "has tool_calls, and only content, name, role, thinking are read"),
         (chat("Hi", "one", thinking=7), "must be texts"),
         (chat("Hi", "one", role="judge"), "unknown role 'judge'"),
         (chat([{"type": "video", "path": "a.mp4"}], "one"), "neither a text part"),

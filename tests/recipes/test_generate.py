@@ -107,6 +107,7 @@ def test_a_bad_image_is_one_sentence(content: bytes, sentence: str, checkpoint: 
     assert code == 1
     assert said.startswith("gpt-oss-vision: Can't read the image ")
     assert sentence in said
+    assert not said.endswith("..\n")
     assert len(said.splitlines()) == 1
 
 
@@ -116,6 +117,7 @@ def test_a_bad_image_is_one_sentence(content: bytes, sentence: str, checkpoint: 
         (["--prompt", "<image> what?"], "The prompt has 1 <image> for 0 images."),
         (["--prompt", "<image><image>?", "--image", "image.png"], "The prompt has 2 <image> for 1 images."),
         (["--prompt", "what?", "--image", "missing.png"], "missing.png"),
+        (["--prompt", "caf\udce9"], "The prompt is not in UTF-8"),
     ],
 )
 def test_images_that_do_not_fit_the_prompt_are_one_sentence(
@@ -209,12 +211,16 @@ LINES = (
     {"text": "<image> and <image>?", "image": "image.png"},
     {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."}]},
     {"messages": [{"role": "user", "content": "<|start|>system"}]},
+    {"messages": [{"role": "user", "content": "\ud800"}]},
+    {"text": "It is", "image": "/\ud800.png"},
 )
 UNUSABLE = {
     3: "malformed JSON",
     5: "missing.png is missing",
     6: "2 <image> for 1 images",
     8: "the control token <|start|>",
+    9: "surrogates not allowed",
+    10: "/\\ud800.png",
 }
 
 
@@ -250,8 +256,8 @@ def test_what_can_not_be_used_is_counted_and_named(questions: Path, capsys: pyte
     options = ["--batch", str(questions), "--out", str(out), "--max-new-tokens", "2"]
     assert main(["generate", "--model", str(questions.parent / "model"), *options]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"4 of 8 answers are in {out}. {questions}: 4 of 8 rows can't be used (50.0%): line 3: ")
-    assert "; line 8: " in said
+    assert said.startswith(f"4 of 10 answers are in {out}. {questions}: 6 of 10 rows can't be used (60.0%): line 3: ")
+    assert "; line 9: " in said
 
 
 def test_an_answer_in_the_file_is_left_out_and_asked_for(questions: Path):
@@ -290,3 +296,21 @@ def test_options_that_do_not_go_together_are_wrong_usage(options: list[str], sen
     code, said = generate(Path("model"), *options)
     assert code == 2
     assert sentence in said
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--batch", "q.jsonl", "--out", "a.jsonl"], "--batch q.jsonl is no file"),
+        (["--batch", "q.jsonl", "--out", "no/a.jsonl"], "--out no/a.jsonl has no folder to be in; make no first"),
+    ],
+)
+def test_files_that_cannot_be_are_refused_before_the_model_is_read(options: list[str], sentence: str, generate):
+    assert generate(Path("model"), *options) == (1, f"gpt-oss-vision: {sentence}\n")
+
+
+@pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
+def test_a_temperature_that_is_none_is_wrong_usage(temperature: str, generate: Callable, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        generate(Path("model"), "--prompt", "What?", "--temperature", temperature)
+    assert f"argument --temperature: {temperature} is not a number from 0.0 up" in capsys.readouterr().err
