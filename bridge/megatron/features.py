@@ -29,6 +29,11 @@ def _is_recomputed_elsewhere(modules: list[str] | None) -> bool:
 
 
 REFUSALS = (
+    Refusal("qk_layernorm", bool, "gpt-oss has no norms of queries and keys"),
+    Refusal("layernorm_zero_centered_gamma", bool, "gpt-oss's norms multiply by their weight as it is"),
+    Refusal("moe_shared_expert_intermediate_size", bool, "gpt-oss has no shared experts"),
+    Refusal("enable_cuda_graph", bool, "this is an old name; set cuda_graph_impl"),
+    Refusal("external_cuda_graph", bool, "this is an old name; set cuda_graph_impl"),
     Refusal("mtp_num_layers", bool, "gpt-oss has no layers that predict further tokens"),
     Refusal("should_pad_vocab", bool, "the vocabulary stays as it is; 201,088 entries are a multiple of 128"),
     Refusal("init_model_with_meta_device", bool, "the vision tower is built with its values"),
@@ -57,6 +62,9 @@ REFUSALS = (
     Refusal("fp8", bool, "8-bit products are Transformer Engine's", (TORCH,)),
     Refusal("fp4", bool, "4-bit products are Transformer Engine's", (TORCH,)),
     Refusal("tp_comm_overlap", bool, "overlapped products are Transformer Engine's", (TORCH,)),
+    Refusal("moe_pad_expert_input_to_capacity", bool, "its experts take as many tokens as there are", (TORCH,)),
+    Refusal("fp32_residual_connection", bool, "its norms give what they are given, and products want bf16", (TORCH,)),
+    Refusal("fine_grained_activation_offloading", bool, "offloading is Transformer Engine's", (TORCH,)),
     Refusal("cpu_offloading", bool, "offloading is Transformer Engine's", (TORCH,)),
     Refusal(
         "recompute_modules",
