@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from .vision import build_tower
@@ -118,9 +119,7 @@ def parameters_of_stage(provider, stage: int) -> Iterator[Part]:
         stage: of ``pipeline_model_parallel_size``.
     """
     hidden, tp = provider.hidden_size, provider.tensor_model_parallel_size
-    chunks = range(provider.virtual_pipeline_model_parallel_size or 1)
-    interleaved = provider.virtual_pipeline_model_parallel_size is not None
-    layers = sum(get_num_layers_to_build(provider, chunk if interleaved else None, stage) for chunk in chunks)
+    layers = _layers_of_stage(provider, stage)
     yield Part("language_model", False, layers * _dense_parameters_of_layer(provider))
     yield Part("language_model", True, layers * _expert_parameters_of_layer(provider))
     yield Part("vision_bias", False, layers * provider.num_moe_experts)
@@ -134,6 +133,16 @@ def parameters_of_stage(provider, stage: int) -> Iterator[Part]:
         width = provider.vision_config["hidden_size"]
         yield Part("vision_model", False, sum(parameter.numel() for parameter in tower.parameters()))
         yield Part("vision_projection", False, (2 + provider.vision_pool_token) * width + (width + 1) * hidden)
+
+
+def _layers_of_stage(provider, stage: int) -> int:
+    if provider.pipeline_model_parallel_layout is not None:
+        # Megatron-Core 0.19.2 counts those of the calling rank, whatever stage it is asked about.
+        chunks = provider.pipeline_model_parallel_layout.layout[stage]
+        return sum(chunk.count(LayerType.decoder) for chunk in chunks)
+    chunks = range(provider.virtual_pipeline_model_parallel_size or 1)
+    interleaved = provider.virtual_pipeline_model_parallel_size is not None
+    return sum(get_num_layers_to_build(provider, chunk if interleaved else None, stage) for chunk in chunks)
 
 
 def _dense_parameters_of_layer(provider) -> int:
@@ -150,7 +159,14 @@ def _expert_parameters_of_layer(provider) -> int:
 
 
 def memory_of_stage(
-    provider, stage: int, *, world_size: int, micro_batch_size: int, microbatches: int, is_distributed: bool = True
+    provider,
+    stage: int,
+    *,
+    world_size: int,
+    micro_batch_size: int,
+    microbatches: int,
+    is_distributed: bool = True,
+    is_adapted: bool = False,
 ) -> Memory:
     """Bytes on a rank of a pipeline stage in training with Adam.
 
@@ -164,6 +180,7 @@ def memory_of_stage(
         micro_batch_size: rows of a microbatch.
         microbatches: of a step on a data-parallel rank.
         is_distributed: whether the optimizer is.
+        is_adapted: whether only adapters (LoRA) are trained; they themselves, about 1 %, are left out.
     """
     width = provider.params_dtype.itemsize
     pp, tp = provider.pipeline_model_parallel_size, provider.tensor_model_parallel_size
@@ -171,7 +188,7 @@ def memory_of_stage(
     parameters = gradients = optimizer = 0.0
     for part in parameters_of_stage(provider, stage):
         parameters += part.count * width
-        if part.group not in provider.frozen_groups:
+        if part.group not in provider.frozen_groups and not is_adapted:
             ranks = world_size // pp // (expert_ranks if part.is_expert else tp)
             gradients += part.count * 4
             optimizer += part.count * (8 + (4 if width < 4 else 0)) / (ranks if is_distributed else 1)
@@ -183,7 +200,7 @@ def memory_of_stage(
 def _activations_of_stage(provider, stage: int) -> float:
     """Numbers that a token leaves behind for the backward pass, without what a fused kernel computes again: about."""
     hidden, head, chosen = provider.hidden_size, provider.kv_channels, provider.moe_router_topk
-    layers = provider.num_layers / provider.pipeline_model_parallel_size
+    layers = _layers_of_stage(provider, stage)
     # Inputs of two norms, of qkv, of the router; q, k, v and the context; per chosen expert its input, its gate and up,
     # their product, and its output, which the gradient of the routing weight wants.
     attention = (2 * provider.num_attention_heads + 2 * provider.num_query_groups) * head

@@ -7,16 +7,19 @@ from .router import VisionBiasedTopKRouter
 MODALITIES = ("text", "visual")
 
 
-def take_counts(model: list[torch.nn.Module], num_layers: int) -> torch.Tensor:
+def take_counts(model: list[torch.nn.Module], num_layers: int, num_experts: int) -> torch.Tensor:
     """Choices since the last call, on every rank those of all: ``[layers, 2, experts]``, text before visual.
 
     Args:
         model: this rank's chunks. Its layers are elsewhere on no other pipeline rank, and its tokens on no other rank
             of the same stage: with tensor parallelism the sequence is cut too.
         num_layers: of the whole model.
+        num_experts: of a layer.
     """
     routers = [module for chunk in model for module in chunk.modules() if isinstance(module, VisionBiasedTopKRouter)]
-    counts = routers[0].tokens_per_expert.new_zeros(num_layers, *routers[0].tokens_per_expert.shape)
+    # A pipeline stage may have the embedding or the head only.
+    device = next(model[0].parameters()).device
+    counts = torch.zeros(num_layers, len(MODALITIES), num_experts, dtype=torch.int64, device=device)
     for router in routers:
         counts[router.layer_number - 1] = router.tokens_per_expert
         router.tokens_per_expert.zero_()

@@ -112,6 +112,21 @@ def test_frozen_parameters_have_neither_gradients_nor_optimizer_states():
     assert memory.gradients == pytest.approx(4 * 0.307e9, rel=0.02)
 
 
+def test_adapted_weights_have_neither_gradients_nor_optimizer_states():
+    memory = memory_per_rank(finalized(), world_size=1, micro_batch_size=1, microbatches=1, is_adapted=True)
+    assert memory.parameters > 0
+    assert memory.gradients == memory.optimizer == 0
+
+
+def test_a_stage_without_layers_keeps_no_activations():
+    layout = "E|" + "t" * 24 + "L"
+    provider = finalized(pipeline_model_parallel_size=2, pipeline_model_parallel_layout=layout)
+    sizes = {"world_size": 2, "micro_batch_size": 1, "microbatches": 1}
+    assert memory_of_stage(provider, 0, **sizes).activations == 0
+    one = memory_per_rank(finalized(), **sizes | {"world_size": 1}).activations
+    assert memory_of_stage(provider, 1, **sizes).activations == one
+
+
 def test_the_first_stage_holds_a_microbatch_for_every_later_stage():
     provider = finalized(pipeline_model_parallel_size=4)
     held = [
