@@ -102,7 +102,7 @@ class GPTOSSVisionModel(GPTModel):
             embeddings = self.merge(embeddings, is_visual, pixel_values)
         elif pixel_values is not None and len(pixel_values):
             raise ValueError(f"{len(pixel_values)} images were given to a model that has use_vision=False.")
-        if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and not embeddings.requires_grad:
+        if self.config.recompute_granularity is not None and torch.is_grad_enabled() and not embeddings.requires_grad:
             # Everything before the decoder is frozen. Megatron's checkpoint gives gradients only to the parameters of
             # a block whose input wants one.
             embeddings.requires_grad_()

@@ -1,5 +1,6 @@
 """What a run shows and may switch on, each through Megatron-Bridge's own loop."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ CASES = {
     "the text model, as for aligning a new projection": (("language_model", "vision_model", "vision_bias"), {}, {}),
     "all but the text model": (("vision_model", "vision_projection", "vision_bias"), {}, {"tensor_parallel": 2}),
     "all but the bias, under recomputation": (("language_model", "vision_model", "vision_projection"), FULL, {}),
+    "the bias alone, recomputing the experts": (
+        ("language_model", "vision_model", "vision_projection"),
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+        {},
+    ),
     "a whole pipeline stage": (("language_model", "vision_bias"), {}, {"pipeline_parallel": 2}),
 }
 
@@ -120,6 +126,39 @@ def test_the_log_tells_memory_speed_and_operations_with_the_tower(sizes: dict, o
     logged = EventAccumulator(str(out / "tensorboard")).Reload()
     for name in ("tokens", "images", "model_TFLOP"):
         assert all(event.value > 0 for event in logged.Scalars(f"throughput/{name}_per_second_per_GPU"))
+
+
+def evaluated_run(out: Path, settings: Settings) -> None:
+    config = training_config(out, write_digits(out / "digits", settings.seed), settings)
+    config.checkpoint.save = None
+    config.logger.log_interval, config.logger.tensorboard_log_interval = 2, 3
+    config.dataset.valid_path = config.dataset.train_path
+    config.validation.eval_interval, config.validation.eval_iters = 3, 40
+    train(config)
+
+
+def test_every_line_of_the_log_has_its_speed_without_evaluations(out: Path, capfd):
+    cpu.run_ranks(1, evaluated_run, out, Settings(steps=4, batch_size=8))
+    speeds = [float(found) for found in re.findall(r"tokens per second per GPU: ([\d.]+)", capfd.readouterr().out)]
+    # An evaluation of 40 batches before the fourth step takes as long as ten steps.
+    assert len(speeds) == 2
+    assert speeds[1] > speeds[0] / 2
+
+
+def layerless_run(out: Path, settings: Settings) -> None:
+    config = training_config(out, write_digits(out / "digits", settings.seed), settings)
+    config.checkpoint.save = None
+    config.model.pipeline_model_parallel_layout = "E|ttttL"
+    config.logger.tensorboard_log_interval = settings.steps
+    train(config)
+
+
+def test_a_pipeline_stage_may_have_no_layers(out: Path):
+    settings = Settings(steps=1, batch_size=8, pipeline_parallel=2)
+    cpu.run_ranks(2, layerless_run, out, settings)
+    logged = EventAccumulator(str(out / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    counts = make_ndarray(logged.Tensors("router/tokens_per_expert")[0].tensor_proto)
+    assert (counts.sum((1, 2)) == 8 * 32 * 2).all()
 
 
 def short_run(out: Path, settings: Settings) -> None:
