@@ -265,6 +265,9 @@ def check_layout(provider: GPTOSSVisionProvider) -> None:
         )
 
 
+BALANCES = ("none", "aux_loss", PER_MODALITY, "seq_aux_loss", "global_aux_loss", "sinkhorn")
+
+
 def check_balance(provider: GPTOSSVisionProvider) -> None:
     """Refuse losses of the router that would not have the weight that they were given.
 
@@ -272,6 +275,18 @@ def check_balance(provider: GPTOSSVisionProvider) -> None:
         ValueError: naming the field to change.
     """
     coefficient, kind = provider.moe_aux_loss_coeff, provider.moe_router_load_balancing_type
+    unknown = [name for name in (kind if isinstance(kind, list) else [kind]) if name not in BALANCES]
+    if unknown or (isinstance(kind, list) and PER_MODALITY in kind):
+        # Megatron-Core trains on without a word, and without a balance.
+        raise ValueError(
+            f"moe_router_load_balancing_type={kind!r} is not supported; it is one of {', '.join(BALANCES)}, and "
+            f"{PER_MODALITY} is not combined with others."
+        )
+    if kind == "none" and coefficient:
+        raise ValueError(
+            f"moe_aux_loss_coeff={coefficient} has no effect with moe_router_load_balancing_type='none'; "
+            f"set that to 'aux_loss' or {PER_MODALITY!r}, or the coefficient to 0."
+        )
     if kind == PER_MODALITY and not coefficient:
         raise ValueError(
             f"moe_router_load_balancing_type={kind!r} needs moe_aux_loss_coeff above 0, got {coefficient}."

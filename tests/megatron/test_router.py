@@ -93,7 +93,7 @@ def balanced_step(path: Path, layout: Layout, inputs: dict[str, torch.Tensor]) -
         torch.distributed.all_reduce(tensor)
     # The schedule gives each context-parallel rank cp times its part, for data parallelism to take the mean.
     gradients /= parallel_state.get_context_parallel_world_size()
-    return losses, gradients, take_counts(model, LAYERS)
+    return losses, gradients, take_counts(model, LAYERS, EXPERTS)
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -171,6 +171,9 @@ def test_router_logits_of_a_bf16_model_may_be_fp32(router_dtype: str | None, exp
             "moe_aux_loss_coeff=0.01 would be",
         ),
         ({"moe_z_loss_coeff": 0.001}, "moe_z_loss_coeff=0.001 would be multiplied"),
+        ({"moe_router_load_balancing_type": "modality_aux"}, "'modality_aux' is not supported; it is one of none, aux"),
+        ({"moe_router_load_balancing_type": ["modality_aux_loss"], "moe_aux_loss_coeff": [0.01]}, "is not combined"),
+        ({"moe_aux_loss_coeff": 0.01}, "moe_aux_loss_coeff=0.01 has no effect"),
         ({"moe_router_load_balancing_type": "modality_aux_loss"}, "needs moe_aux_loss_coeff above 0, got 0"),
     ],
 )
