@@ -9,11 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from peft import LoraConfig
 from safetensors.torch import save_file
 
 from .checkpoint import MODEL_TYPE, read_json
@@ -25,6 +24,9 @@ from .safetensors_reader import listed
 from .source import read_config, room_for, shapes_of
 from .stream import Memory, Unit, Worker, stream
 from .torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 IN, OUT = ".adapter.linear_in.weight", ".adapter.linear_out.weight"
 ADAPTED = ("decoder.layers.self_attention.linear_qkv", "decoder.layers.self_attention.linear_proj")
@@ -165,7 +167,9 @@ def _peft_tensors(parameter: Parameter, a: torch.Tensor, b: torch.Tensor, rows: 
     }
 
 
-def _peft_config(adapters: Adapters, tensors: Mapping[str, torch.Tensor]) -> LoraConfig:
+def _peft_config(adapters: Adapters, tensors: Mapping[str, torch.Tensor]) -> "LoraConfig":
+    from peft import LoraConfig  # takes seconds, which every export would wait for
+
     layers = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
     return LoraConfig(
         r=adapters.rank,

@@ -127,13 +127,12 @@ class Difference:
     def add(self, mine: torch.Tensor, theirs: torch.Tensor) -> None:
         """Compare the bits of two tensors of the same shape, those of the wider type rounded to the narrower."""
         wide, narrow = sorted((mine, theirs), key=lambda tensor: -tensor.itemsize)
+        rounded, bits = wide.to(narrow.dtype), BITS[narrow.itemsize]
         if wide.dtype != narrow.dtype:
-            self.rounded += int((wide.to(narrow.dtype).to(wide.dtype) != wide).sum())
-        bits = BITS[narrow.itemsize]
-        differ = wide.to(narrow.dtype).view(bits) != narrow.view(bits)
-        count = int(differ.sum())
-        if count:
-            self.count += count
+            self.rounded += int(torch.count_nonzero(rounded.to(wide.dtype) != wide))
+        if not torch.equal(rounded.view(bits), narrow.view(bits)):
+            differ = rounded.view(bits) != narrow.view(bits)
+            self.count += int(torch.count_nonzero(differ))
             self._widen((mine[differ].double() - theirs[differ].double()).abs().max())
 
     def add_packed(
@@ -151,7 +150,7 @@ class Difference:
             error = (theirs - numbers).abs()
             step = torch.exp2(scales[rows].float() - EXPONENT_BIAS).repeat_interleave(VALUES_PER_SCALE, dim=1)
             share = (error / (torch.maximum(numbers.abs(), step) / 4)).nan_to_num(torch.inf)
-            self.count += int((error != 0).sum())
+            self.count += int(torch.count_nonzero(error))
             self._widen(error.max())
             self.bound_used = max(self.bound_used, float(share.max()))
 
