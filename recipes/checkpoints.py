@@ -7,16 +7,14 @@ from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge impo
 from pathlib import Path
 
 import torch
-from megatron.bridge.training.callbacks import CallbackManager
+from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import (
     CheckpointLoadContext,
     CheckpointSaveContext,
     DefaultCheckpointManager,
     get_rng_state,
-    is_empty_async_queue,
 )
 from megatron.bridge.training.config import CheckpointConfig
-from megatron.bridge.training.state import GlobalState
 from megatron.bridge.training.utils.checkpoint_utils import is_checkpoint_iteration_directory
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from megatron.bridge.utils.common_utils import print_rank_0
@@ -36,31 +34,31 @@ class MarkedCheckpoints(DefaultCheckpointManager):
     def __init__(self, checkpoint_config: CheckpointConfig) -> None:
         super().__init__(checkpoint_config)
         self._marks: list[Path] = []
+        self._is_told = False
 
     def save(self, ctx: CheckpointSaveContext, callback_manager: CallbackManager | None = None) -> None:
-        """Save; the mark stands from before the first byte until after the last."""
+        """Save; the mark stands from before the first byte until after the last, and is gone before old ones go."""
+        assert callback_manager is not None
+        if not self._is_told:
+            callback_manager.register("on_checkpoint_save", self._unmark)
+            self._is_told = True
         if torch.distributed.get_rank() == 0:
             mark = Path(self.checkpoint_config.save, MARK.format(step=int(ctx.state.train_state.step)))
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
             self._marks.append(mark)
         super().save(ctx, callback_manager)
-        self._unmark_when_written(ctx.state)
-
-    def finalize_async_saves(self, state: GlobalState, blocking: bool = False, terminate: bool = False) -> None:
-        """Finish what is written in the background, then take its marks away."""
-        super().finalize_async_saves(state, blocking, terminate)
-        self._unmark_when_written(state)
 
     def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
         """Load, without the random states where the ranks are laid out otherwise than they were."""
         self._leave_foreign_random_states(ctx)
         return super().load(ctx)
 
-    def _unmark_when_written(self, state: GlobalState) -> None:
-        # Only the marks of this run: an older one may stand at a checkpoint that this run has not come to yet.
-        while self._marks and is_empty_async_queue(state):
-            self._marks.pop().unlink()
+    def _unmark(self, context: CallbackContext) -> None:
+        # Checkpoints are finished in their order. Only the marks of this run: an older one may stand at a checkpoint
+        # that this run has not come to yet.
+        if self._marks:
+            self._marks.pop(0).unlink()
 
     def _leave_foreign_random_states(self, ctx: CheckpointLoadContext) -> None:
         """Megatron-Bridge does so where tensor or pipeline parallelism differ, and fails where only others do."""

@@ -38,6 +38,7 @@ class Job:
     save_interval: int = 2
     load: Path | None = None
     dropout: float = 0.0
+    most_recent_k: int = -1
 
     @property
     def saved(self) -> Path:
@@ -63,6 +64,7 @@ class Job:
         config.checkpoint.save, config.checkpoint.save_interval = str(self.saved), self.save_interval
         config.checkpoint.load = str(self.load) if self.load else None
         config.checkpoint.dist_ckpt_optim_fully_reshardable = True
+        config.checkpoint.most_recent_k = self.most_recent_k
         train(config, callbacks=[Ledger(self.folder / "losses"), *callbacks])
 
 
@@ -202,6 +204,26 @@ class DeathAtFile(Death):
                 self.die()
 
         sys.addaudithook(watch)
+
+
+@dataclass
+class DeathAtRemoval(Death):
+    """When the rank is about to remove an old checkpoint."""
+
+    def prepare(self, folder: str) -> None:
+        def watch(event: str, arguments: tuple) -> None:
+            if event == "shutil.rmtree" and "iter_" in str(arguments[0]):
+                self.die()
+
+        sys.addaudithook(watch)
+
+
+def test_a_run_killed_while_it_removes_an_old_checkpoint_goes_on_from_the_new_one(job):
+    killed = job(steps=3, save_interval=1, most_recent_k=1)
+    killed = replace(killed, load=killed.saved)
+    with pytest.raises(RuntimeError):
+        killed.losses(DeathAtRemoval(note=killed.folder / "note"))
+    assert [step for step, _ in killed.losses()] == [0, 1, 2]
 
 
 FILES = 7  # that rank 0 writes for one checkpoint
