@@ -147,10 +147,10 @@ class Import:
                 _put(room, piece.start + piece.nbytes - group.start, piece.tail)
                 done = piece.end
             numbers = [_numbers(room, piece, piece.start - group.start, parameter) for piece in pieces]
-            self._fill(worker, parameter, numbers)
+            is_finite = self._fill(worker, parameter, numbers)
             digest = reports.Digest()
             for part in numbers:
-                digest.update(part)
+                digest.update(part, is_finite=is_finite)
             entries |= self._entry(parameter, digest)
         _put(room, done - group.start, bytes(group.end - done))
         worker.write(f"{ITERATION}/{group.file}", group.start, group.end - group.start)
@@ -181,17 +181,24 @@ class Import:
             first, begin = first + count, end
         return self._entry(parameter, digest)
 
-    def _fill(self, worker: Worker, parameter: Parameter, pieces: Sequence[torch.Tensor]) -> None:
-        """Compute the numbers of a parameter into the places where they will be written from."""
+    def _fill(self, worker: Worker, parameter: Parameter, pieces: Sequence[torch.Tensor]) -> bool:
+        """Compute the numbers of a parameter into the places where they will be written from.
+
+        Returns:
+            Whether they are known to be finite, without a look at each.
+        """
         parts = self.source.read(worker, parameter)
         if not parts:
             pieces[0].zero_()
         elif parts[0].dtype == torch.uint8:
-            unpack(parameter, parts[0], parts[1], pieces, worker.tool(Dequantizer, pieces[0].dtype))
+            dequantizer = worker.tool(Dequantizer, pieces[0].dtype)
+            unpack(parameter, parts[0], parts[1], pieces, dequantizer)
+            return dequantizer.is_finite(parts[1])
         else:
             nbytes = sum(piece.nbytes for piece in pieces) if self._turns(parameter) else 0
             scratch = worker.scratch[:nbytes]
             to_megatron(parameter, parts, pieces, scratch.view(pieces[0].dtype).view(-1, *pieces[0].shape[1:]))
+        return not parts
 
     def _entry(self, parameter: Parameter, digest: reports.Digest) -> dict[str, Any]:
         names = [stored.name for name in parameter.hf for stored in self.source.stored(name)]

@@ -32,12 +32,19 @@ class Digest:
     def __init__(self) -> None:
         self._hash, self._counts = xxhash.xxh3_128(), {"nan": 0, "inf": 0}
 
-    def update(self, numbers: torch.Tensor) -> None:
-        """Add contiguous numbers of any type, in the order in which they are stored."""
+    def update(self, numbers: torch.Tensor, *, is_finite: bool = False) -> None:
+        """Add contiguous numbers of any type, in the order in which they are stored.
+
+        Args:
+            numbers: of any shape.
+            is_finite: whether it is known that none is infinite or NaN.
+        """
         flat = numbers.view(-1)
         self._hash.update(flat.view(torch.uint8).numpy())
+        if is_finite or not flat.is_floating_point():
+            return
         # Both ends are finite only where all numbers are: far cheaper than asking for each.
-        if flat.is_floating_point() and not all(end.isfinite() for end in flat.aminmax()):
+        if not all(end.isfinite() for end in flat.aminmax()):
             self._counts["nan"] += int(flat.isnan().sum())
             self._counts["inf"] += int(flat.isinf().sum())
 

@@ -97,6 +97,10 @@ class Dequantizer:
         self._scale = torch.empty(0, dtype=torch.int32, device=device)
         self._found = torch.empty(0, dtype=self._pairs.dtype, device=device)
 
+    def is_finite(self, scales: torch.Tensor) -> bool:
+        """Whether under these scales, uint8 of any shape, every value is a finite number of this object's type."""
+        return VALUES[-1] * 2.0 ** (int(scales.max()) - EXPONENT_BIAS) <= torch.finfo(self.dtype).max
+
     def into(self, values: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> None:
         """Dequantise `blocks` into `values`, any of them with any row stride.
 

@@ -6,8 +6,8 @@
 The limit is the same reads and writes with nothing computed in between, by as many threads, on the same files: before
 and after the import. Memory is RssAnon summed over all processes of the import, looked at every 50 ms.
 
-One layer's experts are also imported on one core by Megatron-Bridge's functions, in its order. From both come
-seconds per layer and, multiplied, an estimate for 20B and 120B, which is labelled so.
+One layer's experts are also read and laid out in memory on one core, by the import's threads and by Megatron-Bridge's
+functions in its order. From both come seconds per layer and, multiplied, an estimate for 20B and 120B, labelled so.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import torch
 from safetensors import safe_open
@@ -26,11 +27,11 @@ from safetensors import safe_open
 from gpt_oss_vision.conversion.importing import Import
 from gpt_oss_vision.conversion.progress import Progress
 from gpt_oss_vision.conversion.source import open_source
-from gpt_oss_vision.conversion.stream import STEP, Memory, Run, Unit, Worker, stream
+from gpt_oss_vision.conversion.stream import CAPACITIES, STEP, Memory, Run, Unit, Worker, stream
 from gpt_oss_vision.conversion.torch_dist_writer import TorchDistPlan
 
 LAYERS = {"20b": (24, 32), "120b": (36, 128)}
-MOST_SCRATCH = 8 * 10**9
+MOST_SCRATCH = 4 * 10**9
 
 
 def convert_and_watch(*words: object) -> tuple[float, int]:
@@ -100,20 +101,24 @@ def copy_seconds(reads: Iterable[tuple[Path, int, int]], total: int, scratch: Pa
     return seconds
 
 
-def our_layer(work: Import) -> float:
-    """Seconds to read a layer's experts and lay them out in a buffer, one thread."""
-    layer = [group for group in work.layout.groups if "layers.0.mlp.experts" in group.name]
-    units = [unit for unit in work.units() if unit.name in {group.name for group in layer}]
-    run = Run({}, Progress("", 0))
-    run.outputs = Nowhere()
-    worker = Worker(
-        run, *(max(getattr(unit, f"{name}_capacity") for unit in units) for name in ("read", "write", "scratch"))
-    )
-    units[0].run(worker)  # first touch
+def our_layer(work: Import, jobs: int, repeats: int = 3) -> float:
+    """Seconds to read a layer's experts and lay them out in buffers, by the import's own threads."""
+    names = {group.name for group in work.layout.groups if "layers.0.mlp.experts" in group.name}
+    units = [unit for unit in work.units() if unit.name in names]
+    run = Run(Nowhere(), Progress("", 0))
+    for unit in units * repeats:
+        run.todo.put(unit)
+    capacities = [max(getattr(unit, name) for unit in units) for name in CAPACITIES]
+    threads = [Thread(target=run.work, args=(capacities,)) for _ in range(jobs)]
     begun = time.perf_counter()
-    for unit in units:
-        unit.run(worker)
-    return time.perf_counter() - begun
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - begun
+    assert run.done.qsize() == len(units) * repeats + len(threads)
+    run.close()
+    return seconds / repeats
 
 
 class Nowhere(dict):
@@ -176,7 +181,8 @@ def main() -> None:
         shutil.rmtree(arguments.out)
     after = limit_of()
     torch.set_num_threads(1)
-    ours, theirs = our_layer(work), bridge_layer(arguments.hf, source.config.num_local_experts)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    ours, theirs = our_layer(work, arguments.jobs), bridge_layer(arguments.hf, source.config.num_local_experts)
     limit, layers = (before + after) / 2, source.config.num_hidden_layers
     print(f"{moved / 1e9:.1f} GB moved, {layers} layers, {arguments.jobs} jobs, {os.cpu_count()} cores")
     print(f"import, all imports included  {seconds:8.1f} s  {moved / 1e9 / seconds:.2f} GB/s")

@@ -90,6 +90,14 @@ def test_a_destination_of_any_stride_is_filled_and_the_rest_left(part):
     assert torch.equal(whole, torch.full_like(whole, 7.0))
 
 
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_the_scales_tell_whether_values_are_finite(dtype: torch.dtype):
+    blocks, dequantizer = torch.arange(256, dtype=torch.uint8).view(1, 16, 16), Dequantizer(dtype)
+    for scale in range(256):
+        scales = torch.full((1, 16), scale, dtype=torch.uint8)
+        assert dequantizer.is_finite(scales) == bool(dequantize(blocks, scales, dtype).isfinite().all())
+
+
 def test_one_object_serves_tensors_of_different_sizes():
     dequantizer, quantizer = Dequantizer(), Quantizer()
     for shape in ((2, 3), (7, 5000), (300, 90), (1, 1)):
