@@ -23,9 +23,16 @@ mixins:
     tar -xzf ".cache/$name.tar.gz" -C .cache "$name/tests"
     touch ".cache/$name/tests/__init__.py" # one of the files imports its own folder
 
-# Every benchmark, one after the other: beside its peers and a physical limit, in one process each
+# Sink attention and the MXFP4 codec: beside their peers and a physical limit, in one process each
 bench:
-    for file in tests/benchmarks/bench_*.py; do uv run python "$file" || exit 1; done
+    uv run python tests/benchmarks/bench_attention.py
+    uv run python tests/benchmarks/bench_mxfp4.py
+
+# Converting a synthetic 20B beside what the disk of a folder gives: 75 GB at the widest, less with `--layers 2`
+bench-conversion FOLDER *ARGS:
+    uv run python tests/benchmarks/make_20b.py {{FOLDER}}/hf {{ARGS}}
+    uv run python tests/benchmarks/bench_import.py {{FOLDER}}/hf {{FOLDER}}/megatron --keep
+    uv run python tests/benchmarks/bench_export.py {{FOLDER}}/megatron {{FOLDER}}/back --hf {{FOLDER}}/hf
 
 # The user pages, into docs/_build; any warning is an error
 docs:
