@@ -39,7 +39,7 @@ class Journal:
     @property
     def is_begun(self) -> bool:
         """Whether there is something to continue."""
-        return self._file.exists()
+        return any(_read_lines(self._file))
 
     @property
     def is_complete(self) -> bool:
@@ -104,8 +104,9 @@ class Journal:
 def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Journal]:
     """The partial output of `out` for as long as the run lasts, held against other calls.
 
-    A run that ends with a ValueError could never be continued, so it leaves nothing; after any other end, a kill
-    included, the next call with the same plan continues.
+    A run that ends with a ValueError could never be continued, and one that the disk refused before its first file has
+    nothing to continue, so they leave nothing; after any other end, a kill included, the next call with the same plan
+    continues.
 
     Args:
         out: the folder to make; with `overwrite` it may exist, and is replaced only when the new one is complete.
@@ -115,6 +116,7 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
     Raises:
         FileExistsError: `out` exists, or the partial output that is there was begun with another plan.
         BlockingIOError: another call is writing it.
+        OSError: the disk is full, or fails.
     """
     out = out.absolute()
     plan = json.loads(json.dumps(plan))
@@ -134,6 +136,13 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
             yield journal
         except ValueError:
             shutil.rmtree(partial)
+            raise
+        except OSError as error:
+            if not any(journal.output.rglob("*")):
+                shutil.rmtree(partial)
+            elif error.strerror == os.strerror(errno.ENOSPC):  # the kernel's words: neither where nor what now
+                sentence = f"No space left on the disk of {out}; make room, and the same call continues"
+                raise OSError(errno.ENOSPC, sentence) from error
             raise
     finally:
         os.close(held)
