@@ -148,13 +148,16 @@ def convert_verify(hf: Path, megatron: Path, logits: bool, report: Path, jobs: i
 
     from rich.console import Console
 
-    from .conversion.verify import verify
+    from .conversion.verify import agreement, verify
+    from .recipes.console import quiet
 
-    found = verify(hf, megatron, logits=logits, jobs=jobs, console=Console(stderr=True))
+    # Megatron, which `logits` asks, talks much.
+    with os.fdopen(os.dup(2), "w") as terminal, quiet(Path(os.devnull)):
+        found = verify(hf, megatron, logits=logits, jobs=jobs, console=Console(file=terminal))
     report.write_text(json.dumps(found, indent=1) + "\n")
     if not found["agrees"]:
         raise ValueError(f"{found['worst']}; {report} has all")
-    print(f"{hf} and {megatron} agree: {len(found['tensors'])} tensors; {report} has a hash of each.")
+    print(f"{hf} and {megatron} agree: {agreement(found)}; {report} has a hash of each.")
     return 0
 
 
@@ -175,9 +178,11 @@ def convert_assemble(text: Path, vision: Path, out: Path, seed: int, jobs: int, 
 
 def _tell(out: Path, report: dict, dry_run: bool) -> int:
     """One line about a conversion that is done, or that a dry run has planned."""
-    moved = f"{report['bytes_read'] / 1e9:.2f} GB read, {report['bytes_written'] / 1e9:.2f} GB written"
+    from rich.filesize import decimal
+
+    moved = f"{decimal(report['bytes_read'])} read, {decimal(report['bytes_written'])} written"
     if dry_run:
-        print(f"Would write {out}: {moved}, buffers of {report['peak_memory'] / 2**30:.2f} GiB.")
+        print(f"Would write {out}: {moved}, with {decimal(report['peak_memory'])} of buffers.")
     else:
         print(f"{out} is complete: {len(report['tensors'])} tensors, {moved}; conversion.json has a hash of each.")
     return 0

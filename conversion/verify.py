@@ -218,3 +218,15 @@ def _worst(entries: Mapping[str, dict[str, Any]]) -> str:
         f"{len(off)} of {len(entries)} tensors differ; {name} the most: {entry['different']} of {prod(entry['shape'])} "
         f"numbers, by up to {entry['largest_difference']:.3g} (others: {listed(sorted(off.keys() - {name})) or 'none'})"
     )
+
+
+def agreement(report: Mapping[str, Any]) -> str:
+    """What a report without differences says, in words for a terminal."""
+    entries = report["tensors"].values()
+    packed = sum("share_of_bound" in entry and "different" in entry for entry in entries)
+    rounded = sum("rounded" in entry for entry in entries)
+    said = [f"{len(entries) - packed - rounded} tensors bit for bit"]
+    said += [f"{packed} within the bound of MXFP4"] if packed else []
+    said += [f"{rounded} after rounding to the narrower type"] if rounded else []
+    said += [f"logits to {report['logits']['largest_difference']:.2g}"] if "logits" in report else []
+    return ", ".join(said)

@@ -12,7 +12,7 @@ import gpt_oss_vision
 from checkpoints import OBLONG, SQUARE, change, save_tiny
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
-from gpt_oss_vision.conversion.verify import verify
+from gpt_oss_vision.conversion.verify import agreement, verify
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,6 +71,14 @@ def test_mxfp4_of_other_numbers_is_within_its_bound(pair: Path):
     packed = [entry for entry in report["tensors"].values() if "share_of_bound" in entry]
     assert len(packed) == 4 * 4 * 2
     assert all(0 < entry["share_of_bound"] <= 1 and entry["different"] for entry in packed)
+
+
+def test_it_says_how_far_two_checkpoints_agree(pair: Path):
+    exact, packed = verify(pair / "hf", pair / "megatron"), verify(pair / "packed", pair / "megatron")
+    count = len(exact["tensors"])
+    assert agreement(exact) == f"{count} tensors bit for bit"
+    assert agreement(packed) == f"{count - 32} tensors bit for bit, 32 within the bound of MXFP4"
+    assert agreement(exact | {"logits": {"largest_difference": 1.23e-6}}).endswith(", logits to 1.2e-06")
 
 
 def test_mxfp4_beyond_its_bound_is_found(pair: Path, tmp_path: Path):
