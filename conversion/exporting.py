@@ -142,7 +142,7 @@ class Export:
             return
         shapes = [self.targets[name].shape[parameter.expert is not None :] for name in parameter.hf]
         parts = [room.view(shape) for room, shape in zip(rooms, shapes, strict=True)]
-        start = room_for(numbers.nbytes)
+        start = room_for(numbers.numel() * self.stored[parameter.key].dtype.itemsize)  # merged numbers lie elsewhere
         scratch = worker.scratch[start : start + numbers.numel() * parts[0].itemsize].view(parts[0].dtype)
         to_hf(parameter, numbers.view(parameter.shape), parts, scratch.view(parameter.shape))
 

@@ -1,12 +1,13 @@
 """LoRA adapters that Megatron-Bridge has trained: into PEFT's format, and merged into the weights of an export.
 
 Its checkpoint holds the adapters alone, under ``KEY.adapter.linear_in.weight [L, r, in]`` (LoRA's A) and
-``KEY.adapter.linear_out.weight [L, out, r]`` (its B); the weights are in the checkpoint that training started from. The
-adapted weight is ``W + alpha / r · B·A``, in Megatron's layout.
+``KEY.adapter.linear_out.weight [L, out, r]`` (its B); those of experts have the axis of experts after that of layers,
+also where all experts share one. The weights are in the checkpoint that training started from. The adapted weight is
+``W + alpha / r · B·A``, in Megatron's layout.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from ..bridge.weights import Layout
 from .checkpoint import MODEL_TYPE, read_json
 from .hf_side import reference_folder
 from .journal import open_output
@@ -29,11 +31,19 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 IN, OUT = ".adapter.linear_in.weight", ".adapter.linear_out.weight"
-ADAPTED = ("decoder.layers.self_attention.linear_qkv", "decoder.layers.self_attention.linear_proj")
-"""The layers whose adapters can be exported: those that the `torch` back end can train."""
+ADAPTED = (
+    "decoder.layers.self_attention.linear_qkv",
+    "decoder.layers.self_attention.linear_proj",
+    "decoder.layers.mlp.experts.experts.linear_fc1",
+    "decoder.layers.mlp.experts.experts.linear_fc2",
+)
+"""The layers whose adapters can be exported."""
 
 TARGETS = r"model\.layers\.\d+\.self_attn\.(?:%s)"
 """Of PEFT, which would otherwise find the tower's projections under the same names."""
+
+EXPERTS = ("gate_up_proj", "down_proj")
+"""Tensors of one module that hold all experts; PEFT wraps it once for each that is adapted, in this order."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +51,11 @@ class Adapters:
     """The adapters of a checkpoint.
 
     Attributes:
-        rank: r.
         alpha: of the scale ``alpha / r``.
         base: the Megatron checkpoint that they adapt.
-        pairs: A ``[L, r, in]`` and B ``[L, out, r]``, in fp32, by the key of the weight.
+        pairs: A ``[L, r, in]`` and B ``[L, out, r]``, or ``[L, E, …]`` of experts, in fp32, by the key of the weight.
     """
 
-    rank: int
     alpha: float
     base: Path | None
     pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -56,8 +64,13 @@ class Adapters:
         """The numbers of some rows of a parameter with its adapter added, in fp32; as they are where it has none."""
         if parameter.key not in self.pairs:
             return numbers
-        a, b = (tensor[parameter.index[0]] for tensor in self.pairs[parameter.key])
-        return torch.addmm(numbers.view(-1, a.shape[1]).float(), b[rows], a, alpha=self.alpha / self.rank)
+        a, b = self.of(parameter)
+        return torch.addmm(numbers.view(-1, a.shape[1]).float(), b[rows], a, alpha=self.alpha / len(a))
+
+    def of(self, parameter: Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+        """A ``[r, in]`` and B ``[out, r]`` of a parameter that is adapted."""
+        a, b = (tensor[parameter.index] for tensor in self.pairs[parameter.key])
+        return a, b
 
 
 def is_adapter_checkpoint(checkpoint: TorchDistCheckpoint) -> bool:
@@ -79,13 +92,17 @@ def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
     settings, base = config["peft"] or {}, config["checkpoint"].get("pretrained_checkpoint")
     if not str(settings.get("_target_")).endswith(".LoRA"):
         raise ValueError(f"{file} says {settings.get('_target_')}; only Megatron-Bridge's LoRA can be exported")
+    if settings.get("experts_shared_outer_loras"):
+        raise ValueError(
+            f"{file} says experts_shared_outer_loras; only adapters that share all or nothing are exported"
+        )
     unknown = sorted(checkpoint.tensors.keys() - {layer + part for layer in ADAPTED for part in (IN, OUT)})
     if unknown:
         raise ValueError(f"{checkpoint.folder} has adapters that cannot be exported: {listed(unknown)}")
     read = _read_all(checkpoint.tensors)
     found = [layer for layer in ADAPTED if layer + IN in read]
     pairs = {layer + ".weight": (read[layer + IN], read[layer + OUT]) for layer in found}
-    return Adapters(settings["dim"], settings["alpha"], Path(base) if base else None, pairs)
+    return Adapters(settings["alpha"], Path(base) if base else None, pairs)
 
 
 def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:
@@ -142,12 +159,9 @@ def export_adapters(
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
     config = read_config(folder, with_vision=read_json(folder / "config.json").get("model_type") == MODEL_TYPE)
     shapes = shapes_of(config)
-    tensors: dict[str, torch.Tensor] = {}
-    for parameter in parameters(shapes, config.num_key_value_heads):
-        if parameter.key in adapters.pairs:
-            a, b = (tensor[parameter.index[0]] for tensor in adapters.pairs[parameter.key])
-            tensors |= _peft_tensors(parameter, a, b, [shapes[name][0] for name in parameter.hf])
-    described = _peft_config(adapters, tensors)
+    adapted = [one for one in parameters(shapes, config.num_key_value_heads) if one.key in adapters.pairs]
+    tensors = _peft_tensors(adapters, adapted, shapes)
+    described = _peft_config(adapters, adapted)
     with open_output(
         Path(out), {"action": "adapters", "source": str(checkpoint.folder)}, overwrite=overwrite
     ) as journal:
@@ -157,24 +171,71 @@ def export_adapters(
     return described.to_dict()
 
 
-def _peft_tensors(parameter: Parameter, a: torch.Tensor, b: torch.Tensor, rows: list[int]) -> dict[str, torch.Tensor]:
-    """A for each tensor of transformers, and B cut as the weight is: ``[out, r]`` is laid out as ``[out, in]`` is."""
-    parts = [torch.empty(count, b.shape[1]) for count in rows]
-    to_hf(parameter, b, parts, torch.empty(0))
-    names = [f"base_model.model.{name.removesuffix('.weight')}.lora_" for name in parameter.hf]
-    return {f"{name}A.weight": a.clone() for name in names} | {
-        f"{name}B.weight": part for name, part in zip(names, parts, strict=True)
-    }
+def _peft_tensors(
+    adapters: Adapters, adapted: Sequence[Parameter], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """Every A and B under PEFT's name; those of experts side by side, as PEFT keeps them."""
+    tensors: dict[str, torch.Tensor] = {}
+    of_experts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for parameter in adapted:
+        a, b = adapters.of(parameter)
+        parts = [
+            torch.empty(shapes[name][-1 if parameter.expert is not None else 0], b.shape[1]) for name in parameter.hf
+        ]
+        for name, part in zip(parameter.hf, _laid_out(parameter, b, parts), strict=True):
+            if parameter.expert is None:
+                tensors |= _named(name.removesuffix(".weight"), a.clone(), part)
+            else:
+                of_experts.setdefault(name, []).append((a, part))
+    for name, pairs in of_experts.items():
+        module, _, tensor = name.rpartition(".")
+        wraps = "".join(
+            ".base_layer" for other in EXPERTS[EXPERTS.index(tensor) + 1 :] if f"{module}.{other}" in of_experts
+        )
+        a, b = (list(each) for each in zip(*pairs, strict=True))
+        tensors |= _named(module + wraps, torch.cat(a), torch.stack(b, dim=-1).flatten(1))
+    return tensors
 
 
-def _peft_config(adapters: Adapters, tensors: Mapping[str, torch.Tensor]) -> "LoraConfig":
+def _named(module: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"base_model.model.{module}.lora_{letter}.weight": each for letter, each in (("A", a), ("B", b))}
+
+
+def _laid_out(parameter: Parameter, b: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """B cut, or its rows ordered, as transformers has those of the weight: ``[out, r]`` as ``[out, in]`` is."""
+    if parameter.layout is Layout.EXPERT_GATE_UP:
+        for half, start in zip(b.chunk(2), (0, 1), strict=True):
+            parts[0][start::2] = half
+    elif parameter.layout is Layout.EXPERT_DOWN:
+        parts[0].copy_(b)
+    else:
+        to_hf(parameter, b, parts, torch.empty(0))
+    return parts
+
+
+def _peft_config(adapters: Adapters, adapted: Sequence[Parameter]) -> "LoraConfig":
+    """What PEFT has to know.
+
+    Raises:
+        ValueError: the ranks differ.
+    """
     from peft import LoraConfig  # takes seconds, which every export would wait for
 
-    layers = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    ranks = sorted({a.shape[-2] for a, _ in adapters.pairs.values()})
+    if len(ranks) > 1:
+        raise ValueError(
+            f"The adapters have ranks {ranks}, and PEFT one for all; export them merged, without --adapter"
+        )
+    names = [name for parameter in adapted if parameter.expert is None for name in parameter.hf]
+    layers = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
+    experts = {
+        name.rpartition(".")[2] for parameter in adapted if parameter.expert is not None for name in parameter.hf
+    }
     return LoraConfig(
-        r=adapters.rank,
+        r=ranks[0],
         lora_alpha=adapters.alpha,  # pyright: ignore[reportArgumentType] - any number will do
-        target_modules=TARGETS % "|".join(layers),
+        target_modules=TARGETS % "|".join(layers) if layers else [],
+        target_parameters=[f"mlp.experts.{name}" for name in EXPERTS if name in experts] or None,
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

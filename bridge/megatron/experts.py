@@ -1,8 +1,10 @@
 """Grouped experts of the `torch` back end, with the parameter names of Transformer Engine's grouped linears."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -17,33 +19,44 @@ from megatron.core.transformer.utils import (
 from megatron.core.utils import divide
 from torch import nn
 
-from ..ops.experts import grouped_experts
+from ..ops.experts import clamped_gate, grouped_linear
 
 
 class GroupedLinear(nn.Module):
     """One linear layer per local expert: parameters ``weight{i} [out, in]`` and ``bias{i} [out]``.
 
+    Called as Transformer Engine's is, so that Megatron-Bridge's LoRA can wrap it.
+
     Args:
         config: the TransformerConfig, for precision and initialisation.
-        num_experts: experts on this rank.
+        num_gemms: experts on this rank, by Transformer Engine's name.
         shape: ``(out, in)`` of this rank's part.
         partition_dim: the axis of the weight that expert tensor parallelism splits; 0 splits the bias too.
         init_method: fills a weight in place.
+        pg_collection: the groups of expert, expert tensor and expert data parallelism.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        num_experts: int,
+        num_gemms: int,
         shape: tuple[int, int],
         partition_dim: int,
         init_method: Callable[[torch.Tensor], object],
+        pg_collection: ProcessGroupCollection,
     ):
         super().__init__()
         self.config = config
-        self.num_experts = num_experts
+        self.num_gemms = num_gemms
         self.partition_dim = partition_dim
-        for expert in range(num_experts):
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.expt_tp
+        self.expert_dp_group = pg_collection.expt_dp
+        sizes = list(shape)
+        sizes[partition_dim] *= self.tp_group.size()
+        self.out_features, self.in_features = sizes
+        """Of the whole layer, not of this rank's part."""
+        for expert in range(num_gemms):
             weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
             bias = nn.Parameter(torch.zeros(shape[0], dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(weight, True, partition_dim, 1)
@@ -57,13 +70,58 @@ class GroupedLinear(nn.Module):
                 with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                     init_method(weight)
 
-    def forward(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """`pairs`, as a call: data parallelism waits for overlapped gathering of parameters in a hook of the call."""
-        return self.pairs()
+    def forward(self, tokens: torch.Tensor, tokens_per_expert: Sequence[int]) -> tuple[torch.Tensor, None]:
+        """Tokens ``[t, in]`` sorted by local expert and counts to ``[t, out]`` and no bias: it is added already."""
+        pairs = [(weight, self._share(bias)) for weight, bias in self.pairs()]
+        return grouped_linear(tokens, tokens_per_expert, pairs), None
 
     def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """``(weight, bias)`` of each local expert, in order."""
-        return [(getattr(self, f"weight{i}"), getattr(self, f"bias{i}")) for i in range(self.num_experts)]
+        return [(getattr(self, f"weight{i}"), getattr(self, f"bias{i}")) for i in range(self.num_gemms)]
+
+    def _share(self, bias: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a bias; a part of the value where ranks sum their outputs."""
+        size = self.tp_group.size()
+        if size == 1 or self.partition_dim == 0:
+            return bias
+        return copy_to_tensor_model_parallel_region(bias, group=self.tp_group) / size
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """``{prefix}{weight,bias}`` with an axis for experts, gate and up as two chunks."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        entries = {}
+        for expert in range(self.num_gemms):
+            entries |= self._sharded_expert(expert, prefix, sharded_offsets, metadata)
+        return entries
+
+    def _sharded_expert(self, expert: int, prefix: str, sharded_offsets: tuple, metadata: dict) -> ShardedStateDict:
+        singleton = metadata.get("singleton_local_shards", False)
+        index = self.ep_group.rank() * self.num_gemms + expert
+        count = self.ep_group.size() * self.num_gemms
+        key = f"{index}.{prefix}" if singleton else prefix
+        offsets = sharded_offsets if singleton else (*sharded_offsets, (len(sharded_offsets), index, count))
+        weight, bias = self.pairs()[expert]
+        split = {"weight": self.partition_dim} | ({"bias": 0} if self.partition_dim == 0 else {})
+        tensors = make_sharded_tensors_for_checkpoint(
+            {"weight": weight, "bias": bias},
+            key,
+            split,
+            offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        entries = {}
+        for kind, tensor in ((k.removeprefix(key), t) for k, t in tensors.items()):
+            # Copies of an expert live on its expert data-parallel ranks; rank 0 of those writes.
+            tensor.replica_id = (*tensor.replica_id[:2], self.expert_dp_group.rank())
+            if self.partition_dim == 0:
+                tensor = apply_swiglu_sharded_factory(
+                    tensor, offsets, singleton, tp_group=self.tp_group, dp_group=metadata["dp_cp_group"]
+                )
+            entries[f"{prefix}{kind}{expert}"] = tensor
+        return entries
 
 
 class GroupedExperts(MegatronModule):
@@ -82,13 +140,14 @@ class GroupedExperts(MegatronModule):
     ):
         super().__init__(config=config)
         assert pg_collection is not None and config.add_bias_linear and config.gated_linear_unit
-        self.num_local_experts = num_local_experts
-        self.ep_group = pg_collection.ep
-        self.tp_group = pg_collection.expt_tp
-        self.expert_dp_group = pg_collection.expt_dp
-        ffn = divide(config.moe_ffn_hidden_size, self.tp_group.size())
+        ffn = divide(config.moe_ffn_hidden_size, pg_collection.expt_tp.size())
         self.linear_fc1 = GroupedLinear(
-            config, num_local_experts, (2 * ffn, config.hidden_size), partition_dim=0, init_method=config.init_method
+            config,
+            num_local_experts,
+            (2 * ffn, config.hidden_size),
+            partition_dim=0,
+            init_method=config.init_method,
+            pg_collection=pg_collection,
         )
         self.linear_fc2 = GroupedLinear(
             config,
@@ -96,6 +155,7 @@ class GroupedExperts(MegatronModule):
             (config.hidden_size, ffn),
             partition_dim=1,
             init_method=config.output_layer_init_method,
+            pg_collection=pg_collection,
         )
 
     def forward(
@@ -105,55 +165,19 @@ class GroupedExperts(MegatronModule):
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
         """Tokens ``[t, h]`` sorted by local expert, counts ``[E]``, weights ``[t]`` to ``[t, h]`` and no bias."""
-        output = grouped_experts(
-            permuted_local_hidden_states,
-            tokens_per_expert.tolist(),
-            permuted_probs,
-            self.linear_fc1(),
-            [(weight, self._share(bias)) for weight, bias in self.linear_fc2()],
-            limit=self.config.activation_func_clamp_value,
-            offset=self.config.glu_linear_offset,
-        )
-        return output, None
+        counts = tokens_per_expert.tolist()
+        gate_up, _ = self.linear_fc1(permuted_local_hidden_states, counts)
+        limit, offset = self.config.activation_func_clamp_value, self.config.glu_linear_offset
+        output, _ = self.linear_fc2(clamped_gate(gate_up, limit=limit, offset=offset), counts)
+        return output * permuted_probs.unsqueeze(-1).to(output.dtype), None
 
-    def _share(self, bias: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a bias whose output is summed over the expert tensor-parallel ranks."""
-        size = self.tp_group.size()
-        return bias if size == 1 else copy_to_tensor_model_parallel_region(bias, group=self.tp_group) / size
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
-        """``{prefix}experts.linear_fc{1,2}.{weight,bias}`` with an axis for experts, gate and up as two chunks."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """``{prefix}experts.linear_fc{1,2}.…``: weights, biases, and the adapters of LoRA."""
         entries = {}
         for name, linear in self.named_children():
-            assert isinstance(linear, GroupedLinear)
-            for expert in range(self.num_local_experts):
-                entries |= self._sharded_expert(name, linear, expert, prefix, sharded_offsets, metadata)
-        return entries
-
-    def _sharded_expert(self, name, linear, expert, prefix, sharded_offsets, metadata) -> dict:
-        singleton = metadata.get("singleton_local_shards", False)
-        index = self.ep_group.rank() * self.num_local_experts + expert
-        count = self.ep_group.size() * self.num_local_experts
-        key = f"{prefix}experts.{index}.{name}." if singleton else f"{prefix}experts.{name}."
-        offsets = sharded_offsets if singleton else (*sharded_offsets, (len(sharded_offsets), index, count))
-        weight, bias = linear.pairs()[expert]
-        split = {"weight": linear.partition_dim} | ({"bias": 0} if linear.partition_dim == 0 else {})
-        tensors = make_sharded_tensors_for_checkpoint(
-            {"weight": weight, "bias": bias},
-            key,
-            split,
-            offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        entries = {}
-        for kind, tensor in ((k.removeprefix(key), t) for k, t in tensors.items()):
-            # Copies of an expert live on its expert data-parallel ranks; rank 0 of those writes.
-            tensor.replica_id = (*tensor.replica_id[:2], self.expert_dp_group.rank())
-            if linear.partition_dim == 0:
-                tensor = apply_swiglu_sharded_factory(
-                    tensor, offsets, singleton, tp_group=self.tp_group, dp_group=metadata["dp_cp_group"]
-                )
-            entries[f"{prefix}{name}.{kind}{expert}"] = tensor
+            part = linear.sharded_state_dict(f"{name}.", sharded_offsets, metadata)
+            add_prefix_for_sharding(part, f"{prefix}experts.")
+            entries |= {f"{prefix}{key}": entry for key, entry in part.items()}
         return entries

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import megatron.bridge.peft.lora as bridge_lora
 import megatron.bridge.peft.utils as bridge_peft
 import megatron.bridge.training.initialize as bridge_initialize
 import torch
@@ -16,6 +17,8 @@ from megatron.bridge.utils.instantiate_utils import register_allowed_target_pref
 from megatron.core.datasets import utils as core_dataset_utils
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from .experts import GroupedLinear
 
 KEEP_IN_FP32 = "_keep_in_float32_parameter_names"
 """Attribute of a module that names parameters which the half-precision wrapper leaves in fp32."""
@@ -27,6 +30,7 @@ def apply() -> None:
     # Megatron-Bridge 0.6.2 takes the names that Megatron-Core sets to None without Transformer Engine for its classes,
     # and its LoRA asks each layer whether it is one of them.
     bridge_peft.HAVE_TE = bridge_peft.HAVE_TE and HAVE_TE
+    bridge_lora.get_adapter_attributes_from_linear = _attributes_of_our_experts_too
     if not _helpers_can_be_compiled():
         bridge_initialize.compile_helpers = _nothing_to_compile
     if DistributedOptimizer._build_model_and_main_param_groups.__func__ is _build_groups:
@@ -34,6 +38,26 @@ def apply() -> None:
     DistributedOptimizer.state_dict = _state_dict_before_the_first_step_too
     DistributedOptimizer.load_state_dict = _load_state_dict_and_part_the_steps
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_but_step
+
+
+adapter_attributes = bridge_peft.get_adapter_attributes_from_linear
+
+
+def _attributes_of_our_experts_too(module, **options) -> bridge_peft.AdapterAttributes:
+    """Let LoRA adapt the `torch` back end's experts as it does Transformer Engine's.
+
+    Megatron-Bridge 0.6.2 knows a layer's sizes by its class, and refuses every class but Megatron-Core's.
+    """
+    if not isinstance(module, GroupedLinear):
+        return adapter_attributes(module, **options)
+    return bridge_peft.AdapterAttributes(
+        input_is_parallel=module.partition_dim == 1,
+        in_features=module.in_features,
+        out_features=module.out_features,
+        disable_tensor_parallel_comm=False,
+        disable_sequence_parallel_comm=True,
+        base_linear_is_parallel=True,
+    )
 
 
 _state_dict = DistributedOptimizer.state_dict

@@ -29,33 +29,18 @@ def clamped_gate(gate_up: torch.Tensor, *, limit: float, offset: float) -> torch
     return (up + offset) * gate * torch.sigmoid(QUICK_GELU_SLOPE * gate)
 
 
-def grouped_experts(
-    tokens: torch.Tensor,
-    tokens_per_expert: Sequence[int],
-    probs: torch.Tensor,
-    fc1: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    fc2: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    *,
-    limit: float,
-    offset: float,
+def grouped_linear(
+    tokens: torch.Tensor, tokens_per_expert: Sequence[int], experts: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> torch.Tensor:
-    """Run every expert on its own run of tokens and weigh the results.
+    """Run one linear layer per expert, each on its own run of tokens.
 
     Args:
-        tokens: ``[t, h]``, all tokens of expert 0 first, then those of expert 1, …
+        tokens: ``[t, in]``, all tokens of expert 0 first, then those of expert 1, …
         tokens_per_expert: E counts that sum to t; a zero still gives that expert a (zero) gradient.
-        probs: ``[t]``, the routing weight of each token for its expert.
-        fc1: per expert the weight ``[2f, h]`` and bias ``[2f]``, gate before up.
-        fc2: per expert the weight ``[h, f]`` and bias ``[h]``.
+        experts: per expert the weight ``[out, in]`` and bias ``[out]``.
 
     Returns:
-        ``[t, h]`` in the tokens' dtype, the bias weighted like the rest.
+        ``[t, out]``.
     """
-    outputs = []
-    weights = probs.unsqueeze(-1).to(tokens.dtype)
-    for mine, weight, one, two in zip(
-        tokens.split(list(tokens_per_expert)), weights.split(list(tokens_per_expert)), fc1, fc2, strict=True
-    ):
-        activated = clamped_gate(F.linear(mine, *one), limit=limit, offset=offset)
-        outputs.append(F.linear(activated, *two) * weight)
-    return torch.cat(outputs)
+    runs = tokens.split(list(tokens_per_expert))
+    return torch.cat([F.linear(mine, *expert) for mine, expert in zip(runs, experts, strict=True)])

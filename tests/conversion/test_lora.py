@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 
 import gpt_oss_vision
+from checkpoints import load_hf
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.megatron import cpu, upstream
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.lora import export_adapters
@@ -19,15 +22,38 @@ from gpt_oss_vision.recipes.quickstart import Settings, training_config, write_c
 from gpt_oss_vision.recipes.training import train
 from tiny import tiny_batch
 
-ATTENTION = ("linear_qkv", "linear_proj")
+ATTENTION = ["linear_qkv", "linear_proj"]
+EXPERTS = ["linear_fc1", "linear_fc2"]
 
 
-def train_lora(start: Path, out: Path, targets: tuple[str, ...], tensor_parallel: int = 1) -> None:
-    from megatron.bridge.peft.lora import LoRA
+@dataclass(frozen=True)
+class Kind:
+    """What is adapted, and how; on two ranks, attention is split and each has half of the experts."""
 
-    settings = Settings(steps=3, batch_size=8, tensor_parallel=tensor_parallel)
+    targets: list[str]
+    ranks: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def lora(self):
+        """Megatron-Bridge's own."""
+        from megatron.bridge.peft.lora import LoRA
+
+        return LoRA(target_modules=self.targets, dim=4, alpha=12, **self.options)
+
+
+KINDS = {
+    "attention, TP2": Kind(ATTENTION, ranks=2),
+    "everything": Kind(ATTENTION + EXPERTS),
+    "everything, TP2 and EP2": Kind(ATTENTION + EXPERTS, ranks=2),
+    "one for each expert": Kind(EXPERTS, options={"share_expert_adapters": False}),
+}
+
+
+def train_lora(start: Path, out: Path, kind: Kind) -> None:
+    settings = Settings(steps=3, batch_size=8, tensor_parallel=kind.ranks)
     config = training_config(start, write_digits(start / "digits", 0), settings)
-    config.peft = LoRA(target_modules=list(targets), dim=4, alpha=12)
+    config.model.expert_model_parallel_size, config.model.expert_tensor_parallel_size = kind.ranks, 1
+    config.peft = kind.lora()
     config.optimizer.lr = config.optimizer.min_lr = 0.03  # so that three steps leave something to see
     config.checkpoint.pretrained_checkpoint, config.checkpoint.save = str(start / "megatron"), str(out)
     train(config)
@@ -43,11 +69,16 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "TP2"])
-def adapter(request: pytest.FixtureRequest, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def adapter(kind: Kind, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of adapters."""
     out = tmp_path_factory.mktemp("adapter") / "megatron"
-    cpu.run_ranks(request.param, train_lora, start, out, ATTENTION, request.param)
+    cpu.run_ranks(kind.ranks, train_lora, start, out, kind)
     return out
 
 
@@ -65,17 +96,16 @@ def test_an_adapter_by_peft_and_merged_weights_give_the_same_logits(adapter: Pat
     assert (adapted - merged).abs().max() < 1e-5 * scale
 
 
-def megatron_logits(start: Path, adapter: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def megatron_logits(start: Path, adapter: Path, kind: Kind, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """What Megatron itself computes with the adapters in place, not merged."""
     from megatron.bridge import AutoBridge
-    from megatron.bridge.peft.lora import LoRA
     from megatron.bridge.peft.utils import load_peft_adapter_checkpoint
 
     torch.distributed.init_process_group("gloo")
     provider = AutoBridge.from_hf_pretrained(start / "hf_start").to_megatron_provider()
     provider.finalize()
     provider.initialize_model_parallel(seed=0)
-    lora = LoRA(target_modules=list(ATTENTION), dim=4, alpha=12)
+    lora = kind.lora()
     model = lora(provider.provide_distributed_model(wrap_with_ddp=False), training=False)
     lora.set_params_to_save(model)
     load_peft_adapter_checkpoint(model, adapter / "iter_0000003", lora)
@@ -83,13 +113,21 @@ def megatron_logits(start: Path, adapter: Path, batch: dict[str, torch.Tensor]) 
         return model[0].eval()(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values"))
 
 
-def test_merged_weights_give_the_logits_of_megatrons_adapters(adapter: Path, start: Path, tmp_path: Path):
+def test_merged_weights_give_the_logits_of_megatrons_adapters(adapter: Path, kind: Kind, start: Path, tmp_path: Path):
     export_checkpoint(adapter, tmp_path / "merged", dtype="fp32")
     merged = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "merged").eval()
     batch = tiny_batch(merged.config)
-    (expected,) = cpu.run_ranks(1, megatron_logits, start, adapter, batch)
+    (expected,) = cpu.run_ranks(1, megatron_logits, start, adapter, kind, batch)
     with torch.no_grad():
         assert (merged(**batch).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_base_in_half_precision_is_merged_in_full(adapter: Path, start: Path, tmp_path: Path):
+    import_checkpoint(start / "hf_start", tmp_path / "base", dtype="bf16")
+    export_checkpoint(adapter, tmp_path / "half", base=tmp_path / "base")
+    export_checkpoint(adapter, tmp_path / "full", base=tmp_path / "base", dtype="fp32")
+    half, full = load_hf(tmp_path / "half"), load_hf(tmp_path / "full")
+    assert all(torch.equal(half[name], full[name].to(half[name].dtype)) for name in full)
 
 
 def test_a_base_that_has_moved_is_asked_for(adapter: Path, start: Path, tmp_path: Path):
@@ -107,16 +145,50 @@ def test_a_checkpoint_without_adapters_is_refused(start: Path, tmp_path: Path):
         export_adapters(start / "megatron", tmp_path / "out")
 
 
-def lora_without_the_work_around(start: Path, out: Path) -> None:
+def without_the_work_around_for_classes(start: Path, out: Path) -> None:
     import megatron.bridge.peft.utils
 
     megatron.bridge.peft.utils.HAVE_TE = True
-    train_lora(start, out, ATTENTION)
+    train_lora(start, out, Kind(ATTENTION))
 
 
 def test_megatron_bridge_still_takes_transformer_engine_for_present(start: Path, tmp_path: Path):
     """When this fails, the line about ``HAVE_TE`` in `upstream.apply` can go."""
-    if gpt_oss_vision.bridge.megatron.upstream.HAVE_TE:
+    if upstream.HAVE_TE:
         pytest.skip("Transformer Engine is installed")
     with pytest.raises(TypeError, match="isinstance"):
-        cpu.run_ranks(1, lora_without_the_work_around, start, tmp_path / "out")
+        cpu.run_ranks(1, without_the_work_around_for_classes, start, tmp_path / "out")
+
+
+def without_the_work_around_for_experts(start: Path, out: Path) -> None:
+    import megatron.bridge.peft.lora
+
+    megatron.bridge.peft.lora.get_adapter_attributes_from_linear = upstream.adapter_attributes
+    train_lora(start, out, Kind(EXPERTS))
+
+
+def test_megatron_bridge_still_refuses_to_adapt_experts_that_are_not_its_own(start: Path, tmp_path: Path):
+    """When this fails, `upstream._attributes_of_our_experts_too` can go."""
+    with pytest.raises(NotImplementedError, match="Layer type is unrecognized for LoRA"):
+        cpu.run_ranks(1, without_the_work_around_for_experts, start, tmp_path / "out")
+
+
+def test_adapters_that_share_only_one_half_are_refused(adapter: Path, tmp_path: Path):
+    moved = shutil.copytree(adapter, tmp_path / "adapter")
+    file = moved / "iter_0000003" / "run_config.yaml"
+    file.write_text(file.read_text().replace("experts_shared_outer_loras: false", "experts_shared_outer_loras: true"))
+    with pytest.raises(ValueError, match="only adapters that share all or nothing are exported"):
+        export_adapters(moved, tmp_path / "out")
+
+
+def test_ranks_that_differ_are_refused_by_peft_and_merged(start: Path, tmp_path: Path):
+    kind = Kind(ATTENTION + EXPERTS, options={"normalize_moe_lora": True})
+    cpu.run_ranks(1, train_lora, start, tmp_path / "adapter", kind)
+    with pytest.raises(ValueError, match=r"have ranks \[\d, 4\], and PEFT one for all"):
+        export_adapters(tmp_path / "adapter", tmp_path / "out")
+    export_checkpoint(tmp_path / "adapter", tmp_path / "merged", dtype="fp32")
+    merged = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    batch = tiny_batch(merged.config)
+    (expected,) = cpu.run_ranks(1, megatron_logits, start, tmp_path / "adapter", kind, batch)
+    with torch.no_grad():
+        assert (merged(**batch).logits - expected).abs().max() < 1e-5 * expected.abs().max()
