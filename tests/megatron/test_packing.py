@@ -81,7 +81,9 @@ def compare(path: Path, layout: Layout) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
-        scale = max(float(gradient.abs().max()), 1e-4 * largest)
+        # What is added to all keys of a softmax without a sink moves nothing: that gradient is rounding only.
+        is_rounding = "vision_adapter.vit" in name and name.endswith("k_proj.bias")
+        scale = max(float(gradient.abs().max()), (1e-2 if is_rounding else 1e-4) * largest)
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=0, atol=1e-4 * scale, msg=name)
 
 
