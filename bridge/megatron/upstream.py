@@ -47,9 +47,17 @@ def _attributes_of_our_experts_too(module, **options) -> bridge_peft.AdapterAttr
     """Let LoRA adapt the `torch` back end's experts as it does Transformer Engine's.
 
     Megatron-Bridge 0.6.2 knows a layer's sizes by its class, and refuses every class but Megatron-Core's.
+
+    Raises:
+        ValueError: with expert tensor parallelism, where its adapters have not been shown to be exact.
     """
     if not isinstance(module, GroupedLinear):
         return adapter_attributes(module, **options)
+    if module.tp_group.size() > 1:
+        raise ValueError(
+            f"LoRA on the experts needs expert_tensor_parallel_size=1, got {module.tp_group.size()}; "
+            "or leave linear_fc1 and linear_fc2 out of target_modules."
+        )
     return bridge_peft.AdapterAttributes(
         input_is_parallel=module.partition_dim == 1,
         in_features=module.in_features,

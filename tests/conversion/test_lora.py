@@ -28,10 +28,11 @@ EXPERTS = ["linear_fc1", "linear_fc2"]
 
 @dataclass(frozen=True)
 class Kind:
-    """What is adapted, and how; on two ranks, attention is split and each has half of the experts."""
+    """What is adapted, and how; on two ranks, attention is split and each has half of the experts, or of each."""
 
     targets: list[str]
     ranks: int = 1
+    splits_experts: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def lora(self):
@@ -52,7 +53,8 @@ KINDS = {
 def train_lora(start: Path, out: Path, kind: Kind) -> None:
     settings = Settings(steps=3, batch_size=8, tensor_parallel=kind.ranks)
     config = training_config(start, write_digits(start / "digits", 0), settings)
-    config.model.expert_model_parallel_size, config.model.expert_tensor_parallel_size = kind.ranks, 1
+    sizes = (1, kind.ranks) if kind.splits_experts else (kind.ranks, 1)
+    config.model.expert_model_parallel_size, config.model.expert_tensor_parallel_size = sizes
     config.peft = kind.lora()
     config.optimizer.lr = config.optimizer.min_lr = 0.03  # so that three steps leave something to see
     config.checkpoint.pretrained_checkpoint, config.checkpoint.save = str(start / "megatron"), str(out)
@@ -171,6 +173,11 @@ def test_megatron_bridge_still_refuses_to_adapt_experts_that_are_not_its_own(sta
     """When this fails, `upstream._attributes_of_our_experts_too` can go."""
     with pytest.raises(NotImplementedError, match="Layer type is unrecognized for LoRA"):
         cpu.run_ranks(1, without_the_work_around_for_experts, start, tmp_path / "out")
+
+
+def test_adapters_of_split_experts_are_refused(start: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="LoRA on the experts needs expert_tensor_parallel_size=1, got 2"):
+        cpu.run_ranks(2, train_lora, start, tmp_path / "out", Kind(EXPERTS, ranks=2, splits_experts=True))
 
 
 def test_adapters_that_share_only_one_half_are_refused(adapter: Path, tmp_path: Path):
