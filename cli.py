@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -75,6 +76,8 @@ def generate(
     from .conversion.checkpoint import check_checkpoint
 
     check_checkpoint(model)
+    # torchao 0.17, which transformers imports where it is, has a wrong escape that Python tells of when it compiles it.
+    warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning)
     from .recipes import generate as recipe
 
     choice = recipe.Sampling(**sampling)
