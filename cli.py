@@ -126,16 +126,18 @@ def convert_export(
     Takes a checkpoint that was converted, or saved by training at any parallel layout; adapters of LoRA are merged.
     Needs neither a GPU nor memory for the model. A call that was interrupted is continued by the same call.
     """
-    from rich.console import Console
-
-    from .conversion.exporting import export_checkpoint
-
+    if adapter and (dry_run or text_only):
+        raise UsageError("--adapter goes with neither --dry-run nor --text-only")
     if adapter:
         from .conversion.lora import export_adapters
 
         export_adapters(megatron, out, hf=hf, overwrite=overwrite)
         print(f"{out} is complete: an adapter for PEFT.")
         return 0
+    from rich.console import Console
+
+    from .conversion.exporting import export_checkpoint
+
     choices = {"dtype": dtype, "text_only": text_only, "hf": hf, "base": base}
     output = {"jobs": jobs, "overwrite": overwrite, "dry_run": dry_run, "console": Console(stderr=True)}
     return _tell(out, export_checkpoint(megatron, out, **choices, **output), dry_run)

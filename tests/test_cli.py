@@ -88,6 +88,8 @@ except SystemExit:
         (["quickstart", "--seed", "one"], "--seed"),
         (["quickstart", "--seed", "-1"], "--seed"),
         (["quickstart", "extra"], "extra"),
+        (["convert", "export", "--megatron", "a", "--out", "b", "--adapter", "--dry-run"], "--dry-run"),
+        (["convert", "export", "--megatron", "a", "--out", "b", "--adapter", "--text-only"], "--text-only"),
     ],
 )
 def test_wrong_usage_is_named_and_exits_2(arguments: list[str], named: str):
