@@ -3,7 +3,7 @@
 A unit is done by one thread from beginning to end; torch, xxhash and the kernel let go of the interpreter, so the
 threads' reading, computing and writing overlap. Each thread has two buffers, made once and as large as the largest
 unit asks for, so the memory of a run is known before it starts. Files are read and written around the page cache where
-the file system allows it.
+the file system allows it; what the page cache holds of them, a fresh download for example, is read from there.
 """
 
 import ctypes
@@ -32,6 +32,10 @@ STEP = 16 * 2**20
 
 SECONDS_BETWEEN_SYNCS = 2.0
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+CACHESTAT = 451
+"""The number of a call of Linux, on every architecture, that the C library does not name."""
+
 
 class Buffer:
     """Page-aligned memory for direct input and output, as bytes of torch."""
@@ -55,15 +59,24 @@ class File:
         self.path = path
         flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT
         self.plain = os.open(path, flags, 0o644)
-        if size is not None and os.fstat(self.plain).st_size != size:
-            os.ftruncate(self.plain, size)
-        if size:
-            _reserve(self.plain, size)
         self.size = os.fstat(self.plain).st_size
+        if size is not None and self.size != size:
+            self._grow(size)
         try:
             self.direct = os.open(path, flags & ~os.O_CREAT | os.O_DIRECT)
         except OSError:  # this file system has no direct input and output
             self.direct = self.plain
+
+    def _grow(self, size: int) -> None:
+        """Give the file its size, all at once or not at all: as long as it has another, nothing was written into it."""
+        try:
+            _reserve(self.plain, size)
+            os.ftruncate(self.plain, size)
+        except OSError:
+            os.ftruncate(self.plain, 0)  # ext4 would keep all the room that there was
+            os.close(self.plain)
+            raise
+        self.size = size
 
     def read(self, buffer: Buffer, offset: int, nbytes: int, *, at: int = 0) -> torch.Tensor:
         """Fill `buffer` from its byte `at`, a multiple of BLOCK, on; the bytes asked for, as a view of it.
@@ -74,15 +87,22 @@ class File:
         lead = offset % BLOCK
         wanted = min(_round_up(lead + nbytes), _round_up(self.size - offset + lead))
         assert at % BLOCK == 0 and at + wanted <= len(buffer.bytes)
+        source = self.plain if self._is_cached(offset - lead, wanted) else self.direct
         done = 0
         while done < lead + nbytes:
-            got = os.preadv(self.direct, [buffer.view(at + done, wanted - done)], offset - lead + done)
+            got = os.preadv(source, [buffer.view(at + done, wanted - done)], offset - lead + done)
             done += got
             if (got % BLOCK and done < lead + nbytes) or not got:
                 raise OSError(f"{self.path} ends before byte {offset + nbytes}; copy it again")
         if self.direct == self.plain:
             os.posix_fadvise(self.plain, offset, nbytes, os.POSIX_FADV_DONTNEED)
         return buffer.bytes[at + lead : at + lead + nbytes]
+
+    def _is_cached(self, offset: int, nbytes: int) -> bool:
+        """Whether the page cache holds all of it; False where the kernel does not say (Linux before 6.5)."""
+        asked, told = (ctypes.c_uint64 * 2)(offset, nbytes), (ctypes.c_uint64 * 5)()
+        failed = LIBC.syscall(CACHESTAT, self.plain, asked, told, 0)
+        return not failed and told[0] * mmap.PAGESIZE >= nbytes
 
     def write(self, buffer: Buffer, start: int, offset: int, nbytes: int) -> None:
         """Write `nbytes` of `buffer` from its byte `start` on, which lies as `offset` does between two blocks.
@@ -204,8 +224,8 @@ CAPACITIES = ("read_capacity", "write_capacity", "scratch_capacity")
 class Run:
     """The state that the threads of one run share."""
 
-    def __init__(self, outputs: Mapping[str, File], progress: Progress):
-        self.outputs, self.progress = outputs, progress
+    def __init__(self, progress: Progress):
+        self.progress, self.outputs = progress, dict[str, File]()
         self.todo: queue.SimpleQueue[Unit] = queue.SimpleQueue()
         self.done: queue.SimpleQueue[tuple[Unit, Any] | BaseException | None] = queue.SimpleQueue()
         self._sources: dict[Path, File] = {}
@@ -272,20 +292,23 @@ def stream(
     left = [unit for unit in units if unit.name not in journal.results]
     progress.skip(sum(unit.nbytes for unit in units) - sum(unit.nbytes for unit in left))
     names = sorted({name for unit in left for name in unit.files})
-    run = Run({name: _create(journal.output / name, sizes[name]) for name in names}, progress)
+    run = Run(progress)
     for unit in left:
         run.todo.put(unit)
     capacities = [max((getattr(unit, name) for unit in left), default=0) for name in CAPACITIES]
     threads = [threading.Thread(target=run.work, args=(capacities,), daemon=True) for _ in range(jobs)]
     with _one_thread_per_operation():
         try:
+            for name in names:
+                run.outputs[name] = _create(journal.output / name, sizes[name])
             for thread in threads:
                 thread.start()
             _collect(run, journal, jobs)
         finally:
             run.stop()
             for thread in threads:
-                thread.join()
+                if thread.ident:
+                    thread.join()
             run.close()
     return {unit.name: journal.results[unit.name] for unit in units}
 
@@ -336,8 +359,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
     By Linux's own call: where a file system knows none, the C library's would write into every block instead.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+    if LIBC.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
         error = ctypes.get_errno()
         if error not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise OSError(error, os.strerror(error))

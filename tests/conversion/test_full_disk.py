@@ -1,4 +1,4 @@
-"""A real disk that is too small, or that another program fills: a small tmpfs, mounted where only a fork sees it."""
+"""A real disk that is too small, or that another program fills: a small one, mounted where only a fork sees it."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from crashes import fork, many_small_units
 import gpt_oss_vision
 from checkpoints import OBLONG, files_of, save_tiny
 from gpt_oss_vision import cli
-from gpt_oss_vision.conversion import exporting, importing
+from gpt_oss_vision.conversion import exporting, importing, stream
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.journal import Journal, check_space
 
@@ -34,37 +35,62 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def on_disk(nbytes: int, disk: Path, work: Callable[[], object]) -> None:
-    """Run something in a fork for which `disk` is a file system of that many bytes; skip where none can be mounted."""
+Disk = Callable[[Path, int, Callable[[], object]], None]
 
-    def with_disk() -> None:
-        _mount_tmpfs(disk, nbytes)
-        work()
 
-    if not _succeeds(lambda: _mount_tmpfs(disk, nbytes)):
-        pytest.skip("This user may not mount a file system here")
-    assert _succeeds(with_disk)
+@pytest.fixture(params=["tmpfs", "ext4"])
+def on_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Disk:
+    """Runs something in a fork for which a folder is a file system of that many bytes; skips where none can be mounted.
+
+    One is in memory, which a user may mount in a name space of his own; one has blocks and direct output.
+    """
+
+    def mount(folder: Path, nbytes: int) -> None:
+        _unshare()
+        if request.param == "tmpfs":
+            _mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=%d" % nbytes)
+            return
+        image = tmp_path_factory.mktemp("disk") / "image"
+        with image.open("wb") as file:
+            file.truncate(nbytes)
+        for words in (
+            ("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", image),
+            ("mount", "-o", "loop", image, folder),
+        ):
+            subprocess.run(words, check=True, capture_output=True)
+        (folder / "lost+found").rmdir()
+
+    def run(folder: Path, nbytes: int, work: Callable[[], object]) -> None:
+        def with_disk() -> None:
+            mount(folder, nbytes)
+            work()
+
+        if not _succeeds(lambda: mount(folder, nbytes)):
+            pytest.skip(f"This user may not mount {request.param} here")
+        assert _succeeds(with_disk)
+
+    return run
 
 
 def _succeeds(work: Callable[[], object]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1]) == 0
 
 
-def _mount_tmpfs(folder: Path, nbytes: int) -> None:
-    """Mount in a name space of this process's own, which a user may have too; the mount ends with the process."""
+def _unshare() -> None:
+    """Into a name space of this process's own, which a user may have too; its mounts end with the process."""
     user, group = os.getuid(), os.getgid()
     os.unshare(os.CLONE_NEWNS | (os.CLONE_NEWUSER if user else 0))
     if user:
         for file, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
             Path("/proc/self", file).write_text(text)
     private_and_recursive = 1 << 18 | 1 << 14
-    for arguments in (
-        (None, b"/", None, private_and_recursive, None),
-        (b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=%d" % nbytes),
-    ):
-        if ctypes.CDLL(None, use_errno=True).mount(*arguments):
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error))
+    _mount(None, b"/", None, private_and_recursive, None)
+
+
+def _mount(*arguments: bytes | int | None) -> None:
+    if ctypes.CDLL(None, use_errno=True).mount(*arguments):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
 
 
 def convert(arguments: tuple[str, str, str], checkpoints: Path, out: Path) -> tuple[int, str]:
@@ -86,7 +112,7 @@ def fill(disk: Path, leaving: int) -> None:
 
 @pytest.mark.parametrize("arguments", CONVERSIONS.values(), ids=CONVERSIONS)
 def test_too_small_from_the_start_it_is_told_in_numbers_and_nothing_is_left(
-    arguments: tuple[str, str, str], checkpoints: Path, tmp_path: Path
+    arguments: tuple[str, str, str], checkpoints: Path, tmp_path: Path, on_disk: Disk
 ):
     def run() -> None:
         code, sentence = convert(arguments, checkpoints, tmp_path / "out")
@@ -95,7 +121,7 @@ def test_too_small_from_the_start_it_is_told_in_numbers_and_nothing_is_left(
         assert re.fullmatch(rf"gpt-oss-vision: {tmp_path}/out {numbers}; make room or name .* disk", sentence), sentence
         assert not list(tmp_path.iterdir())
 
-    on_disk(TOO_SMALL, tmp_path, run)
+    on_disk(tmp_path, TOO_SMALL, run)
 
 
 def before_it_is_reserved(disk: Path, patch: pytest.MonkeyPatch) -> None:
@@ -129,6 +155,7 @@ def test_filled_by_another_program_it_is_told_and_continued_to_the_same_bytes_wh
     checkpoints: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    on_disk: Disk,
 ):
     many_small_units(monkeypatch)
     out = tmp_path / "out"
@@ -148,4 +175,15 @@ def test_filled_by_another_program_it_is_told_and_continued_to_the_same_bytes_wh
         assert convert(arguments, checkpoints, out)[0] == 0
         assert files_of(out) == expected
 
-    on_disk(LARGE_ENOUGH, tmp_path, run)
+    on_disk(tmp_path, LARGE_ENOUGH, run)
+
+
+def test_room_that_is_too_small_for_a_file_is_not_kept(tmp_path: Path, on_disk: Disk):
+    def run() -> None:
+        free, open_files = os.statvfs(tmp_path).f_bavail, os.listdir("/proc/self/fd")
+        with pytest.raises(OSError, match="No space left on device"):
+            stream.File(tmp_path / "file", size=LARGE_ENOUGH)
+        assert os.statvfs(tmp_path).f_bavail == free
+        assert os.listdir("/proc/self/fd") == open_files
+
+    on_disk(tmp_path, TOO_SMALL, run)
