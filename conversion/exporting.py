@@ -21,6 +21,7 @@ from .journal import Journal, check_space, fingerprint, open_output
 from .layouts import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
 from .lora import Adapters, is_adapter_checkpoint, open_base, read_adapters
 from .progress import Progress
+from .run_config import check_config
 from .safetensors_reader import listed
 from .safetensors_writer import SHARD_BYTES, ShardPlan, Tensor, plan_shards
 from .source import read_config, room_for, shapes_of
@@ -199,13 +200,16 @@ def plan_export(
         The plan, and the model without weights that it was made for.
 
     Raises:
-        ValueError: `dtype` is unknown, or tensors are missing, foreign or of the wrong shape.
+        ValueError: `dtype` is unknown, tensors are missing, foreign or of the wrong shape, or the model was trained
+            with other numbers than the config's.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is unknown; choose {', '.join(DTYPES)}")
     config = read_config(folder, with_vision=read_json(folder / "config.json").get("model_type") == MODEL_TYPE)
     everything = parameters(shapes_of(config), config.num_key_value_heads)
     check_tensors(checkpoint, everything)
+    for trained in (checkpoint.folder, *([adapters.folder] if adapters else [])):
+        check_config(trained, config)
     model = skeleton(config, DTYPES[dtype], text_only=text_only)
     targets = tensors_of(model, packed=dtype == "mxfp4")
     written = [one for one in everything if not (text_only and any(word in one.name for word in OF_VISION))]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
 from ..bridge.weights import Layout
+from . import run_config
 from .checkpoint import MODEL_TYPE, read_json
 from .hf_side import reference_folder
 from .journal import open_output
@@ -51,11 +51,13 @@ class Adapters:
     """The adapters of a checkpoint.
 
     Attributes:
+        folder: of the iteration that holds them.
         alpha: of the scale ``alpha / r``.
         base: the Megatron checkpoint that they adapt.
         pairs: A ``[L, r, in]`` and B ``[L, out, r]``, or ``[L, E, …]`` of experts, in fp32, by the key of the weight.
     """
 
+    folder: Path
     alpha: float
     base: Path | None
     pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -85,10 +87,10 @@ def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
         FileNotFoundError: it has no ``run_config.yaml``.
         ValueError: adapters of layers that cannot be exported, or of another kind than LoRA.
     """
-    file = checkpoint.folder / "run_config.yaml"
+    file = checkpoint.folder / run_config.NAME
     if not file.is_file():
-        raise FileNotFoundError(f"{checkpoint.folder} has no run_config.yaml, which knows alpha; copy it again")
-    config = yaml.safe_load(file.read_text())
+        raise FileNotFoundError(f"{checkpoint.folder} has no {file.name}, which knows alpha; copy it again")
+    config = run_config.read_run_config(checkpoint.folder)
     settings, base = config["peft"] or {}, config["checkpoint"].get("pretrained_checkpoint")
     if not str(settings.get("_target_")).endswith(".LoRA"):
         raise ValueError(f"{file} says {settings.get('_target_')}; only Megatron-Bridge's LoRA can be exported")
@@ -102,7 +104,7 @@ def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
     read = _read_all(checkpoint.tensors)
     found = [layer for layer in ADAPTED if layer + IN in read]
     pairs = {layer + ".weight": (read[layer + IN], read[layer + OUT]) for layer in found}
-    return Adapters(settings["alpha"], Path(base) if base else None, pairs)
+    return Adapters(checkpoint.folder, settings["alpha"], Path(base) if base else None, pairs)
 
 
 def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:

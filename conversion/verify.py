@@ -20,6 +20,7 @@ from . import report as reports
 from .exporting import blocks_of, check_tensors, region_of
 from .layouts import KEPT_WHOLE, Parameter, to_megatron
 from .progress import Progress
+from .run_config import check_config
 from .safetensors_reader import listed
 from .source import Source, open_source, room_for
 from .stream import Memory, Unit, Worker, stream
@@ -189,11 +190,12 @@ def verify(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a checkpoint is damaged, or names and shapes of tensors differ; lists them.
+        ValueError: a checkpoint is damaged, or names, shapes or what else makes the model differ; lists them.
     """
     hf, megatron = Path(hf).absolute(), Path(megatron).absolute()
     source, checkpoint = open_source(hf), open_checkpoint(megatron)
     check_tensors(checkpoint, source.parameters)
+    check_config(checkpoint.folder, source.config)
     entries = Comparison(source, checkpoint.tensors).run(jobs, console or Console(quiet=True))
     worst = _worst(entries)
     report = reports.build("verify", entries, hf=str(hf), megatron=str(checkpoint.folder), worst=worst)

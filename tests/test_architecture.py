@@ -42,11 +42,12 @@ RULES = {
         (), frozenset({"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "tokenizers"})
     ),
     "bridge/megatron": Rule(
-        ("bridge.ops", "bridge.weights", "bridge.hf.configuration_gpt_oss_vision"),
+        ("bridge.ops", "bridge.weights", "bridge.fields", "bridge.hf.configuration_gpt_oss_vision"),
         frozenset({"torch", "transformers", "megatron"}),
     ),
     "bridge/attention.py": Rule(("bridge.ops.attention",), frozenset({"torch", "transformers"})),
     "bridge/weights.py": Rule((), frozenset()),
+    "bridge/fields.py": Rule(("bridge.hf.configuration_gpt_oss_vision",), frozenset()),
     "bridge/quantization.py": Rule((), frozenset({"torch", "transformers", "torchao"})),
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
     "conversion": Rule(("bridge",)),

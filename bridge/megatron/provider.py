@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.utils import log_single_rank
 
+from ..fields import megatron_fields
 from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from . import cpu, upstream
 from .cost import text_operations
@@ -30,41 +31,6 @@ from .router import PER_MODALITY
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "transformer_engine", "torch"]
-
-# One row, one number: the name in the transformers config, and in Megatron's.
-SAME_MEANING = {
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "moe_ffn_hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_query_groups",
-    "head_dim": "kv_channels",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "seq_length",
-    "rms_norm_eps": "layernorm_epsilon",
-    "initializer_range": "init_method_std",
-    "attention_dropout": "attention_dropout",
-    "attention_bias": "add_bias_linear",
-    "tie_word_embeddings": "share_embeddings_and_output_weights",
-    "num_local_experts": "num_moe_experts",
-    "num_experts_per_tok": "moe_router_topk",
-    "router_aux_loss_coef": "moe_aux_loss_coeff",
-    "swiglu_limit": "activation_func_clamp_value",
-    "use_vision": "use_vision",
-    "vision_pool_token": "vision_pool_token",
-    "image_token_id": "image_token_id",
-    "num_image_tokens": "num_image_tokens",
-}
-
-YARN = {
-    "factor": "yarn_rotary_scaling_factor",
-    "original_max_position_embeddings": "yarn_original_max_position_embeddings",
-    "beta_fast": "yarn_beta_fast",
-    "beta_slow": "yarn_beta_slow",
-    "truncate": "yarn_correction_range_round_to_int",
-    "mscale": "yarn_mscale",
-    "mscale_all_dim": "yarn_mscale_all_dim",
-}
 
 
 @dataclass(kw_only=True)
@@ -329,29 +295,11 @@ def provider_from_config(config: GPTOSSVisionConfig, **overrides: Any) -> GPTOSS
     Raises:
         ValueError: for a kind of rotary embedding that Megatron-Core cannot express.
     """
-    fields = {megatron: getattr(config, name) for name, megatron in SAME_MEANING.items()}
-    fields |= _rotary_fields(config) | _precision_fields(config.dtype or torch.float32)
-    fields["window_size"] = (config.sliding_window - 1, 0) if config.sliding_window else None
-    fields["window_attn_skip_freq"] = [int(kind == "sliding_attention") for kind in config.layer_types]
-    fields["no_rope_freq"] = config.nope_layers
-    fields["vision_config"] = config.vision_config.to_dict() if config.use_vision else {}
+    fields = megatron_fields(config) | _precision_fields(config.dtype or torch.float32)
     if config.router_aux_loss_coef:
         kind = PER_MODALITY if config.router_aux_loss_per_modality else "aux_loss"
         fields |= {"moe_router_load_balancing_type": kind, "calculate_per_token_loss": False}
     return GPTOSSVisionProvider(**fields | overrides)
-
-
-def _rotary_fields(config: GPTOSSVisionConfig) -> dict[str, Any]:
-    rope = config.rope_parameters
-    fields: dict[str, Any] = {"rotary_base": rope["rope_theta"]}
-    if rope["rope_type"] == "default":
-        return fields | {"position_embedding_type": "rope"}
-    if rope["rope_type"] != "yarn" or rope.get("attention_factor") is not None:
-        raise ValueError(f"Megatron-Core has no rotary embedding like {rope}; it takes 'default' and plain 'yarn'.")
-    defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
-    defaults["original_max_position_embeddings"] = config.max_position_embeddings
-    settings = {megatron: (defaults | rope).get(name) for name, megatron in YARN.items()}
-    return fields | settings | {"position_embedding_type": "yarn"}
 
 
 def _precision_fields(dtype: torch.dtype | str) -> dict[str, Any]:

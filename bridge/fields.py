@@ -1,0 +1,71 @@
+"""The numbers of the architecture under Megatron's names: from a transformers config to fields of a provider."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+
+# One row, one number: the name in the transformers config, and in Megatron's.
+SAME_MEANING = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "moe_ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "seq_length",
+    "rms_norm_eps": "layernorm_epsilon",
+    "initializer_range": "init_method_std",
+    "attention_dropout": "attention_dropout",
+    "attention_bias": "add_bias_linear",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+    "num_local_experts": "num_moe_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "router_aux_loss_coef": "moe_aux_loss_coeff",
+    "swiglu_limit": "activation_func_clamp_value",
+    "use_vision": "use_vision",
+    "vision_pool_token": "vision_pool_token",
+    "image_token_id": "image_token_id",
+    "num_image_tokens": "num_image_tokens",
+}
+
+YARN = {
+    "factor": "yarn_rotary_scaling_factor",
+    "original_max_position_embeddings": "yarn_original_max_position_embeddings",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+    "truncate": "yarn_correction_range_round_to_int",
+    "mscale": "yarn_mscale",
+    "mscale_all_dim": "yarn_mscale_all_dim",
+}
+
+OF_TRAINING = ("vocab_size", "seq_length", "init_method_std", "attention_dropout", "moe_aux_loss_coeff")
+"""Fields that a training run may choose without making another model: the same weights give the same logits."""
+
+
+def megatron_fields(config: "GPTOSSVisionConfig") -> dict[str, Any]:
+    """Fields of the provider that follow from a config, as plain values.
+
+    Raises:
+        ValueError: for a kind of rotary embedding that Megatron-Core cannot express.
+    """
+    values: Any = config  # transformers' annotations allow None where a value always stands
+    return {megatron: getattr(values, name) for name, megatron in SAME_MEANING.items()} | {
+        **_rotary_fields(values.rope_parameters, values.max_position_embeddings),
+        "window_size": (values.sliding_window - 1, 0) if values.sliding_window else None,
+        "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in values.layer_types],
+        "no_rope_freq": values.nope_layers,
+        "vision_config": values.vision_config.to_dict() if values.use_vision else {},
+    }
+
+
+def _rotary_fields(rope: dict[str, Any], positions: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {"rotary_base": rope["rope_theta"]}
+    if rope["rope_type"] == "default":
+        return fields | {"position_embedding_type": "rope"}
+    if rope["rope_type"] != "yarn" or rope.get("attention_factor") is not None:
+        raise ValueError(f"Megatron-Core has no rotary embedding like {rope}; it takes 'default' and plain 'yarn'.")
+    defaults = {"original_max_position_embeddings": positions, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    settings = {megatron: (defaults | rope).get(name) for name, megatron in YARN.items()}
+    return fields | settings | {"position_embedding_type": "yarn"}

@@ -1,0 +1,56 @@
+"""What a Megatron checkpoint says of itself: `run_config.yaml`, with the model's fields and how it was trained."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..bridge.fields import OF_TRAINING, megatron_fields
+from .safetensors_reader import listed
+
+if TYPE_CHECKING:
+    from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+
+NAME = "run_config.yaml"
+OF_TOWER = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size")
+"""What the numbers of a tower depend on, beyond what shapes tell."""
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """The configuration in the folder of an iteration; empty where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = folder / NAME
+    try:
+        found = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged; copy it again")
+    return found
+
+
+def check_config(folder: Path, config: "GPTOSSVisionConfig") -> None:
+    """Whether the weights of a checkpoint were trained with the numbers of a transformers config.
+
+    Shapes do not tell: another rotary base, window or epsilon makes another model of the same tensors.
+
+    Args:
+        folder: of one iteration. What its ``run_config.yaml`` does not say is not asked.
+        config: what a conversion goes by.
+
+    Raises:
+        ValueError: listing the fields that differ.
+    """
+    trained = read_run_config(folder).get("model", {})
+    wanted = json.loads(json.dumps(megatron_fields(config)))  # lists for tuples, as a file gives them back
+    towers = [fields.pop("vision_config", None) or {} for fields in (trained, wanted)]
+    pairs = {name: (trained[name], wanted[name]) for name in wanted.keys() & trained.keys() - {*OF_TRAINING}}
+    of_tower = towers[0].keys() & towers[1].keys() & {*OF_TOWER}
+    pairs |= {f"vision_config.{name}": (towers[0][name], towers[1][name]) for name in of_tower}
+    differing = [f"{name} is {mine}, not {theirs}" for name, (mine, theirs) in sorted(pairs.items()) if mine != theirs]
+    if differing:
+        raise ValueError(f"{folder / NAME} does not match the config: {listed(differing)}; name one that does with --hf")
