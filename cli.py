@@ -126,14 +126,12 @@ def convert_export(
     Takes a checkpoint that was converted, or saved by training at any parallel layout; adapters of LoRA are merged.
     Needs neither a GPU nor memory for the model. A call that was interrupted is continued by the same call.
     """
-    if adapter and (dry_run or text_only):
-        raise UsageError("--adapter goes with neither --dry-run nor --text-only")
+    if adapter and text_only:
+        raise UsageError("--adapter does not go with --text-only")
     if adapter:
         from .conversion.lora import export_adapters
 
-        export_adapters(megatron, out, hf=hf, overwrite=overwrite)
-        print(f"{out} is complete: an adapter for PEFT.")
-        return 0
+        return _tell(out, export_adapters(megatron, out, hf=hf, overwrite=overwrite, dry_run=dry_run), dry_run)
     from rich.console import Console
 
     from .conversion.exporting import export_checkpoint

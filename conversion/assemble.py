@@ -7,7 +7,6 @@ model.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,13 @@ from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from . import report as reports
 from .checkpoint import read_json
 from .hf_side import skeleton, write_files
-from .journal import check_space, fingerprint, open_output
+from .journal import fingerprint
 from .layouts import MXFP4_PARTS
-from .progress import Progress
 from .safetensors_reader import Stored, listed, read_index
 from .safetensors_writer import ShardPlan, Tensor, plan_shards
 from .source import TEXT_MODEL_TYPE, open_source, room_for
-from .stream import BLOCK, STEP, Unit, Worker, constant, peak_memory, stream
+from .stream import BLOCK, STEP, Unit, Worker, constant
+from .work import Work, carry_out
 
 ADAPTER, TOWER = "model.vision_adapter.", "model.vision_adapter.vit."
 
@@ -71,39 +70,19 @@ def assemble(
         OSError: the disk is too small, or fails.
     """
     text, vision, out = (Path(path).absolute() for path in (text, vision, out))
-    console = console or Console(quiet=True)
     work = plan_assembly(text, vision, seed, fields)
-    units = work.units()
-    totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.shards.sizes.values())}
-    if dry_run:
-        return totals | {"peak_memory": peak_memory(units, jobs), "files": len(work.shards.sizes)}
-    sources = {"text": fingerprint(text), "vision": fingerprint(vision)}
-    plan = {"action": "assemble", "version": version("gpt-oss-vision"), "seed": seed, "fields": fields, **sources}
-    with open_output(out, plan, overwrite=overwrite) as journal:
-        if not journal.is_complete:
-            check_space(journal, totals["bytes_written"])
-            with Progress("Assembling", sum(unit.nbytes for unit in units), console) as progress:
-                results = stream(units, journal, work.shards.sizes, jobs=jobs, progress=progress)
-            entries = {tensor.name: results[tensor.name] for tensor in work.tensors}
-            said = {
-                "text": str(text),
-                "vision": str(vision),
-                "seed": seed,
-                "added": [*work.new],
-                "left_out": work.left_out,
-            }
-            report = reports.build("assemble", entries, **said, **totals)
-            work.write_files(text, journal.output)
-            reports.write(report, journal.output)
-        journal.finish()
-    return reports.read(out)
+    plan = {"seed": seed, "fields": fields, "text": fingerprint(text), "vision": fingerprint(vision)}
+    return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
 @dataclass(frozen=True)
-class Assembly:
+class Assembly(Work):
     """One assembly, planned.
 
     Attributes:
+        text: folder of the gpt-oss checkpoint.
+        vision: folder of the tower's.
+        seed: of the new weights.
         config: of the new model.
         dtype: of its weights that are not packed.
         tensors: what is written, in the model's order.
@@ -113,6 +92,9 @@ class Assembly:
         shards: where everything will lie.
     """
 
+    text: Path
+    vision: Path
+    seed: int
     config: GPTOSSVisionConfig
     dtype: torch.dtype
     tensors: list[Tensor]
@@ -120,6 +102,13 @@ class Assembly:
     new: dict[str, Callable[[], torch.Tensor]]
     left_out: list[str]
     shards: ShardPlan
+
+    action, title = "assemble", "Assembling"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files of weights."""
+        return self.shards.sizes
 
     @property
     def bytes_read(self) -> int:
@@ -151,15 +140,25 @@ class Assembly:
         nbytes = tensor.nbytes + (stored.nbytes if stored else 0)
         return Unit(tensor.name, (place.file,), run, inbox, STEP + BLOCK, 0, nbytes)
 
-    def write_files(self, text: Path, out: Path) -> None:
-        """Config, code, tokenizer and processor."""
+    def write_files(self, output: Path) -> None:
+        """Config, index, code, tokenizer and processor."""
         model = skeleton(self.config, self.dtype)
-        write_files(model, text, out, packed=any(name.endswith(MXFP4_PARTS) for name in self.copied))
-        if self.shards.index:
-            (out / "model.safetensors.index.json").write_text(self.shards.index)
-        if (text / "tokenizer.json").is_file():
-            tokenizer = GPTOSSVisionTokenizer.from_pretrained(text)
-            GPTOSSVisionProcessor.from_config(self.config, tokenizer).save_pretrained(out)
+        write_files(model, self.text, output, packed=any(name.endswith(MXFP4_PARTS) for name in self.copied))
+        self.shards.write_index(output)
+        if (self.text / "tokenizer.json").is_file():
+            tokenizer = GPTOSSVisionTokenizer.from_pretrained(self.text)
+            GPTOSSVisionProcessor.from_config(self.config, tokenizer).save_pretrained(output)
+
+    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of all tensors, in the model's order."""
+        return {
+            "text": str(self.text),
+            "vision": str(self.vision),
+            "seed": self.seed,
+            "added": [*self.new],
+            "left_out": self.left_out,
+            "tensors": {tensor.name: results[tensor.name] for tensor in self.tensors},
+        }
 
 
 def plan_assembly(text: Path, vision: Path, seed: int, fields: Mapping[str, Any]) -> Assembly:
@@ -186,7 +185,7 @@ def plan_assembly(text: Path, vision: Path, seed: int, fields: Mapping[str, Any]
     if wrong:
         raise ValueError(f"{vision} holds tensors that do not match its config: {listed(wrong)}")
     new = {tensor.name: _initialiser(tensor, config, seed) for tensor in tensors if tensor.name not in copied}
-    return Assembly(config, source.dtype, tensors, copied, new, left_out, plan_shards(tensors))
+    return Assembly(text, vision, seed, config, source.dtype, tensors, copied, new, left_out, plan_shards(tensors))
 
 
 def config_of(text: Path, vision: Path, dtype: torch.dtype, fields: Mapping[str, Any]) -> GPTOSSVisionConfig:

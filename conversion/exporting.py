@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,69 +16,79 @@ from ..bridge.ops.mxfp4 import Quantizer
 from . import report as reports
 from .checkpoint import MODEL_TYPE, read_json
 from .hf_side import DTYPES, reference_folder, skeleton, tensors_of, write_files
-from .journal import Journal, check_space, fingerprint, open_output
+from .journal import fingerprint
 from .layouts import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
-from .lora import Adapters, is_adapter_checkpoint, open_base, read_adapters
-from .progress import Progress
+from .lora import Adapters, check_adapters, is_adapter_checkpoint, open_base, read_adapters
 from .run_config import check_config
 from .safetensors_reader import listed
 from .safetensors_writer import SHARD_BYTES, ShardPlan, Tensor, plan_shards
 from .source import read_config, room_for, shapes_of
-from .stream import STEP, Unit, Worker, peak_memory, stream
-from .torch_dist_reader import Region, StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
+from .stream import STEP, Unit, Worker, constant
+from .torch_dist_reader import Region, TorchDistCheckpoint, open_checkpoint, read_region, whole
+from .work import Work, carry_out
 
 OF_VISION = ("vision_adapter.", "mlp.router.vision_bias")
 """In the names of what a stock gpt-oss has not."""
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Work):
     """One export, planned.
 
     Attributes:
-        stored: what is read, by the checkpoint's key.
-        parameters: what is written.
-        targets: the tensors to be written, by name.
-        shards: where.
+        checkpoint: what is read.
+        reference: folder of config, tokenizer and processor.
+        model: what is written, without weights.
+        parameters: what it is made of.
+        targets: its tensors, by name.
+        shards: where they go.
         adapters: to be merged.
     """
 
-    stored: Mapping[str, StoredTensor]
+    checkpoint: TorchDistCheckpoint
+    reference: Path
+    model: PreTrainedModel
     parameters: list[Parameter]
     targets: dict[str, Tensor]
     shards: ShardPlan
     adapters: Adapters | None = None
 
+    action, title = "export", "Exporting"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files of weights."""
+        return self.shards.sizes
+
     @property
     def bytes_read(self) -> int:
-        """Bytes of the weights that are read."""
-        sizes = (prod(each.shape) * self.stored[each.key].dtype.itemsize for each in self.parameters)
-        return sum(sizes)
+        """Bytes of the weights that are read, and of the adapters."""
+        sizes = (prod(each.shape) * self.checkpoint.tensors[each.key].dtype.itemsize for each in self.parameters)
+        return sum(sizes) + self.held
 
-    def run(self, journal: Journal, units: Sequence[Unit], jobs: int, console: Console) -> dict[str, Any]:
-        """Write every file of weights; the report's entries of all tensors."""
-        with Progress("Exporting", sum(unit.nbytes for unit in units), console) as progress:
-            entries = stream(units, journal, self.shards.sizes, jobs=jobs, progress=progress)
-        if self.shards.index is not None:
-            (journal.output / "model.safetensors.index.json").write_text(self.shards.index)
-        return {parameter.name: entries[parameter.name] for parameter in self.parameters}
+    @property
+    def held(self) -> int:
+        """Bytes of the adapters, which are small."""
+        return self.adapters.nbytes if self.adapters else 0
+
+    def write_files(self, output: Path) -> None:
+        """Config, index, code, tokenizer and processor."""
+        self.shards.write_index(output)
+        write_files(self.model, self.reference, output, packed=any(map(self._is_packed, self.parameters)))
+
+    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of all parameters, in the model's order."""
+        adapters = {"adapters": str(self.adapters.folder)} if self.adapters else {}
+        entries = {parameter.name: results[parameter.name] for parameter in self.parameters}
+        return {"source": str(self.checkpoint.folder), **adapters, "tensors": entries}
 
     def units(self) -> list[Unit]:
         """The work, the largest parameters first so that none is left alone at the end."""
         ordered = sorted(self.parameters, key=lambda parameter: -prod(parameter.shape))
-        return [*map(self._header, self.shards.headers), *map(self._unit, ordered)]
-
-    def _header(self, file: str) -> Unit:
-        data = self.shards.headers[file]
-
-        def run(worker: Worker) -> None:
-            worker.room(0, len(data)).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-            worker.write(file, 0, len(data))
-
-        return Unit(f"header of {file}", (file,), run, 0, len(data), 0, len(data))
+        return [*(constant(*each) for each in self.shards.headers.items()), *map(self._unit, ordered)]
 
     def _unit(self, parameter: Parameter) -> Unit:
-        stored, places = self.stored[parameter.key], self._places(parameter)
+        stored, places = self.checkpoint.tensors[parameter.key], self._places(parameter)
         blocks = blocks_of(parameter, stored.dtype)
         (rows, count), read = (blocks[0].stop, blocks[-1].stop), prod(parameter.shape) * stored.dtype.itemsize
         written = [nbytes * rows // count for _, _, nbytes in places]
@@ -91,9 +100,14 @@ class Export:
             partial(self._write, parameter),
             max(room_for(part.count * stored.dtype.itemsize) for part in parts),
             sum(map(room_for, written)),
-            room_for(read * rows // count) + turned,
+            room_for(read * rows // count) + turned + self._room_to_merge(parameter, rows),
             read + sum(nbytes for _, _, nbytes in places),
         )
+
+    def _room_to_merge(self, parameter: Parameter, rows: int) -> int:
+        """Bytes of scratch for rows of a parameter with its adapter, at the scratch's end; 0 where it has none."""
+        is_adapted = self.adapters is not None and parameter.key in self.adapters.pairs
+        return 4 * rows * prod(parameter.shape[1:]) if is_adapted else 0
 
     def _is_packed(self, parameter: Parameter) -> bool:
         return parameter.hf[0] not in self.targets
@@ -111,16 +125,17 @@ class Export:
 
     def _write(self, parameter: Parameter, worker: Worker) -> dict[str, Any]:
         """Read a parameter, lay it out and write it, a block of rows after the other."""
-        stored, digest = self.stored[parameter.key], reports.Digest()
+        stored, digest = self.checkpoint.tensors[parameter.key], reports.Digest()
         blocks = blocks_of(parameter, stored.dtype)
         for block in blocks:
             numbers = read_region(worker, stored, region_of(parameter, block))
+            if self.adapters and parameter.key in self.adapters.pairs:
+                merged = worker.scratch[-self._room_to_merge(parameter, block.stop - block.start) :]
+                numbers = self.adapters.merge(parameter, block, numbers, merged.view(torch.float32))
             digest.update(numbers)
-            if self.adapters is not None:
-                numbers = self.adapters.merge(parameter, block, numbers)
             places = [_rows_of(place, block, blocks[-1].stop) for place in self._places(parameter)]
             self._lay_out(worker, parameter, numbers.view(-1, *parameter.shape[1:]), places)
-        return digest.entry(parameter.hf, parameter.shape, stored.dtype)
+        return digest.entry(parameter.hf, parameter.shape, numbers.dtype)
 
     def _lay_out(
         self, worker: Worker, parameter: Parameter, numbers: torch.Tensor, places: Sequence[tuple[str, int, int]]
@@ -143,7 +158,9 @@ class Export:
             return
         shapes = [self.targets[name].shape[parameter.expert is not None :] for name in parameter.hf]
         parts = [room.view(shape) for room, shape in zip(rooms, shapes, strict=True)]
-        start = room_for(numbers.numel() * self.stored[parameter.key].dtype.itemsize)  # merged numbers lie elsewhere
+        start = room_for(
+            numbers.numel() * self.checkpoint.tensors[parameter.key].dtype.itemsize
+        )  # merged numbers lie elsewhere
         scratch = worker.scratch[start : start + numbers.numel() * parts[0].itemsize].view(parts[0].dtype)
         to_hf(parameter, numbers.view(parameter.shape), parts, scratch.view(parameter.shape))
 
@@ -186,7 +203,7 @@ def plan_export(
     dtype: str,
     text_only: bool,
     adapters: Adapters | None = None,
-) -> tuple[Export, PreTrainedModel]:
+) -> Export:
     """Compare a checkpoint with the model that it should hold, and lay the output out.
 
     Args:
@@ -195,9 +212,6 @@ def plan_export(
         dtype: ``bf16``, ``fp32`` or ``mxfp4``.
         text_only: without what is visual, as a stock gpt-oss.
         adapters: LoRA to be merged.
-
-    Returns:
-        The plan, and the model without weights that it was made for.
 
     Raises:
         ValueError: `dtype` is unknown, tensors are missing, foreign or of the wrong shape, or the model was trained
@@ -208,19 +222,16 @@ def plan_export(
     config = read_config(folder, with_vision=read_json(folder / "config.json").get("model_type") == MODEL_TYPE)
     everything = parameters(shapes_of(config), config.num_key_value_heads)
     check_tensors(checkpoint, everything)
-    for trained in (checkpoint.folder, *([adapters.folder] if adapters else [])):
-        check_config(trained, config)
+    check_config(checkpoint.folder, config)
+    if adapters:
+        check_adapters(adapters, everything)
+        check_config(adapters.folder, config)
     model = skeleton(config, DTYPES[dtype], text_only=text_only)
     targets = tensors_of(model, packed=dtype == "mxfp4")
     written = [one for one in everything if not (text_only and any(word in one.name for word in OF_VISION))]
-    export = Export(
-        checkpoint.tensors,
-        written,
-        {target.name: target for target in targets},
-        plan_shards(targets, shard_bytes=SHARD_BYTES),
-        adapters,
-    )
-    return export, model
+    shards = plan_shards(targets, shard_bytes=SHARD_BYTES)
+    by_name = {target.name: target for target in targets}
+    return Export(checkpoint, folder, model, written, by_name, shards, adapters)
 
 
 def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[Parameter]) -> None:
@@ -284,34 +295,14 @@ def export_checkpoint(
         ValueError: the checkpoint is damaged, or not of this model.
         OSError: the disk is too small, or fails.
     """
-    out, console = Path(out).absolute(), console or Console(quiet=True)
-    checkpoint = open_checkpoint(Path(megatron).absolute())
+    out, checkpoint = Path(out).absolute(), open_checkpoint(Path(megatron).absolute())
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
-    sources, adapters = {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}, None
+    plan = {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}
+    plan |= {"dtype": dtype, "text_only": text_only}
+    adapters = None
     if is_adapter_checkpoint(checkpoint):
         adapters = read_adapters(checkpoint)
         checkpoint = open_base(adapters, Path(base).absolute() if base else None)
-        sources["base"] = fingerprint(checkpoint.folder)
-    work, model = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)
-    units = work.units()
-    totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.shards.sizes.values())}
-    if dry_run:
-        return totals | {"peak_memory": peak_memory(units, jobs), "files": len(work.shards.sizes)}
-    plan = {
-        "action": "export",
-        "version": version("gpt-oss-vision"),
-        "dtype": dtype,
-        "text_only": text_only,
-        "out": str(out),
-    }
-    with open_output(out, plan | sources, overwrite=overwrite) as journal:
-        if not journal.is_complete:
-            check_space(journal, totals["bytes_written"])
-            entries = work.run(journal, units, jobs, console)
-            report = reports.build("export", entries, source=str(checkpoint.folder), **totals)
-            for warning in reports.warnings(report):
-                console.print(f"Warning: {warning}")
-            write_files(model, folder, journal.output, packed=dtype == "mxfp4")
-            reports.write(report, journal.output)
-        journal.finish()
-    return reports.read(out)
+        plan["base"] = fingerprint(checkpoint.folder)
+    work = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)
+    return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)

@@ -1,25 +1,25 @@
 """Hugging Face → Megatron, streamed: a `torch_dist` checkpoint written piece by piece, without building a model."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from ..bridge.fields import megatron_fields
 from ..bridge.ops.mxfp4 import Dequantizer
 from . import report as reports
-from .journal import Journal, check_space, fingerprint, open_output
+from .journal import Journal, fingerprint
 from .layouts import KEPT_WHOLE, Parameter, to_megatron, unpack
 from .megatron_files import ITERATION, Describing
-from .progress import Progress
 from .source import Source, open_source, room_for
-from .stream import BLOCK, STEP, Unit, Worker, constant, peak_memory, stream
+from .stream import BLOCK, STEP, Unit, Worker, constant
 from .torch_dist_writer import Group, Piece, TorchDistPlan
+from .work import Work, carry_out
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
@@ -57,53 +57,51 @@ def import_checkpoint(
         ValueError: the checkpoint is of another architecture, damaged or incomplete.
         OSError: the disk is too small, or fails.
     """
-    hf, out, console = Path(hf).absolute(), Path(out).absolute(), console or Console(quiet=True)
+    hf, out = Path(hf).absolute(), Path(out).absolute()
     source = open_source(hf)
+    megatron_fields(source.config)  # what Megatron cannot express is refused before anything is written
     number_type = DTYPES[dtype] if dtype else source.dtype
     work = Import(source, TorchDistPlan(source.parameters, number_type))
-    units = work.units()
-    totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.layout.sizes.values())}
-    if dry_run:
-        return totals | {"peak_memory": peak_memory(units, jobs), "files": len(work.layout.sizes)}
-    plan = {"action": "import", "version": version("gpt-oss-vision"), "dtype": str(number_type), "out": str(out)}
-    with open_output(out, plan | {"source": fingerprint(hf)}, overwrite=overwrite) as journal:
-        if not journal.is_complete:
-            check_space(journal, totals["bytes_written"])
-            report = reports.build("import", work.run(journal, units, jobs, console), source=str(hf), **totals)
-            report["added"] = sorted(source.missing)
-            for warning in reports.warnings(report):
-                console.print(f"Warning: {warning}")
-            reports.write(report, journal.output)
-        journal.finish()
-    return reports.read(out)
+    plan = {"dtype": str(number_type), "source": fingerprint(hf)}
+    return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
 @dataclass(frozen=True)
-class Import:
+class Import(Work):
     """One import, planned: what is read and what is written."""
 
     source: Source
     layout: TorchDistPlan
+
+    action, title = "import", "Importing"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files of tensors."""
+        return {f"{ITERATION}/{name}": size for name, size in self.layout.sizes.items()}
 
     @property
     def bytes_read(self) -> int:
         """Bytes of weights in the source."""
         return sum(stored.nbytes for stored in self.source.tensors.values())
 
-    def run(self, journal: Journal, units: Sequence[Unit], jobs: int, console: Console) -> dict[str, Any]:
-        """Write every file of the checkpoint; the report's entries of all tensors."""
-        folder = journal.output / ITERATION
-        with (
-            Describing(self.source, self.layout.dtype, journal) as describing,
-            Progress("Importing", sum(unit.nbytes for unit in units), console) as progress,
-        ):
-            sizes = {f"{ITERATION}/{name}": size for name, size in self.layout.sizes.items()}
-            results = stream(units, journal, sizes, jobs=jobs, progress=progress)
-            describing.finish()
-        (folder / ".metadata").write_bytes(self.layout.metadata)
-        self._copy_assets(folder / "tokenizer")
+    def beside(self, journal: Journal) -> Describing:
+        """The files that Megatron-Bridge writes."""
+        return Describing(self.source, self.layout.dtype, journal)
+
+    def write_files(self, output: Path) -> None:
+        """What describes the files of tensors, and what goes along with the weights."""
+        (output / ITERATION / ".metadata").write_bytes(self.layout.metadata)
+        self._copy_assets(output / ITERATION / "tokenizer")
+
+    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of all parameters, in the model's order."""
         entries = {name: entry for result in results.values() for name, entry in (result or {}).items()}
-        return {parameter.name: entries[parameter.name] for parameter in self.source.parameters}
+        return {
+            "source": str(self.source.folder),
+            "added": sorted(self.source.missing),
+            "tensors": {parameter.name: entries[parameter.name] for parameter in self.source.parameters},
+        }
 
     def _copy_assets(self, folder: Path) -> None:
         """Config, tokenizer, processor and template, as they are; where Megatron-Bridge keeps tokenizers."""

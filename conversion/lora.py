@@ -7,25 +7,29 @@ also where all experts share one. The weights are in the checkpoint that trainin
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
 from ..bridge.weights import Layout
+from . import report as reports
 from . import run_config
 from .checkpoint import MODEL_TYPE, read_json
 from .hf_side import reference_folder
-from .journal import open_output
+from .journal import fingerprint
 from .layouts import Parameter, parameters, to_hf
 from .progress import Progress
+from .run_config import check_config
 from .safetensors_reader import listed
+from .safetensors_writer import ShardPlan, Tensor, plan_shards
 from .source import read_config, room_for, shapes_of
-from .stream import Memory, Unit, Worker, stream
+from .stream import Memory, Unit, Worker, constant, stream
 from .torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
+from .work import Work, carry_out
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -62,12 +66,26 @@ class Adapters:
     base: Path | None
     pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
-    def merge(self, parameter: Parameter, rows: slice, numbers: torch.Tensor) -> torch.Tensor:
-        """The numbers of some rows of a parameter with its adapter added, in fp32; as they are where it has none."""
-        if parameter.key not in self.pairs:
-            return numbers
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory."""
+        return sum(tensor.nbytes for pair in self.pairs.values() for tensor in pair)
+
+    def merge(self, parameter: Parameter, rows: slice, numbers: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+        """Add its adapter to some rows of a parameter.
+
+        Args:
+            parameter: one that is adapted.
+            rows: which.
+            numbers: these rows.
+            merged: memory for the result, of as many numbers, in fp32.
+        """
         a, b = self.of(parameter)
-        return torch.addmm(numbers.view(-1, a.shape[1]).float(), b[rows], a, alpha=self.alpha / len(a))
+        return (
+            merged.view(-1, a.shape[1])
+            .copy_(numbers.view(-1, a.shape[1]))
+            .addmm_(b[rows], a, alpha=self.alpha / len(a))
+        )
 
     def of(self, parameter: Parameter) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r, in]`` and B ``[out, r]`` of a parameter that is adapted."""
@@ -101,8 +119,11 @@ def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
     unknown = sorted(checkpoint.tensors.keys() - {layer + part for layer in ADAPTED for part in (IN, OUT)})
     if unknown:
         raise ValueError(f"{checkpoint.folder} has adapters that cannot be exported: {listed(unknown)}")
+    found = [layer for layer in ADAPTED if {layer + IN, layer + OUT} & checkpoint.tensors.keys()]
+    halves = sorted({layer + part for layer in found for part in (IN, OUT)} - checkpoint.tensors.keys())
+    if halves:
+        raise ValueError(f"{checkpoint.folder} lacks halves of adapters: {listed(halves)}; copy it again")
     read = _read_all(checkpoint.tensors)
-    found = [layer for layer in ADAPTED if layer + IN in read]
     pairs = {layer + ".weight": (read[layer + IN], read[layer + OUT]) for layer in found}
     return Adapters(checkpoint.folder, settings["alpha"], Path(base) if base else None, pairs)
 
@@ -136,7 +157,12 @@ def _read_all(tensors: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
 
 
 def export_adapters(
-    megatron: str | Path, out: str | Path, *, hf: str | Path | None = None, overwrite: bool = False
+    megatron: str | Path,
+    out: str | Path,
+    *,
+    hf: str | Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Write an adapter checkpoint in the format of PEFT.
 
@@ -145,32 +171,121 @@ def export_adapters(
         out: folder to make, for ``peft.PeftModel.from_pretrained``.
         hf: the Hugging Face checkpoint of the weights, where `megatron` keeps no config.
         overwrite: replace `out`.
+        dry_run: only say what would be done.
 
     Returns:
-        The config that was written.
+        The report that lies in `out` too, see `conversion/report.py`; for a dry run its totals and ``peak_memory``.
 
     Raises:
         FileExistsError: `out` exists.
         FileNotFoundError: a part of the checkpoint is missing.
         ValueError: the checkpoint is damaged, or holds adapters that cannot be exported.
     """
-    checkpoint = open_checkpoint(Path(megatron).absolute())
+    out, checkpoint = Path(out).absolute(), open_checkpoint(Path(megatron).absolute())
     if not is_adapter_checkpoint(checkpoint):
         raise ValueError(f"{checkpoint.folder} holds no adapters; export it without --adapter")
-    adapters = read_adapters(checkpoint)
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
+    work = plan_adapter_export(read_adapters(checkpoint), folder)
+    plan = {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}
+    return carry_out(work, out, plan, jobs=1, overwrite=overwrite, dry_run=dry_run, console=None)
+
+
+@dataclass(frozen=True)
+class AdapterExport(Work):
+    """An export of adapters alone, planned: all are in memory.
+
+    Attributes:
+        adapters: as Megatron has them.
+        tensors: as PEFT has them.
+        described: what PEFT has to know.
+        shards: where they go: one file.
+    """
+
+    adapters: Adapters
+    tensors: dict[str, torch.Tensor]
+    described: "LoraConfig"
+    shards: ShardPlan
+
+    action, title = "adapters", "Exporting"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the file of weights."""
+        return self.shards.sizes
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the adapters."""
+        return self.adapters.nbytes
+
+    @property
+    def held(self) -> int:
+        """Bytes of the adapters, in both forms."""
+        return self.adapters.nbytes + sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def units(self) -> list[Unit]:
+        """One for every tensor."""
+        return [*(constant(*each) for each in self.shards.headers.items()), *map(self._unit, self.tensors)]
+
+    def _unit(self, name: str) -> Unit:
+        numbers, place = self.tensors[name], self.shards.places[name]
+
+        def run(worker: Worker) -> dict[str, Any]:
+            digest = reports.Digest()
+            digest.update(worker.room(place.offset, numbers.nbytes).view(numbers.dtype).copy_(numbers.flatten()))
+            worker.write(place.file, place.offset, numbers.nbytes)
+            return digest.entry([], numbers.shape, numbers.dtype)
+
+        return Unit(name, (place.file,), run, 0, room_for(numbers.nbytes), 0, numbers.nbytes)
+
+    def write_files(self, output: Path) -> None:
+        """The config."""
+        self.described.save_pretrained(str(output))
+
+    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of PEFT's tensors."""
+        return {"source": str(self.adapters.folder), "tensors": {name: results[name] for name in self.tensors}}
+
+
+def plan_adapter_export(adapters: Adapters, folder: Path) -> AdapterExport:
+    """Compare adapters with the model that they are for, and lay them out for PEFT.
+
+    Args:
+        adapters: all of a checkpoint.
+        folder: of the model's config.
+
+    Raises:
+        ValueError: they are not for this model, or of more than one rank.
+    """
     config = read_config(folder, with_vision=read_json(folder / "config.json").get("model_type") == MODEL_TYPE)
     shapes = shapes_of(config)
-    adapted = [one for one in parameters(shapes, config.num_key_value_heads) if one.key in adapters.pairs]
-    tensors = _peft_tensors(adapters, adapted, shapes)
-    described = _peft_config(adapters, adapted)
-    with open_output(
-        Path(out), {"action": "adapters", "source": str(checkpoint.folder)}, overwrite=overwrite
-    ) as journal:
-        save_file(tensors, journal.output / "adapter_model.safetensors", metadata={"format": "pt"})
-        described.save_pretrained(str(journal.output))
-        journal.finish()
-    return described.to_dict()
+    everything = parameters(shapes, config.num_key_value_heads)
+    check_adapters(adapters, everything)
+    check_config(adapters.folder, config)
+    adapted = [parameter for parameter in everything if parameter.key in adapters.pairs]
+    described, tensors = _peft_config(adapters, adapted), _peft_tensors(adapters, adapted, shapes)
+    planned = [Tensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return AdapterExport(adapters, tensors, described, plan_shards(planned, "adapter_model", sys.maxsize))
+
+
+def check_adapters(adapters: Adapters, wanted: Sequence[Parameter]) -> None:
+    """Whether every adapter fits a weight of the model.
+
+    Raises:
+        ValueError: listing those that do not.
+    """
+    weights = {parameter.key: parameter for parameter in wanted}
+    wrong = []
+    for key, (a, b) in adapters.pairs.items():
+        axes, (outside, inside) = weights[key].axes, weights[key].shape
+        fitting = (*axes, a.shape[-2], inside), (*axes, outside, a.shape[-2])
+        wrong += [
+            f"{key.removesuffix('.weight') + part} is {list(half.shape)}, not {list(shape)}"
+            for part, half, shape in zip((IN, OUT), (a, b), fitting, strict=True)
+            if half.shape != shape
+        ]
+    if wrong:
+        raise ValueError(f"{adapters.folder} does not fit its model: {listed(wrong)}")
 
 
 def _peft_tensors(

@@ -21,7 +21,6 @@ from .source import Source
 
 UNIT = "Megatron's files"
 ITERATION = "iter_0000000"
-ERRORS = {error.__name__: error for error in (ValueError, OSError, ImportError)}
 PR_SET_PDEATHSIG = 1
 
 
@@ -31,8 +30,8 @@ class Describing:
     def __init__(self, source: Source, dtype: torch.dtype, journal: Journal):
         context = multiprocessing.get_context("fork")
         self._journal, self._is_done = journal, UNIT in journal.results
-        self._answer, sender = context.Pipe(duplex=False)
-        arguments = os.getpid(), source, dtype, journal, sender
+        self._answer, self._sender = context.Pipe(duplex=False)
+        arguments = os.getpid(), source, dtype, journal, self._sender
         self._process = context.Process(target=_answer, args=arguments, daemon=True)
 
     def __enter__(self) -> "Describing":
@@ -41,10 +40,11 @@ class Describing:
                 # Python warns of forks beside threads: torch's pool is not used in the fork, and ours comes later.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._process.start()
+            self._sender.close()  # of two; when the other process dies, its own is gone too
         return self
 
-    def finish(self) -> None:
-        """Wait for the files.
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the files, or end the process where what goes on beside it has failed.
 
         Raises:
             ValueError, OSError, ImportError: what stopped the other process, where the user can mend it.
@@ -52,20 +52,21 @@ class Describing:
         """
         if self._is_done:
             return
-        self._process.join()
-        kind, message = self._answer.recv() if self._answer.poll() else ("", f"ended with {self._process.exitcode}")
-        if kind:
-            raise ERRORS.get(kind, RuntimeError)(message)
-        self._journal.record({UNIT: None})
-
-    def __exit__(self, *_: object) -> None:
-        if self._process.pid and self._process.is_alive():
+        if kind is not None:
             self._process.kill()
-            self._process.join()
+        try:
+            error = self._answer.recv()
+        except EOFError:
+            error = None if kind else RuntimeError("The process that writes Megatron's files has died")
+        self._process.join()
+        if error is not None and kind is None:
+            raise error
+        if kind is None:
+            self._journal.record({UNIT: None})
 
 
 def _answer(parent: int, source: Source, dtype: torch.dtype, journal: Journal, sender: Connection) -> None:
-    """What the other process does: write the files, then send an error's name and message, or two empty strings."""
+    """What the other process does: write the files, then send None, or the error that kept it from that."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
@@ -75,9 +76,19 @@ def _answer(parent: int, source: Source, dtype: torch.dtype, journal: Journal, s
     torch.set_num_threads(1)
     try:
         write_files(source, dtype, journal.output, journal.out)
-        sender.send(("", ""))
-    except Exception as error:  # noqa: BLE001 - raised again by `Describing.finish`
-        sender.send((type(error).__name__, str(error)))
+        sender.send(None)
+    except Exception as error:  # noqa: BLE001 - raised again by `Describing`
+        sender.send(_without_modules(error))
+
+
+def _without_modules(error: Exception) -> Exception:
+    """An error of the same kind that can be read without importing what raised it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, error.filename)
+    for kind in (ValueError, OSError, ImportError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def write_files(source: Source, dtype: torch.dtype, output: Path, out: Path) -> None:

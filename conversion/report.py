@@ -1,16 +1,18 @@
-"""The report of a conversion: what every tensor was made of, its hash, and what is wrong with its numbers.
+"""The report of a conversion: every tensor with its hash, and what is wrong with its numbers.
 
 It lies in the output as `NAME` and holds nothing that differs between two runs of the same call, so that outputs can be
-compared byte by byte. The same schema serves import, export and verify::
+compared byte by byte. The same schema serves import, export and verify, which all tell of Megatron's tensors, so that
+their hashes can be compared; where the output has no such tensors, of an assembly and of adapters, it tells of those::
 
     {"action": "import", "source": "…", "versions": {"torch": "2.11.0", …},
      "bytes_read": 13761264768, "bytes_written": 41839125360, "not_finite": 0, "added": ["…vision_bias", …],
      "tensors": {"decoder.layers.0.mlp.experts.linear_fc1.weight0":
-         {"from": ["model.layers.0.mlp.experts.gate_up_proj_blocks", …], "shape": [5760, 2880], "dtype": "bfloat16",
+         {"hf": ["model.layers.0.mlp.experts.gate_up_proj_blocks", …], "shape": [5760, 2880], "dtype": "bfloat16",
           "xxh3_128": "…", "nan": 2, "inf": 1}}}
 
-A hash is XXH3-128 over the tensor's bytes as they are stored, little-endian, its last axis fastest. ``nan`` and ``inf``
-are counts, left out where they are 0.
+``hf`` names the tensors of the Hugging Face checkpoint that it was made of, or that it becomes. A hash is XXH3-128 over
+the tensor's bytes, little-endian, its last axis fastest: as import writes it, as export and verify read it, and, where
+export merges an adapter, of the merged numbers in fp32. ``nan`` and ``inf`` are counts, left out where they are 0.
 """
 
 import json
@@ -49,10 +51,10 @@ class Digest:
             self._counts["inf"] += int(flat.isinf().sum())
 
     def entry(self, names: Sequence[str], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-        """What the report says of the tensor: see the module's docstring."""
+        """What the report says of the tensor, given the names for ``hf``: see the module's docstring."""
         spelled = str(dtype).removeprefix("torch.")
         found = {name: count for name, count in self._counts.items() if count}
-        return {"from": [*names], "shape": [*shape], "dtype": spelled, "xxh3_128": self._hash.hexdigest()} | found
+        return {"hf": [*names], "shape": [*shape], "dtype": spelled, "xxh3_128": self._hash.hexdigest()} | found
 
 
 def build(action: str, tensors: Mapping[str, dict[str, Any]], **fields: Any) -> dict[str, Any]:

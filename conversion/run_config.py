@@ -53,4 +53,6 @@ def check_config(folder: Path, config: "GPTOSSVisionConfig") -> None:
     pairs |= {f"vision_config.{name}": (towers[0][name], towers[1][name]) for name in of_tower}
     differing = [f"{name} is {mine}, not {theirs}" for name, (mine, theirs) in sorted(pairs.items()) if mine != theirs]
     if differing:
-        raise ValueError(f"{folder / NAME} does not match the config: {listed(differing)}; name one that does with --hf")
+        raise ValueError(
+            f"{folder / NAME} does not match the config: {listed(differing)}; name one that does with --hf"
+        )

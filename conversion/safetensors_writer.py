@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -58,6 +59,11 @@ class ShardPlan:
     sizes: dict[str, int]
     places: dict[str, Place]
     index: str | None
+
+    def write_index(self, folder: Path) -> None:
+        """Write the index, where there is one."""
+        if self.index is not None:
+            (folder / "model.safetensors.index.json").write_text(self.index)
 
 
 def plan_shards(tensors: Iterable[Tensor], stem: str = "model", shard_bytes: int = SHARD_BYTES) -> ShardPlan:

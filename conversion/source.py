@@ -110,7 +110,13 @@ def read_config(folder: Path, *, with_vision: bool) -> "GPTOSSVisionConfig":
 
 
 def shapes_of(config: "GPTOSSVisionConfig") -> dict[str, tuple[int, ...]]:
-    """Every tensor of the transformers model with its shape, unquantised."""
+    """Every tensor of the transformers model with its shape, unquantised.
+
+    Raises:
+        ValueError: its embeddings are its head too.
+    """
+    if config.tie_word_embeddings:
+        raise ValueError("Embeddings that are the head too (tie_word_embeddings) are not converted; untie them first")
     from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 
     with torch.device("meta"):

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
-from ..bridge.ops.mxfp4 import EXPONENT_BIAS, Dequantizer
+from ..bridge.ops.mxfp4 import EXPONENT_BIAS, Dequantizer, scales_of
 from . import report as reports
 from .exporting import blocks_of, check_tensors, region_of
 from .layouts import KEPT_WHOLE, Parameter, to_megatron
@@ -102,6 +102,12 @@ def _halves(
         yield half, blocks[start::pieces], scales[start::pieces]
 
 
+def _rule_scales(numbers: torch.Tensor) -> torch.Tensor:
+    """The scales ``[r, g]`` by which ``[r, 32g]`` should have been packed; those of the file prove nothing."""
+    largest = numbers.view(len(numbers), -1, VALUES_PER_SCALE).abs().amax(-1)
+    return torch.exp2(scales_of(largest).float() - EXPONENT_BIAS)
+
+
 @dataclass
 class Difference:
     """How far apart the numbers of two tensors are.
@@ -149,7 +155,7 @@ class Difference:
             if torch.equal(numbers, theirs):
                 continue
             error = (theirs - numbers).abs()
-            step = torch.exp2(scales[rows].float() - EXPONENT_BIAS).repeat_interleave(VALUES_PER_SCALE, dim=1)
+            step = _rule_scales(numbers).repeat_interleave(VALUES_PER_SCALE, dim=1)
             share = (error / (torch.maximum(numbers.abs(), step) / 4)).nan_to_num(torch.inf)
             self.count += int(torch.count_nonzero(error))
             self._widen(error.max())

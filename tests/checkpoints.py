@@ -49,19 +49,18 @@ def load_hf(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def load_megatron(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a Megatron checkpoint, by torch's own reader."""
+def load_megatron(folder: Path, iteration: str = "iter_0000000") -> dict[str, torch.Tensor]:
+    """Every tensor of an iteration of a Megatron checkpoint, by torch's own reader."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    iteration = folder / "iter_0000000"
-    metadata = checkpoint.FileSystemReader(iteration).read_metadata().state_dict_metadata
+    metadata = checkpoint.FileSystemReader(folder / iteration).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    checkpoint.load(tensors, checkpoint_id=iteration, no_dist=True)
+    checkpoint.load(tensors, checkpoint_id=folder / iteration, no_dist=True)
     return tensors
 
 

@@ -88,7 +88,6 @@ except SystemExit:
         (["quickstart", "--seed", "one"], "--seed"),
         (["quickstart", "--seed", "-1"], "--seed"),
         (["quickstart", "extra"], "extra"),
-        (["convert", "export", "--megatron", "a", "--out", "b", "--adapter", "--dry-run"], "--dry-run"),
         (["convert", "export", "--megatron", "a", "--out", "b", "--adapter", "--text-only"], "--text-only"),
     ],
 )

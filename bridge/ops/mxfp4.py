@@ -202,8 +202,7 @@ class Quantizer:
             raise ValueError(f"Row {row} has an infinite value or a NaN; MXFP4 holds neither.")
         if values.dtype != torch.bfloat16:
             _round_to_odd(exact.view(torch.int32), spare.view(torch.int32))
-        # The exponent's field of a float32, biased like the scale; 0 for subnormals.
-        exponent = largest.view(torch.int32).bitwise_right_shift(23).sub_(LARGEST_EXPONENT).clamp_(min=0)
+        exponent = scales_of(largest)
         scales.copy_(exponent.view(scales.shape))
         inverse = (2 * EXPONENT_BIAS - exponent).bitwise_left_shift(23).view(torch.float32)
         half.copy_(torch.mul(exact, inverse.unsqueeze(-1), out=spare))
@@ -211,6 +210,12 @@ class Quantizer:
         torch.index_select(self._codes, 0, index, out=code.view(-1))
         pairs = code.view(torch.int16)  # low byte first
         blocks.copy_((pairs | (pairs >> 4)).view(blocks.shape))
+
+
+def scales_of(largest: torch.Tensor) -> torch.Tensor:
+    """The scale's byte, as int32, for blocks whose largest magnitudes are `largest`, finite float32 of any shape."""
+    # The exponent's field of a float32 is biased like the scale; it is 0 for subnormals.
+    return largest.view(torch.int32).bitwise_right_shift(23).sub_(LARGEST_EXPONENT).clamp_(min=0)
 
 
 def _round_to_odd(bits: torch.Tensor, spare: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from gpt_oss_vision.conversion.torch_dist_reader import open_checkpoint
 
 def reads_of(export: Export) -> list[tuple[Path, int, int]]:
     """File, offset and bytes of every chunk."""
-    stored = {parameter.key: export.stored[parameter.key] for parameter in export.parameters}
+    stored = {parameter.key: export.checkpoint.tensors[parameter.key] for parameter in export.parameters}
     return [(chunk.file, chunk.position, chunk.length) for tensor in stored.values() for chunk in tensor.chunks]
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the exported checkpoint where it is")
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.megatron.absolute())
-    work, _ = plan_export(checkpoint, reference_folder(checkpoint, None), dtype=arguments.dtype, text_only=False)
+    work = plan_export(checkpoint, reference_folder(checkpoint, None), dtype=arguments.dtype, text_only=False)
     written = sum(work.shards.sizes.values())
     limit_of = partial(copy_seconds, reads_of(work), written, arguments.out.absolute(), arguments.jobs)
     before = limit_of()

@@ -17,7 +17,7 @@ from crashes import fork, many_small_units
 import gpt_oss_vision
 from checkpoints import OBLONG, files_of, save_tiny
 from gpt_oss_vision import cli
-from gpt_oss_vision.conversion import exporting, importing, stream
+from gpt_oss_vision.conversion import stream, work
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.journal import Journal, check_space
 
@@ -131,8 +131,7 @@ def before_it_is_reserved(disk: Path, patch: pytest.MonkeyPatch) -> None:
         check_space(journal, needed)
         fill(disk, leaving=2**20)
 
-    for module in (importing, exporting):
-        patch.setattr(module, "check_space", check_and_fill)
+    patch.setattr(work, "check_space", check_and_fill)
 
 
 def while_it_is_written(disk: Path, patch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -90,6 +91,7 @@ BROKEN = {
         lambda hf: edit_config(hf, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
         "Megatron-Core has no rotary embedding like",
     ),
+    "embeddings that are the head": (lambda hf: edit_config(hf, tie_word_embeddings=True), "tie_word_embeddings"),
 }
 
 
@@ -106,12 +108,13 @@ def edit_config(hf: Path, **fields: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+@pytest.mark.parametrize("dry_run", [False, True], ids=["import", "dry run"])
 @pytest.mark.parametrize(("spoil", "sentence"), BROKEN.values(), ids=BROKEN)
-def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, hf: Path, tmp_path: Path):
+def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, dry_run: bool, hf: Path, tmp_path: Path):
     shutil.copytree(hf, tmp_path / "hf")
     spoil(tmp_path / "hf")
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as failure:
-        import_checkpoint(tmp_path / "hf", tmp_path / "out")
+        import_checkpoint(tmp_path / "hf", tmp_path / "out", dry_run=dry_run)
     assert "\n" not in str(failure.value)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -154,7 +157,7 @@ def test_two_at_once_do_not_harm_each_other(hf: Path, tmp_path: Path):
             go_on.wait()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt_oss_vision.conversion.importing.Progress", Waiting)
+        patch.setattr("gpt_oss_vision.conversion.work.Progress", Waiting)
         first = threading.Thread(target=import_checkpoint, args=(hf, out))
         first.start()
         begun.wait()
@@ -175,3 +178,41 @@ def test_a_source_that_changed_is_not_continued(hf: Path, tmp_path: Path, monkey
     os.utime(tmp_path / "hf" / "model.safetensors", (1, 1))
     with pytest.raises(FileExistsError, match="begun with another source"):
         import_checkpoint(tmp_path / "hf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ValueError("no"), ValueError),
+        (UnicodeDecodeError("utf-8", b"a", 0, 1, "no"), ValueError),
+        (ModuleNotFoundError("no"), ImportError),
+        (PermissionError(errno.EACCES, "no", "file"), PermissionError),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+        (KeyError("no"), RuntimeError),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_stops_the_describing_process_stops_the_import_as_what_it_was(
+    error: Exception, kind: type[Exception], hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("gpt_oss_vision.conversion.megatron_files.write_files", fail)
+    with pytest.raises(kind) as failure:
+        import_checkpoint(hf, tmp_path / "out")
+    assert getattr(failure.value, "filename", None) == getattr(error, "filename", None)
+    if isinstance(error, OSError):
+        assert failure.value.errno == error.errno  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_describing_process_that_is_killed_is_told_of_and_started_again(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        patch.setattr("gpt_oss_vision.conversion.megatron_files.write_files", kill)
+        with pytest.raises(RuntimeError, match="process that writes Megatron's files has died"):
+            import_checkpoint(hf, tmp_path / "out")
+    import_checkpoint(hf, tmp_path / "out")
+    assert (tmp_path / "out" / "iter_0000000" / "run_config.yaml").is_file()

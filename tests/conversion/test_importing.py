@@ -185,7 +185,7 @@ def test_the_hash_is_that_of_the_tensors_bytes(both: Path):
     expected = load_megatron(both / "ours")["decoder.layers.mlp.experts.experts.linear_fc1.weight"][2, 3]
     found = entry["decoder.layers.2.mlp.experts.linear_fc1.weight3"]
     assert found["xxh3_128"] == xxhash.xxh3_128(expected.contiguous().numpy()).hexdigest()
-    assert found["from"] == ["model.layers.2.mlp.experts.gate_up_proj"]
+    assert found["hf"] == ["model.layers.2.mlp.experts.gate_up_proj"]
 
 
 def test_a_dry_run_writes_nothing_and_says_how_much(both: Path, tmp_path: Path):

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from crashes import many_small_units, survives_kills
 from peft import PeftModel
 
 import gpt_oss_vision
-from checkpoints import load_hf
+from checkpoints import load_hf, load_megatron
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.megatron import cpu, upstream
 from gpt_oss_vision.conversion.exporting import export_checkpoint
@@ -24,6 +27,7 @@ from tiny import tiny_batch
 
 ATTENTION = ["linear_qkv", "linear_proj"]
 EXPERTS = ["linear_fc1", "linear_fc2"]
+LAST = "iter_0000003"
 
 
 @dataclass(frozen=True)
@@ -199,3 +203,109 @@ def test_ranks_that_differ_are_refused_by_peft_and_merged(start: Path, tmp_path:
     (expected,) = cpu.run_ranks(1, megatron_logits, start, tmp_path / "adapter", kind, batch)
     with torch.no_grad():
         assert (merged(**batch).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.fixture(scope="module")
+def everything(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of adapters on attention and experts."""
+    out = tmp_path_factory.mktemp("everything") / "megatron"
+    cpu.run_ranks(1, train_lora, start, out, KINDS["everything"])
+    return out
+
+
+def edited(adapter: Path, copy: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of a checkpoint of adapters with other tensors, written by torch."""
+    from torch.distributed import checkpoint
+
+    tensors = load_megatron(shutil.copytree(adapter, copy), LAST)
+    edit(tensors)
+    for file in (copy / LAST / ".metadata", *copy.glob(f"{LAST}/*.distcp")):
+        file.unlink()
+    checkpoint.save(tensors, checkpoint_id=copy / LAST, no_dist=True)
+    return copy
+
+
+def export_both_ways(adapter: Path, out: Path) -> Iterator[Callable[[], object]]:
+    yield lambda: export_adapters(adapter, out)
+    yield lambda: export_checkpoint(adapter, out)
+
+
+QKV = "decoder.layers.self_attention.linear_qkv.adapter"
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (
+            lambda tensors: tensors.pop(f"{QKV}.linear_in.weight"),
+            rf"lacks halves of adapters: {QKV}\.linear_in\.weight;",
+        ),
+        (
+            lambda tensors: tensors.pop(f"{QKV}.linear_out.weight"),
+            rf"lacks halves of adapters: {QKV}\.linear_out\.weight;",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {name: tensor.repeat(2, 1, 1) for name, tensor in tensors.items() if QKV in name}
+            ),
+            rf"does not fit its model: {QKV}\.linear_in\.weight is \[8, 4, \d+\], not \[4, 4, \d+\], {QKV}\.linear_out",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {f"{QKV}.linear_in.weight": tensors[f"{QKV}.linear_in.weight"][..., 1:].clone()}
+            ),
+            rf"does not fit its model: {QKV}\.linear_in\.weight is",
+        ),
+    ],
+    ids=["no A", "no B", "more layers", "another width"],
+)
+def test_adapters_that_do_not_fit_are_listed_and_nothing_is_left(edit, said: str, everything: Path, tmp_path: Path):
+    broken = edited(everything, tmp_path / "broken", edit)
+    for export in export_both_ways(broken, tmp_path / "out"):
+        with pytest.raises(ValueError, match=said):
+            export()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_report_tells_of_the_merged_numbers(everything: Path, start: Path, tmp_path: Path):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{QKV}.linear_out.weight"][1, 3, 0] = torch.nan
+
+    broken = edited(everything, tmp_path / "broken", spoil)
+    report = export_checkpoint(broken, tmp_path / "out")
+    base = export_checkpoint(start / "megatron", tmp_path / "base")
+    assert (report["source"], report["adapters"]) == (base["source"], str(broken / LAST))
+    assert report["bytes_read"] > base["bytes_read"]
+    differing = [
+        name for name, entry in report["tensors"].items() if entry["xxh3_128"] != base["tensors"][name]["xxh3_128"]
+    ]
+    adapted = ("linear_qkv.weight", "linear_proj.weight", "experts.linear_fc1.weight", "experts.linear_fc2.weight")
+    assert differing == [name for name in base["tensors"] if name.rstrip("0123456789").endswith(adapted)]
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    inside = base["tensors"][name]["shape"][1]
+    assert report["not_finite"] == report["tensors"][name]["nan"] == inside
+
+
+def test_a_dry_run_writes_nothing_and_counts_the_adapters(everything: Path, start: Path, tmp_path: Path):
+    alone = export_adapters(everything, tmp_path / "out", dry_run=True)
+    merged = export_checkpoint(everything, tmp_path / "out", dry_run=True)
+    base = export_checkpoint(start / "megatron", tmp_path / "out", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    saved = load_megatron(everything, LAST)  # with states of the optimizer
+    adapters = sum(tensor.nbytes for name, tensor in saved.items() if name.startswith("decoder."))
+    assert alone["bytes_read"] == adapters and alone["peak_memory"] > 2 * adapters
+    assert merged["bytes_read"] == base["bytes_read"] + adapters
+    assert merged["peak_memory"] > base["peak_memory"] + adapters
+    export_adapters(everything, tmp_path / "out")
+    assert alone["bytes_written"] == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+
+
+def test_an_export_for_peft_that_is_killed_is_continued_to_the_same_bytes(
+    everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    many_small_units(monkeypatch)
+    import peft  # noqa: F401 - so that the forks need not
+
+    out = tmp_path / "out"
+    continued, completed = survives_kills(lambda: export_adapters(everything, out), out, 20, time.time_ns() % 10**6)
+    assert continued and completed

@@ -58,7 +58,9 @@ def test_numbers_that_make_another_model_are_refused(path: str, value: Any, said
         lambda: export_checkpoint(pair / "megatron", tmp_path / "out", hf=other),
         lambda: verify(other, pair / "megatron"),
     ):
-        with pytest.raises(ValueError, match=rf"run_config\.yaml does not match the config: {said}; name one that does with --hf$"):
+        with pytest.raises(
+            ValueError, match=rf"run_config\.yaml does not match the config: {said}; name one that does with --hf$"
+        ):
             convert()
     assert not list(tmp_path.glob("out*"))
 

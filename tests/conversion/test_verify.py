@@ -61,7 +61,7 @@ def test_one_flipped_bit_is_found(name: str, pair: Path, tmp_path: Path):
     off = {key: entry for key, entry in report["tensors"].items() if not entry["agrees"]}
     assert not report["agrees"] and len(off) == 1
     ((key, entry),) = off.items()
-    assert name in entry["from"] and entry["different"] == 1 and entry["largest_difference"] > 0
+    assert name in entry["hf"] and entry["different"] == 1 and entry["largest_difference"] > 0
     assert key in report["worst"]
 
 
@@ -89,6 +89,21 @@ def test_mxfp4_beyond_its_bound_is_found(pair: Path, tmp_path: Path):
     report = verify(hf, pair / "megatron")
     assert [key for key, entry in report["tensors"].items() if not entry["agrees"]] == [
         "decoder.layers.1.mlp.experts.linear_fc2.weight2"
+    ]
+
+
+def test_a_scale_does_not_widen_its_own_bound(pair: Path, tmp_path: Path):
+    """All numbers zero, under a scale so large that zero would be within the rounding of anything packed by it."""
+
+    def erase(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.down_proj_blocks"].zero_()
+        tensors["model.layers.1.mlp.experts.down_proj_scales"].fill_(131)
+
+    hf = change(save_tiny(tmp_path / "hf", **OBLONG, dtype=torch.bfloat16, packed=True), erase)
+    report = verify(hf, pair / "megatron")
+    assert not report["agrees"]
+    assert [key for key, entry in report["tensors"].items() if not entry["agrees"]] == [
+        f"decoder.layers.1.mlp.experts.linear_fc2.weight{expert}" for expert in range(4)
     ]
 
 

@@ -1,0 +1,107 @@
+"""What every conversion does with its plan: tell it, or carry it out into an output that appears when it is whole."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+
+from . import report as reports
+from .journal import Journal, check_space, open_output
+from .progress import Progress
+from .stream import Unit, peak_memory, stream
+
+
+class Work(ABC):
+    """A conversion, planned.
+
+    Attributes:
+        action: its name, in the journal's plan and in the report.
+        title: its name beside the progress.
+    """
+
+    action: ClassVar[str]
+    title: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of every file that the units write, by its name within the output."""
+
+    @property
+    @abstractmethod
+    def bytes_read(self) -> int:
+        """Bytes of the weights that are read."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that it keeps beside the buffers."""
+        return 0
+
+    @abstractmethod
+    def units(self) -> list[Unit]:
+        """What is done, in the order in which it is begun."""
+
+    def beside(self, journal: Journal) -> AbstractContextManager[object]:
+        """What goes on while the units are done."""
+        del journal
+        return nullcontext()
+
+    @abstractmethod
+    def write_files(self, output: Path) -> None:
+        """Write the files that no unit writes, into the folder of the others."""
+
+    @abstractmethod
+    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """What the report says of this conversion, its ``tensors`` above all, given what the units returned."""
+
+
+def carry_out(
+    work: Work,
+    out: Path,
+    plan: Mapping[str, Any],
+    *,
+    jobs: int,
+    overwrite: bool,
+    dry_run: bool,
+    console: Console | None,
+) -> dict[str, Any]:
+    """Make the output, or continue making it.
+
+    Args:
+        work: what to do.
+        out: absolute path of the folder to make.
+        plan: what decides the bytes of the output, beside the action and this package's version; JSON values.
+        jobs: threads.
+        overwrite: replace `out`.
+        dry_run: only say what would be done.
+        console: where progress and warnings go; None is nowhere.
+
+    Returns:
+        The report that lies in `out` too; for a dry run its totals, ``peak_memory`` and how many ``files``.
+
+    Raises:
+        FileExistsError: `out` exists, or holds another conversion's beginning.
+        OSError: the disk is too small, or fails.
+    """
+    units, console = work.units(), console or Console(quiet=True)
+    totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.sizes.values())}
+    if dry_run:
+        return totals | {"peak_memory": peak_memory(units, jobs) + work.held, "files": len(work.sizes)}
+    plan = {"action": work.action, "version": version("gpt-oss-vision"), "out": str(out), **plan}
+    with open_output(out, plan, overwrite=overwrite) as journal:
+        if not journal.is_complete:
+            check_space(journal, totals["bytes_written"])
+            with work.beside(journal), Progress(work.title, sum(unit.nbytes for unit in units), console) as progress:
+                results = stream(units, journal, work.sizes, jobs=jobs, progress=progress)
+            work.write_files(journal.output)
+            told = work.report(results)
+            report = reports.build(work.action, told.pop("tensors"), **told, **totals)
+            for warning in reports.warnings(report):
+                console.print(f"Warning: {warning}")
+            reports.write(report, journal.output)
+        journal.finish()
+    return reports.read(out)
