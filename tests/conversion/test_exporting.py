@@ -129,6 +129,10 @@ class Training:
 TRAININGS = {
     "TP2·EP2, bf16": Training(Layout(tp=2, ep=2), "bf16"),
     "PP2": Training(Layout(pp=2)),
+    "PP2·VPP2": Training(Layout(pp=2, vpp=2)),
+    "PP2, 3 layers and 1": Training(
+        Layout(pp=2, extra={"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 1})
+    ),
     "TP2·ETP2": Training(Layout(tp=2, etp=2)),
     "one rank, plain optimizer": Training(Layout(), distributed_optimizer=False),
 }

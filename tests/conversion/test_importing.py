@@ -10,6 +10,7 @@ from rich.console import Console
 import gpt_oss_vision
 from checkpoints import OBLONG, SQUARE, change, files_of, load_hf, load_megatron, save_tiny
 from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.ops.mxfp4 import dequantize
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from layouts import Layout
 from tiny import tiny_vision_config
@@ -26,6 +27,7 @@ CHECKPOINTS = {
         "vision_config": tiny_vision_config("siglip_vision_model"),
     },
     "oblong experts, MXFP4": {**OBLONG, "dtype": torch.bfloat16, "packed": True},
+    "square experts, fp16": {**SQUARE, "dtype": torch.float16},
     "square experts, MXFP4, no vision": {**SQUARE, "dtype": torch.bfloat16, "packed": True, "use_vision": False},
 }
 
@@ -119,18 +121,42 @@ def weights_at(path: Path, hf: Path, layout: Layout) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in bridge.export_hf_weights(model, show_progress=False)}
 
 
+KINDS = {
+    f"{shape}, {kind}": sizes | fields
+    for shape, sizes in {"square": SQUARE, "oblong": OBLONG}.items()
+    for kind, fields in {
+        "fp32": {},
+        "bf16": {"dtype": torch.bfloat16},
+        "MXFP4": {"dtype": torch.bfloat16, "packed": True},
+    }.items()
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `hf`, and `megatron` made from it."""
+    folder = tmp_path_factory.mktemp("pair")
+    save_tiny(folder / "hf", **request.param)
+    import_checkpoint(folder / "hf", folder / "megatron")
+    return folder
+
+
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, ep=2), Layout(pp=2), Layout(ep=2, etp=2)], ids=str)
-def test_a_model_at_any_layout_loads_it(layout: Layout, both: Path):
-    expected = load_hf(both / "hf")
-    for found in cpu.run_ranks(layout.world_size, weights_at, both / "ours", both / "hf", layout):
+def test_a_model_at_any_layout_loads_it(layout: Layout, pair: Path):
+    expected = load_hf(pair / "hf")
+    for name in [name for name in expected if name.endswith("_blocks")]:
+        whole = name.removesuffix("_blocks")
+        expected[whole] = dequantize(expected.pop(name), expected.pop(whole + "_scales")).mT
+    for found in cpu.run_ranks(layout.world_size, weights_at, pair / "megatron", pair / "hf", layout):
         assert found.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def test_any_other_precision_can_be_asked_for(both: Path, tmp_path: Path):
-    import_checkpoint(both / "hf", tmp_path / "half", dtype="bf16")
+@pytest.mark.parametrize(("asked", "half"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_any_other_precision_can_be_asked_for(asked: str, half: torch.dtype, both: Path, tmp_path: Path):
+    import_checkpoint(both / "hf", tmp_path / "half", dtype=asked)
     for name, tensor in load_megatron(both / "ours").items():
-        dtype = torch.float32 if name.endswith("vision_bias") else torch.bfloat16
+        dtype = torch.float32 if name.endswith("vision_bias") else half
         assert torch.equal(load_megatron(tmp_path / "half")[name], tensor.to(dtype)), name
 
 
