@@ -34,35 +34,50 @@ def many_small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt_oss_vision.conversion.torch_dist_writer.GROUP", 4096)
 
 
+ATTEMPTS_PER_KILL = 10
+
+
 def survives_kills(convert: Callable[[], object], out: Path, kills: int, seed: int) -> tuple[int, int]:
-    """Kill `convert`, which makes `out`, `kills` times, calling it again each time.
+    """Kill `convert`, which makes `out`, `kills` times, calling it again each time, and then leave it alone once.
 
     Whenever it gets through, the bytes of the output are compared with those of a run that was left alone, and it
     begins anew.
 
     Returns:
-        How many kills found something recorded, and how often it got through.
+        How many kills found something recorded, and how often a call got through after one that was killed.
+
+    Raises:
+        AssertionError: the kills come too late, again and again.
     """
     begun = time.monotonic()
     assert os.waitstatus_to_exitcode(os.waitpid(fork(convert), 0)[1]) == 0
     seconds, expected = time.monotonic() - begun, files_of(out)
     shutil.rmtree(out)
     print(f"A run takes {seconds:.2f} s; the seed of the kills is {seed}")
-    moments, done, continued, completed = random.Random(seed), 0, 0, 0
-    while done < kills or not completed:
-        child = fork(convert)
-        if done < kills:
-            time.sleep(moments.uniform(0, seconds))
-            os.kill(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code in (0, -signal.SIGKILL)
-        journal = out.with_name(out.name + ".partial") / "journal"
-        done += code != 0
-        continued += journal.exists() and journal.read_bytes().count(b"\n") > 1
+    moments, done, continued, completed, was_killed = random.Random(seed), 0, 0, 0, False
+    journal = out.with_name(out.name + ".partial") / "journal"
+    for _ in range(ATTEMPTS_PER_KILL * kills):
+        is_killed = _call(convert, moments.uniform(0, seconds) if done < kills else None)
+        continued += is_killed and journal.exists() and journal.read_bytes().count(b"\n") > 1
         if out.exists():
-            completed += 1
             assert files_of(out) == expected
-        if out.exists() and not journal.exists():  # it had finished; at most an empty folder is left to remove
-            shutil.rmtree(out)
-            shutil.rmtree(journal.parent, ignore_errors=True)
-    return continued, completed
+            completed += was_killed and not is_killed
+            if not journal.exists():  # it had finished; at most an empty folder is left to remove
+                shutil.rmtree(out)
+                shutil.rmtree(journal.parent, ignore_errors=True)
+        was_killed = is_killed
+        if done == kills:
+            return continued, completed
+        done += is_killed
+    raise AssertionError(f"{ATTEMPTS_PER_KILL * kills} calls, and only {done} of {kills} kills came before the end")
+
+
+def _call(convert: Callable[[], object], seconds: float | None) -> bool:
+    """Run `convert` in a process of its own, killed after so many seconds; whether the kill came before the end."""
+    child = fork(convert)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in ((0,) if seconds is None else (0, -signal.SIGKILL))
+    return code != 0
