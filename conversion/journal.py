@@ -2,7 +2,8 @@
 
 Everything is written into ``OUT.partial/output``, beside ``OUT``, and renamed at the end. ``OUT.partial/journal`` says
 what is provably on the disk: a line per unit of work, appended after the unit's bytes have been synced. A call with the
-same plan goes on from there; one with another plan is refused. An flock on the folder keeps a second call out.
+same plan goes on from there; one with another plan is refused. An flock on ``OUT.partial/lock`` keeps a second call
+out: on a file that is open for writing, as network file systems know no other between machines.
 """
 
 import errno
@@ -12,8 +13,8 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ SECONDS_OF_PATIENCE = 1.0
 
 COMPLETE = "complete"
 """Name of the last line: all files are written and synced, only renaming is left."""
+
+FORGOTTEN = "forgotten"
+"""Name of a line with the units that earlier lines call done and that are not any more."""
 
 
 class Journal:
@@ -35,6 +39,7 @@ class Journal:
         self.out, self.partial, self._lock = out, partial, lock
         self.output, self._replaced, self._file = partial / "output", partial / "replaced", partial / "journal"
         self.results: dict[str, Any] = {}
+        self._overwrite = False
 
     @property
     def is_begun(self) -> bool:
@@ -46,10 +51,25 @@ class Journal:
         """Whether everything was written, and at most the renaming is left."""
         return COMPLETE in self.results
 
-    def record(self, results: Mapping[str, Any]) -> None:
-        """Remember units as done. Their bytes must have been synced before."""
+    def record(self, results: Mapping[str, Any], files: Iterable[Path | str] = ()) -> None:
+        """Remember units as done, when `files` and their names in the folders up to the output's are on the disk.
+
+        Args:
+            results: what the units returned, by their names.
+            files: what they have written, as paths or by names within the output; none if that was synced before.
+        """
+        paths = [self.output / file for file in files]
+        for path in {*paths, *folders_of(paths, self.output)}:
+            sync(path)
         self._append(results)
         self.results |= results
+
+    def forget(self, units: Iterable[str]) -> None:
+        """Remember units as not done: what they had written is lost."""
+        names = sorted(units)
+        self._append({FORGOTTEN: names})
+        for name in names:
+            del self.results[name]
 
     def allocated(self) -> int:
         """Bytes that the partial output takes on the disk already."""
@@ -62,36 +82,71 @@ class Journal:
     def finish(self) -> None:
         """Sync all that was written and give it its name."""
         if not self.is_complete:
-            for path in [*self.output.rglob("*"), self.output]:
-                sync(path)
-            self.record({COMPLETE: None})
+            self.record({COMPLETE: None}, [self.output, *self.output.rglob("*")])
         if self.output.exists():
-            if self.out.exists():
+            if os.path.lexists(self.out):
+                if not self._overwrite:  # another program has made it in the meantime
+                    raise _exists(self.out)
+                self._drop_replaced()
                 self.out.rename(self._replaced)
             self.output.rename(self.out)
             sync(self.out.parent)
-        shutil.rmtree(self._replaced, ignore_errors=True)
-        self._file.unlink()  # last: as long as there is anything to do, it says so
-        self.partial.rmdir()
+            sync(self.partial)
+        self.remove()
 
     def start(self, plan: Mapping[str, Any], overwrite: bool) -> None:
         """Continue what is there, or begin anew; see `open_output` for what is refused."""
+        self._overwrite = overwrite
         lines = list(_read_lines(self._file))
         # A complete output that is no longer here was renamed by a run that was killed right after it.
-        is_renamed = len(lines) > 1 and COMPLETE in lines[-1] and not self.output.exists()
+        is_renamed = len(lines) > 1 and COMPLETE in lines[-1] and not self.output.exists() and os.path.lexists(self.out)
+        self._restore()
         if lines and not overwrite:
             _check_same_plan(lines[0], plan, self.partial)
-        if self.out.exists() and not overwrite and not is_renamed and not self._replaced.exists():
-            raise FileExistsError(f"{self.out} exists; name another folder, or replace it with --overwrite")
-        if not lines or lines[0] != plan:
-            _empty(self.partial)
+        if os.path.lexists(self.out) and not overwrite and not is_renamed:
+            raise _exists(self.out)
+        if not lines or lines[0] != plan or not (self.output.exists() or is_renamed):
+            self._clear()
             self.output.mkdir()
             self._append(plan)
             sync(self.partial)
             return
         os.truncate(self._file, sum(len(_line(line)) for line in lines))  # without what a kill tore
         for line in lines[1:]:
+            for name in line.pop(FORGOTTEN, ()):
+                del self.results[name]
             self.results |= line
+
+    def remove(self) -> None:
+        """Remove everything but the folder, which `open_output` removes when the lock in it is closed."""
+        if _is_named(lock_file(self.partial), self._lock):  # afterwards the folder may be another call's
+            self._clear()
+            lock_file(self.partial).unlink()
+
+    def _clear(self) -> None:
+        """Remove everything but the lock: the journal after what was replaced, and before all that it says is there."""
+        self._restore()
+        self._drop_replaced()
+        self._file.unlink(missing_ok=True)
+        sync(self.partial)
+        for entry in self.partial.iterdir():
+            if entry != lock_file(self.partial):
+                _remove(entry)
+
+    def _restore(self) -> None:
+        """Give back what a run had moved away that was killed before it could put its own output there."""
+        if os.path.lexists(self._replaced) and not os.path.lexists(self.out):
+            self._replaced.rename(self.out)
+            sync(self.out.parent)
+            sync(self.partial)
+
+    def _drop_replaced(self) -> None:
+        """Remove what was replaced, by another name first: what bears this one is whole, and can be given back."""
+        rubbish = self.partial / "rubbish"
+        _remove(rubbish)
+        if os.path.lexists(self._replaced):
+            self._replaced.rename(rubbish)
+            _remove(rubbish)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with self._file.open("ab") as file:
@@ -120,9 +175,9 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
     """
     out = out.absolute()
     plan = json.loads(json.dumps(plan))
-    partial = out.with_name(out.name + ".partial")
-    if not partial.exists() and out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; name another folder, or replace it with --overwrite")
+    partial = partial_of(out)
+    if not partial.exists() and os.path.lexists(out) and not overwrite:
+        raise _exists(out)
     held = _hold(partial)
     try:
         journal = Journal(out, partial, held)
@@ -130,22 +185,24 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
             journal.start(plan, overwrite)
         except OSError:
             if not journal.is_begun:  # also where a call had finished, and was killed before it could remove the folder
-                shutil.rmtree(partial)
+                journal.remove()
             raise
         try:
             yield journal
         except ValueError:
-            shutil.rmtree(partial)
+            journal.remove()
             raise
         except OSError as error:
             if not any(journal.output.rglob("*")):
-                shutil.rmtree(partial)
+                journal.remove()
             elif error.strerror == os.strerror(errno.ENOSPC):  # the kernel's words: neither where nor what now
                 sentence = f"No space left on the disk of {out}; make room, and the same call continues"
                 raise OSError(errno.ENOSPC, sentence) from error
             raise
     finally:
-        os.close(held)
+        os.close(held)  # before the folder goes: NFS keeps a file's name, changed, for as long as it is open
+        with suppress(OSError):  # it is not empty, where there is something to continue or another call has come
+            partial.rmdir()
 
 
 def check_space(journal: Journal, needed: int) -> None:
@@ -168,10 +225,33 @@ def check_space(journal: Journal, needed: int) -> None:
         )
 
 
-def fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Size and time of every file in a folder: by these a plan knows its sources again."""
+def partial_of(out: Path) -> Path:
+    """Where an output is until it is complete."""
+    return out.with_name(out.name + ".partial")
+
+
+def fingerprint(folder: Path, *, apart_from: Path | None = None) -> dict[str, list[int]]:
+    """Size and time of every file in a folder: by these a plan knows its sources again.
+
+    Args:
+        folder: of a source.
+        apart_from: the output, which may lie within the folder: neither it nor its partial one is a source.
+    """
+    folder, ours = folder.resolve(), []
+    if apart_from is not None:
+        out = apart_from.parent.resolve() / apart_from.name
+        ours = [path for path in (out, partial_of(out)) if folder in path.parents]
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    return {str(file.relative_to(folder)): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    return {
+        str(file.relative_to(folder)): [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in files
+        if not any(file.is_relative_to(path) for path in ours)
+    }
+
+
+def folders_of(paths: Iterable[Path], top: Path) -> set[Path]:
+    """The folders that hold some paths, up to and including `top`."""
+    return {folder for path in paths for folder in path.parents if folder.is_relative_to(top)}
 
 
 def sync(path: Path) -> None:
@@ -183,6 +263,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def lock_file(partial: Path) -> Path:
+    """What is locked for as long as a call writes."""
+    return partial / "lock"
+
+
 def _hold(partial: Path) -> int:
     """Make the folder and lock it; the descriptor holds the lock until it is closed, by us or by our death.
 
@@ -190,14 +275,16 @@ def _hold(partial: Path) -> int:
     """
     patience = time.monotonic() + SECONDS_OF_PATIENCE
     while True:
-        partial.mkdir(parents=True, exist_ok=True)
         try:
-            held = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # another call has just finished
+            partial.mkdir(parents=True, exist_ok=True)
+            held = os.open(lock_file(partial), os.O_RDWR | os.O_CREAT, 0o644)
+        except (FileExistsError, FileNotFoundError):  # another call has just finished, and removed what was there
+            if time.monotonic() > patience:
+                raise
             continue
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if partial.exists() and os.path.samestat(os.fstat(held), partial.stat()):
+            if _is_named(lock_file(partial), held):
                 return held
         except BlockingIOError as error:
             if time.monotonic() > patience:
@@ -205,7 +292,22 @@ def _hold(partial: Path) -> int:
                 sentence = f"{partial.with_suffix('')} is being written by another process; wait for it"
                 raise BlockingIOError(error.errno, sentence) from error
             time.sleep(0.01)
+        except OSError:  # this file system knows no locks
+            os.close(held)
+            raise
         os.close(held)
+
+
+def _is_named(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has this name; a call that has just finished removes its own."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _exists(out: Path) -> FileExistsError:
+    return FileExistsError(f"{out} exists; name another folder, or replace it with --overwrite")
 
 
 def _check_same_plan(before: Mapping[str, Any], plan: Mapping[str, Any], partial: Path) -> None:
@@ -232,6 +334,9 @@ def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
         yield json.loads(line[9:])
 
 
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def _remove(path: Path) -> None:
+    """Remove a file or a folder if it is there; of a symlink never what it points at."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

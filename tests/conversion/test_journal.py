@@ -1,13 +1,21 @@
 """The crash-safe output folder: complete or not there, continued after any death, held by one call at a time."""
 
+import contextlib
 import errno
+import fcntl
+import itertools
 import os
+import shutil
+import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from crashes import fork
+from crashes import fork, survives_kills
 
-from gpt_oss_vision.conversion.journal import check_space, open_output
+from gpt_oss_vision.conversion.journal import Journal, check_space, fingerprint, open_output
 
 PLAN = {"action": "test", "source": {"a": [1, 2]}}
 
@@ -84,41 +92,229 @@ def test_overwriting_replaces_only_when_the_new_one_is_complete(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+class Listing(list[os.DirEntry[str]]):
+    """What `os.scandir` gives, in another order."""
+
+    def __enter__(self) -> "Listing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def dies(work: Callable[[], object], survived: int) -> bool:
+    """Run something in a fork that dies before it renames or removes anything for the `survived`-th time from 0 on.
+
+    Folders list the journal last, as those of a disk may do or not.
+    """
+    left, scan = itertools.count(survived, -1), os.scandir
+
+    def dying(step: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*args: Any, **options: Any) -> object:
+            if not next(left):
+                os._exit(9)
+            return step(*args, **options)
+
+        return wrapped
+
+    def scandir(folder: Any) -> Listing:
+        with scan(folder) as entries:
+            return Listing(sorted(entries, key=lambda entry: entry.name == "journal"))
+
+    def mortal() -> None:
+        os.scandir, os.listdir = scandir, lambda folder: [entry.name for entry in scandir(folder)]
+        for name in ("rename", "unlink", "rmdir"):  # what pathlib and shutil call in the end
+            setattr(os, name, dying(getattr(os, name)))
+        work()
+
+    code = os.waitstatus_to_exitcode(os.waitpid(fork(mortal), 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+def state(folder: Path) -> dict[str, bool]:
+    """What of a partial output is there."""
+    return {name: os.path.lexists(folder / name) for name in ("journal", "output", "replaced")}
+
+
+STEPS = range(14)
+"""More than there are; the first two look for what may be left of another call."""
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("survived", range(5))
-def test_a_death_between_any_two_steps_of_finishing_is_continued(
-    survived: int, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Finishing renames and removes; the process dies before each of these in turn, and is called again as before."""
-    out = tmp_path / "out"
+@pytest.mark.parametrize("survived", STEPS)
+def test_a_death_between_any_two_steps_of_finishing_is_continued(survived: int, overwrite: bool, tmp_path: Path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
     if overwrite:
         write(out, PLAN | {"action": "old"})
-    steps = iter(range(100))
-
-    def dying(name: str):
-        original = getattr(Path, name)
-
-        def step(*args: object) -> object:
-            if next(steps) == survived:
-                os._exit(9)
-            return original(*args)
-
-        return step
-
-    def write_and_die() -> None:
-        for name in ("rename", "unlink", "rmdir"):
-            monkeypatch.setattr(Path, name, dying(name))
+    died = dies(lambda: write(out, overwrite=overwrite), survived)
+    assert died == (survived < (13 if overwrite else 7))
+    assert state(partial)["journal"] or not state(partial)["replaced"]
+    if died and (state(partial)["journal"] or overwrite or not out.exists()):
         write(out, overwrite=overwrite)
-
-    code = os.waitstatus_to_exitcode(os.waitpid(fork(write_and_die), 0)[1])
-    assert code == (9 if survived < (4 if overwrite else 3) else 0)
-    journal = tmp_path / "out.partial" / "journal"
-    if code and (journal.exists() or overwrite):
-        write(out, overwrite=overwrite)
-    elif code:  # nothing was left to do but to remove an empty folder
+    elif died:  # nothing was left to do but to remove the lock and its folder
         with pytest.raises(FileExistsError):
             write(out)
     assert (out / "one").read_text() == "test"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("survived", STEPS)
+def test_what_was_replaced_outlives_a_death_and_another_plan_after_it(survived: int, tmp_path: Path):
+    """Whatever the next call does, there is a whole output under its name until that call has another."""
+    out = tmp_path / "out"
+    write(out, PLAN | {"action": "old"})
+    dies(lambda: write(out, overwrite=True), survived)
+    interrupted(out, PLAN | {"action": "newer"}, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
+    assert (out / "one").read_text() == (out / "two").read_text() != "newer"
+    write(out, PLAN | {"action": "newer"}, overwrite=True)
+    assert (out / "two").read_text() == "newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("survived", STEPS)
+def test_after_a_death_in_overwriting_a_call_without_it_replaces_nothing(survived: int, tmp_path: Path):
+    out = tmp_path / "out"
+    write(out, PLAN | {"action": "old"})
+    died = dies(lambda: write(out, overwrite=True), survived)
+    before = (out / "one").read_text() if out.exists() else "old"
+    if died and before == "test" and state(tmp_path / "out.partial")["journal"]:
+        write(out)  # it is this call's output
+    else:
+        with pytest.raises(FileExistsError, match=r"out exists; .* --overwrite"):
+            write(out)
+    assert (out / "one").read_text() == (out / "two").read_text() == before
+
+
+def test_what_is_left_of_replacing_lets_no_call_replace(tmp_path: Path):
+    out = tmp_path / "out"
+    write(out)
+    (tmp_path / "out.partial" / "replaced").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        write(out, PLAN | {"action": "new"})
+    assert (out / "one").read_text() == "test"
+
+
+def spoiled(out: Path) -> None:
+    """A call that ends with bad input, and leaves nothing."""
+    with contextlib.suppress(ValueError), open_output(out, PLAN):
+        raise ValueError("bad")
+
+
+REMOVALS = {
+    "by bad input": spoiled,
+    "by another plan": lambda out: interrupted(out, PLAN | {"action": "new"}, overwrite=True),
+}
+
+
+@pytest.mark.parametrize("remove", REMOVALS.values(), ids=REMOVALS)
+@pytest.mark.parametrize("survived", range(4))
+def test_a_death_in_removing_leaves_no_journal_of_what_is_gone(
+    remove: Callable[[Path], object], survived: int, tmp_path: Path
+):
+    interrupted(tmp_path / "out")
+    dies(lambda: remove(tmp_path / "out"), survived)
+    with open_output(tmp_path / "out", PLAN, overwrite=True) as journal:
+        assert journal.results.keys() == {path.name for path in journal.output.iterdir()}
+
+
+def link(out: Path) -> None:
+    (out.parent / "target").mkdir()
+    (out.parent / "target" / "kept").touch()
+    out.symlink_to("target")
+
+
+KINDS = {
+    "a symlink": link,
+    "a symlink to nothing": lambda out: out.symlink_to("nothing"),
+    "a file": lambda out: out.write_text("x"),
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_what_is_no_folder_is_replaced_only_on_request_and_links_are_not_followed(
+    make: Callable[[Path], object], tmp_path: Path
+):
+    out = tmp_path / "out"
+    make(out)
+    others = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        write(out)
+    write(out, overwrite=True)
+    assert not out.is_symlink() and (out / "one").read_text() == "test"
+    assert {path.name for path in tmp_path.iterdir()} == others
+    assert "target" not in others or (tmp_path / "target" / "kept").exists()
+
+
+def test_what_another_program_makes_in_the_meantime_is_not_replaced(tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(FileExistsError, match="--overwrite"), open_output(out, PLAN) as journal:
+        (journal.output / "one").write_text("test")
+        out.write_text("another's")
+        journal.finish()
+    assert out.read_text() == "another's"
+
+
+def test_files_and_their_folders_are_synced_before_they_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with open_output(tmp_path / "out", PLAN) as journal:
+        (journal.output / "a" / "b").mkdir(parents=True)
+        (journal.output / "a" / "b" / "file").write_text("x")
+        synced: list[Path] = []
+        monkeypatch.setattr("gpt_oss_vision.conversion.journal.sync", synced.append)
+        append = Journal._append
+        monkeypatch.setattr(Journal, "_append", lambda *args: (append(*args), synced.append(Path("recorded"))))
+        journal.record({"unit": None}, ["a/b/file"])
+    assert synced.pop() == Path("recorded")
+    assert set(synced) == {journal.output / name for name in (".", "a", "a/b", "a/b/file")}
+
+
+def test_what_is_forgotten_is_not_done_in_the_next_call_and_can_be_done_again(tmp_path: Path):
+    out = tmp_path / "out"
+    interrupted(out)
+    with pytest.raises(OSError, match="disk"), open_output(out, PLAN) as journal:
+        journal.forget(["one"])
+        assert not journal.results
+        raise OSError("the disk fails")
+    with pytest.raises(OSError, match="disk"), open_output(out, PLAN) as journal:
+        assert not journal.results
+        journal.record({"one": 2})
+        raise OSError("the disk fails")
+    with open_output(out, PLAN) as journal:
+        assert journal.results == {"one": 2}
+
+
+def test_a_journal_whose_output_is_gone_begins_anew(tmp_path: Path):
+    interrupted(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out.partial" / "output")
+    with open_output(tmp_path / "out", PLAN) as journal:
+        assert not journal.results
+        assert journal.output.is_dir()
+
+
+def test_what_is_locked_is_a_file_that_is_open_for_writing(tmp_path: Path):
+    """An exclusive lock on a network file system needs one."""
+    with open_output(tmp_path / "out", PLAN) as journal:
+        descriptors = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+        held = [each for each in descriptors if Path(f"/proc/self/fd/{each}").readlink().parent == journal.partial]
+        assert [stat.S_ISREG(os.fstat(each).st_mode) for each in held] == [True]
+        assert fcntl.fcntl(held[0], fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        with open(f"/proc/self/fd/{held[0]}", "rb+") as again, pytest.raises(BlockingIOError):
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_calls_that_come_as_others_finish_do_not_harm_each_other(tmp_path: Path):
+    """Each removes the lock that the others may just have opened."""
+    out = tmp_path / "out"
+
+    def write_often(action: str) -> None:
+        for _ in range(30):
+            with contextlib.suppress(BlockingIOError):
+                write(out, PLAN | {"action": action}, overwrite=True)
+
+    children = [fork(lambda action=action: write_often(action)) for action in ("a", "b", "c")]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert (out / "one").read_text() == (out / "two").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -150,3 +346,40 @@ def test_what_is_written_already_counts_as_paid_for(tmp_path: Path):
         os.sync()
         disk = os.statvfs(tmp_path)
         check_space(journal, disk.f_bavail * disk.f_frsize + 2**19)
+
+
+def test_an_output_within_the_source_is_no_part_of_it(tmp_path: Path):
+    (tmp_path / "hf" / "more").mkdir(parents=True)
+    (tmp_path / "hf" / "more" / "weights").write_text("x")
+    (tmp_path / "link").symlink_to("hf")
+    out, alone = tmp_path / "hf" / "out", fingerprint(tmp_path / "hf")
+    assert alone.keys() == {"more/weights"}
+    interrupted(out)
+    write(tmp_path / "hf" / "out2")
+    assert fingerprint(tmp_path / "hf").keys() > alone.keys()
+    without = fingerprint(tmp_path / "hf", apart_from=out)
+    assert without.keys() == {"more/weights", "out2/one", "out2/two"}
+    write(out)
+    assert fingerprint(tmp_path / "hf", apart_from=out) == without
+    assert fingerprint(tmp_path / "hf", apart_from=tmp_path / "link" / "out") == without
+    for other in (tmp_path / "hf", tmp_path, tmp_path / "elsewhere"):  # the source itself is never left out
+        assert fingerprint(tmp_path / "hf", apart_from=other) == fingerprint(tmp_path / "hf")
+
+
+def test_a_conversion_that_never_gets_through_survives_no_kills(tmp_path: Path):
+    """What the tests of conversions rely on, held against one that is bad: its calls end well and make nothing."""
+    first = tmp_path / "first"
+
+    def only_once() -> None:
+        if not first.exists():
+            first.touch()
+            write(tmp_path / "out")
+        time.sleep(0.1)
+
+    assert survives_kills(only_once, tmp_path / "out", 3, seed=0) == (0, 0)
+
+
+def test_kills_that_come_too_late_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("crashes.ATTEMPTS_PER_KILL", 1)
+    with pytest.raises(AssertionError, match=r"3 calls, and only \d of 3 kills came before the end"):
+        survives_kills(lambda: write(tmp_path / "out"), tmp_path / "out", 3, seed=0)
