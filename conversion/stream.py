@@ -11,9 +11,10 @@ import errno
 import mmap
 import os
 import queue
+import resource
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .journal import Journal, sync
+from .journal import Journal, folders_of, sync
 from .progress import Progress
 
 BLOCK = 4096
@@ -38,12 +39,12 @@ CACHESTAT = 451
 
 
 class Buffer:
-    """Page-aligned memory for direct input and output, as bytes of torch."""
+    """Page-aligned memory for direct input and output, as bytes of torch; no other process shares it."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
         size = _round_up(capacity) + BLOCK
-        self._memory = mmap.mmap(-1, size)
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
     def view(self, start: int, nbytes: int) -> memoryview:
@@ -64,12 +65,16 @@ class File:
             self._grow(size)
         try:
             self.direct = os.open(path, flags & ~os.O_CREAT | os.O_DIRECT)
-        except OSError:  # this file system has no direct input and output
-            self.direct = self.plain
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                os.close(self.plain)
+                raise
+            self.direct = self.plain  # this file system has no direct input and output
 
     def _grow(self, size: int) -> None:
-        """Give the file its size, all at once or not at all: as long as it has another, nothing was written into it."""
+        """Give the file its size, all at once or not at all; zeros take the place of what had another."""
         try:
+            os.ftruncate(self.plain, 0)
             _reserve(self.plain, size)
             os.ftruncate(self.plain, size)
         except OSError:
@@ -139,6 +144,11 @@ class Memory:
     def record(self, results: Mapping[str, Any]) -> None:
         """Remember what units returned."""
         self.results |= results
+
+    def forget(self, units: Iterable[str]) -> None:
+        """Remember units as not done."""
+        for name in units:
+            del self.results[name]
 
 
 class Worker:
@@ -276,6 +286,8 @@ def stream(
 ) -> dict[str, Any]:
     """Do the units that are not done yet, and record them as they become durable.
 
+    Those that wrote into a file that has vanished since, or has another size, are done again.
+
     Args:
         units: in the order in which to begin them.
         journal: the output to write into.
@@ -289,6 +301,7 @@ def stream(
     Raises:
         Exception: what the first unit that failed raised.
     """
+    _forget_lost(units, journal, sizes)
     left = [unit for unit in units if unit.name not in journal.results]
     progress.skip(sum(unit.nbytes for unit in units) - sum(unit.nbytes for unit in left))
     names = sorted({name for unit in left for name in unit.files})
@@ -297,10 +310,12 @@ def stream(
         run.todo.put(unit)
     capacities = [max((getattr(unit, name) for unit in left), default=0) for name in CAPACITIES]
     threads = [threading.Thread(target=run.work, args=(capacities,), daemon=True) for _ in range(jobs)]
-    with _one_thread_per_operation():
+    with _one_thread_per_operation(), _as_many_files_as_allowed():
         try:
             for name in names:
                 run.outputs[name] = _create(journal.output / name, sizes[name])
+            for folder in folders_of((journal.output / name for name in names), journal.output):
+                sync(folder)
             for thread in threads:
                 thread.start()
             _collect(run, journal, jobs)
@@ -336,11 +351,33 @@ def _collect(run: Run, journal: Journal | Memory, jobs: int) -> None:
         raise error
 
 
+def _forget_lost(units: Iterable[Unit], journal: Journal | Memory, sizes: Mapping[str, int]) -> None:
+    """Take back, before any file is made anew, that units are done whose bytes are not there."""
+    recorded = [unit for unit in units if unit.name in journal.results]
+    names = {name for unit in recorded for name in unit.files}
+    lost = {name for name in names if not _has_size(journal.output / name, sizes[name])}
+    if lost:
+        journal.forget(unit.name for unit in recorded if not lost.isdisjoint(unit.files))
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
 def _create(path: Path, size: int) -> File:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = File(path, size=size)
-    sync(path.parent)
-    return file
+    return File(path, size=size)
+
+
+@contextmanager
+def _as_many_files_as_allowed() -> Iterator[None]:
+    """Every file is open twice until the end; the usual soft limit of 1,024 would stop at a checkpoint of 256 ranks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @contextmanager
