@@ -112,7 +112,7 @@ def convert_import(hf: Path, out: Path, dtype: str | None, jobs: int, overwrite:
 def convert_export(
     megatron: Path,
     out: Path,
-    dtype: str,
+    dtype: str | None,
     text_only: bool,
     adapter: bool,
     hf: Path | None,
@@ -126,8 +126,9 @@ def convert_export(
     Takes a checkpoint that was converted, or saved by training at any parallel layout; adapters of LoRA are merged.
     Needs neither a GPU nor memory for the model. A call that was interrupted is continued by the same call.
     """
-    if adapter and text_only:
-        raise UsageError("--adapter does not go with --text-only")
+    ignored = {"--text-only": text_only, "--dtype": dtype, "--base": base}
+    if adapter and any(ignored.values()):
+        raise UsageError(f"--adapter does not go with {', '.join(name for name, given in ignored.items() if given)}")
     if adapter:
         from .conversion.lora import export_adapters
 
@@ -136,7 +137,7 @@ def convert_export(
 
     from .conversion.exporting import export_checkpoint
 
-    choices = {"dtype": dtype, "text_only": text_only, "hf": hf, "base": base}
+    choices = {"dtype": dtype or "bf16", "text_only": text_only, "hf": hf, "base": base}
     output = {"jobs": jobs, "overwrite": overwrite, "dry_run": dry_run, "console": Console(stderr=True)}
     return _tell(out, export_checkpoint(megatron, out, **choices, **output), dry_run)
 
@@ -246,7 +247,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     add("--megatron", type=Path, required=True, metavar="DIR", help="folder of the Megatron checkpoint")
     _add_output(add)
     dtypes = ("bf16", "fp32", "mxfp4")
-    add("--dtype", choices=dtypes, default="bf16", help="of the new weights; mxfp4 packs the experts (%(default)s)")
+    add("--dtype", choices=dtypes, help="of the new weights; mxfp4 packs the experts (bf16)")
     add("--text-only", action="store_true", help="leave out what is visual and write a stock gpt-oss")
     add("--adapter", action="store_true", help="write the adapters of LoRA alone, for PEFT")
     add("--hf", type=Path, metavar="DIR", help="where config and tokenizer are, if --megatron keeps none")

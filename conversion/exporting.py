@@ -42,6 +42,7 @@ class Export(Work):
         parameters: what it is made of.
         targets: its tensors, by name.
         shards: where they go.
+        dtype: as ``--dtype`` has it.
         adapters: to be merged.
     """
 
@@ -51,6 +52,7 @@ class Export(Work):
     parameters: list[Parameter]
     targets: dict[str, Tensor]
     shards: ShardPlan
+    dtype: str
     adapters: Adapters | None = None
 
     action, title = "export", "Exporting"
@@ -74,13 +76,13 @@ class Export(Work):
     def write_files(self, output: Path) -> None:
         """Config, index, code, tokenizer and processor."""
         self.shards.write_index(output)
-        write_files(self.model, self.reference, output, packed=any(map(self._is_packed, self.parameters)))
+        write_files(self.model, self.reference, output, packed=self.dtype == "mxfp4")
 
     def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of all parameters, in the model's order."""
         adapters = {"adapters": str(self.adapters.folder)} if self.adapters else {}
         entries = {parameter.name: results[parameter.name] for parameter in self.parameters}
-        return {"source": str(self.checkpoint.folder), **adapters, "tensors": entries}
+        return {"source": str(self.checkpoint.folder), **adapters, "written_as": self.dtype, "tensors": entries}
 
     def units(self) -> list[Unit]:
         """The work, the largest parameters first so that none is left alone at the end."""
@@ -231,7 +233,7 @@ def plan_export(
     written = [one for one in everything if not (text_only and any(word in one.name for word in OF_VISION))]
     shards = plan_shards(targets, shard_bytes=SHARD_BYTES)
     by_name = {target.name: target for target in targets}
-    return Export(checkpoint, folder, model, written, by_name, shards, adapters)
+    return Export(checkpoint, folder, model, written, by_name, shards, dtype, adapters)
 
 
 def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[Parameter]) -> None:
@@ -297,12 +299,14 @@ def export_checkpoint(
     """
     out, checkpoint = Path(out).absolute(), open_checkpoint(Path(megatron).absolute())
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
-    plan = {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}
-    plan |= {"dtype": dtype, "text_only": text_only}
+    plan = {"megatron": str(checkpoint.folder), "dtype": dtype, "text_only": text_only}
+    plan |= {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}
     adapters = None
     if is_adapter_checkpoint(checkpoint):
         adapters = read_adapters(checkpoint)
         checkpoint = open_base(adapters, Path(base).absolute() if base else None)
         plan["base"] = fingerprint(checkpoint.folder)
+    elif base:
+        raise ValueError(f"{checkpoint.folder} holds weights, no adapters; call without --base")
     work = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)
     return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GptOssConfig, GptOssForCausalLM, PreTrainedModel
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.quantization_config import Mxfp4Config
 
 from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.ops.mxfp4 import BLOCK
+from .checkpoint import read_json
 from .layouts import MXFP4_PARTS
 from .safetensors_writer import Tensor
 from .torch_dist_reader import TorchDistCheckpoint
@@ -28,8 +29,9 @@ from .torch_dist_reader import TorchDistCheckpoint
 KEPT_IN = "tokenizer"
 """Folder of a Megatron checkpoint, or of one of its iterations, for `FILES`: Megatron-Bridge keeps tokenizers there."""
 
+GENERATION = "generation_config.json"
 TEXT_FILES = (
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -42,6 +44,9 @@ FILES = (
     *(f"{part}_gpt_oss_vision.py" for part in ("tokenization", "processing", "image_processing")),
 )
 """What a checkpoint has besides weights, and besides the code that the model's own class writes."""
+
+CHECKED_FILES = ("config.json", GENERATION, "tokenizer_config.json", "processor_config.json")
+"""Files that are looked into before anything is written."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "mxfp4": torch.bfloat16}
 """What `--dtype` may be, and the type of the tensors that are not packed."""
@@ -75,9 +80,13 @@ def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:
 
     Raises:
         FileNotFoundError: there is no config.
+        ValueError: one of the files is no JSON.
     """
     folder = folder_of_files([hf] if hf else [place / KEPT_IN for place in (checkpoint.folder, checkpoint.root)])
     if folder is not None:
+        for name in CHECKED_FILES:
+            if (folder / name).is_file():
+                read_json(folder / name)
         return folder
     if hf:
         raise FileNotFoundError(f"{hf} holds no config.json; name the folder of a Hugging Face checkpoint with --hf")
@@ -161,15 +170,16 @@ def write_files(model: PreTrainedModel, source: Path, out: Path, *, packed: bool
     """
     is_ours = isinstance(model, GPTOSSVisionForCausalLM)
     copy_files(source, out, FILES if is_ours else TEXT_FILES)
-    if (source / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source)
     if packed:
         left_alone = [*NOT_PACKED, "model.vision_adapter"] if is_ours else [*NOT_PACKED]
         model.config.quantization_config = Mxfp4Config(modules_to_not_convert=left_alone).to_dict()
     # It writes no file of weights, having no tensors, and would remove the shards that are in its folder.
     with tempfile.TemporaryDirectory() as folder, _without_bars():
         model.save_pretrained(folder, state_dict={})
-        copy_files(Path(folder), out, os.listdir(folder))
+        written = {*os.listdir(folder)}
+        if (source / GENERATION).is_file():  # as it is: transformers would refuse to write settings that contradict
+            written.discard(GENERATION)
+        copy_files(Path(folder), out, written)
     if not is_ours and (out / "tokenizer_config.json").is_file():
         _make_stock(out / "tokenizer_config.json")
 

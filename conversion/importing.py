@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from .work import Work, carry_out
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
-"""Of config, tokenizer, processor and template, which go along with the weights."""
 
 
 def import_checkpoint(
@@ -62,7 +61,8 @@ def import_checkpoint(
     megatron_fields(source.config)  # what Megatron cannot express is refused before anything is written
     number_type = DTYPES[dtype] if dtype else source.dtype
     work = Import(source, TorchDistPlan(source.parameters, number_type))
-    plan = {"dtype": str(number_type), "source": fingerprint(hf)}
+    plan = {"hf": str(hf), "dtype": str(number_type), "source": fingerprint(hf)}
+    plan["assets"] = [file.name for file in work.assets]
     return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
@@ -92,7 +92,10 @@ class Import(Work):
     def write_files(self, output: Path) -> None:
         """What describes the files of tensors, and what goes along with the weights."""
         (output / ITERATION / ".metadata").write_bytes(self.layout.metadata)
-        self._copy_assets(output / ITERATION / "tokenizer")
+        folder = output / ITERATION / "tokenizer"
+        folder.mkdir(exist_ok=True)
+        for file in self.assets:  # as they are; where Megatron-Bridge keeps tokenizers
+            shutil.copyfile(file, folder / file.name)
 
     def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """The entries of all parameters, in the model's order."""
@@ -103,12 +106,18 @@ class Import(Work):
             "tensors": {parameter.name: entries[parameter.name] for parameter in self.source.parameters},
         }
 
-    def _copy_assets(self, folder: Path) -> None:
-        """Config, tokenizer, processor and template, as they are; where Megatron-Bridge keeps tokenizers."""
-        folder.mkdir(exist_ok=True)
-        for file in sorted(self.source.folder.iterdir()):
-            if file.suffix in ASSET_SUFFIXES and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
+    @cached_property
+    def assets(self) -> list[Path]:
+        """Config, tokenizer, processor and template, which go along with the weights.
+
+        Raises:
+            FileNotFoundError: one of them is a link to nowhere.
+        """
+        found = [file for file in sorted(self.source.folder.iterdir()) if file.suffix in ASSET_SUFFIXES]
+        lost = [file for file in found if file.is_symlink() and not file.exists()]
+        if lost:
+            raise FileNotFoundError(f"{lost[0]} is a link to a file that is not there; copy the checkpoint again")
+        return [file for file in found if file.is_file() and not file.name.endswith(".index.json")]
 
     def units(self) -> list[Unit]:
         """The work, the largest tensors first, so that none is left alone at the end."""

@@ -21,6 +21,7 @@ from .source import Source
 
 UNIT = "Megatron's files"
 ITERATION = "iter_0000000"
+KILLED = "The process that writes Megatron's files was killed, probably for lack of memory; the same call continues"
 PR_SET_PDEATHSIG = 1
 
 
@@ -48,21 +49,23 @@ class Describing:
 
         Raises:
             ValueError, OSError, ImportError: what stopped the other process, where the user can mend it.
-            RuntimeError: what else did.
+            ChildProcessError: it was killed.
+            RuntimeError: what else stopped it.
         """
         if self._is_done:
             return
         if kind is not None:
             self._process.kill()
+            self._process.join()
+            return
         try:
             error = self._answer.recv()
         except EOFError:
-            error = None if kind else RuntimeError("The process that writes Megatron's files has died")
+            error = ChildProcessError(KILLED)
         self._process.join()
-        if error is not None and kind is None:
+        if error is not None:
             raise error
-        if kind is None:
-            self._journal.record({UNIT: None})
+        self._journal.record({UNIT: None})
 
 
 def _answer(parent: int, source: Source, dtype: torch.dtype, journal: Journal, sender: Connection) -> None:

@@ -63,19 +63,26 @@ def build(action: str, tensors: Mapping[str, dict[str, Any]], **fields: Any) -> 
     return {
         "action": action,
         **fields,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "not_finite": sum(entry.get("nan", 0) + entry.get("inf", 0) for entry in bad.values()),
         "tensors": dict(tensors),
     }
 
 
-def warnings(report: Mapping[str, Any]) -> list[str]:
-    """A sentence for every tensor with numbers that are not finite."""
-    return [
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a conversion writes."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def warnings(report: Mapping[str, Any], most: int = 10) -> list[str]:
+    """A sentence for every tensor with numbers that are not finite; of many, for the first, and how many there are."""
+    bad = {name: entry for name, entry in report["tensors"].items() if {"nan", "inf"} & entry.keys()}
+    said = [
         f"{name} holds {entry.get('nan', 0)} NaN and {entry.get('inf', 0)} infinite numbers"
-        for name, entry in report["tensors"].items()
-        if {"nan", "inf"} & entry.keys()
+        + (" (float16 ends at 65504)" if entry["dtype"] == "float16" and "inf" in entry else "")
+        for name, entry in list(bad.items())[:most]
     ]
+    return said + ([f"so do {len(bad) - most} tensors more; {NAME} lists them"] if len(bad) > most else [])
 
 
 def write(report: Mapping[str, Any], folder: Path) -> None:

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,7 +73,7 @@ def carry_out(
     Args:
         work: what to do.
         out: absolute path of the folder to make.
-        plan: what decides the bytes of the output, beside the action and this package's version; JSON values.
+        plan: what decides the bytes of the output, beside the action and the versions of packages; JSON values.
         jobs: threads.
         overwrite: replace `out`.
         dry_run: only say what would be done.
@@ -91,7 +90,7 @@ def carry_out(
     totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.sizes.values())}
     if dry_run:
         return totals | {"peak_memory": peak_memory(units, jobs) + work.held, "files": len(work.sizes)}
-    plan = {"action": work.action, "version": version("gpt-oss-vision"), "out": str(out), **plan}
+    plan = {"action": work.action, "versions": reports.versions(), "out": str(out), **plan}
     with open_output(out, plan, overwrite=overwrite) as journal:
         if not journal.is_complete:
             check_space(journal, totals["bytes_written"])
@@ -101,7 +100,7 @@ def carry_out(
             told = work.report(results)
             report = reports.build(work.action, told.pop("tensors"), **told, **totals)
             for warning in reports.warnings(report):
-                console.print(f"Warning: {warning}")
+                console.print(f"Warning: {warning}", soft_wrap=True)
             reports.write(report, journal.output)
         journal.finish()
     return reports.read(out)

@@ -89,6 +89,7 @@ except SystemExit:
         (["quickstart", "--seed", "-1"], "--seed"),
         (["quickstart", "extra"], "extra"),
         (["convert", "export", "--megatron", "a", "--out", "b", "--adapter", "--text-only"], "--text-only"),
+        (["convert", "export", "--megatron", "a", "--out", "b", "--adapter", "--dtype", "fp32"], "--dtype"),
     ],
 )
 def test_wrong_usage_is_named_and_exits_2(arguments: list[str], named: str):

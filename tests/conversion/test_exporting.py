@@ -365,3 +365,27 @@ def test_two_at_once_do_not_harm_each_other(megatron: Path, tmp_path: Path):
     assert 0 in codes
     assert files_of(out) == files_of(tmp_path / "alone")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
+
+
+def test_settings_of_generation_that_contradict_are_kept_as_they_are(megatron: Path, tmp_path: Path):
+    """As fine-tuned checkpoints have them; transformers reads them, and would not write them."""
+    copy = shutil.copytree(megatron, tmp_path / "copy")
+    settings = copy / "iter_0000000" / "tokenizer" / "generation_config.json"
+    settings.write_text(json.dumps({"do_sample": False, "temperature": 0.7}))
+    export_checkpoint(copy, tmp_path / "out")
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == settings.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "processor_config.json"])
+@pytest.mark.parametrize("text_only", [False, True], ids=["with vision", "text only"])
+def test_a_damaged_file_is_named_before_anything_is_written(name: str, text_only: bool, megatron: Path, tmp_path: Path):
+    copy = shutil.copytree(megatron, tmp_path / "copy")
+    (copy / "iter_0000000" / "tokenizer" / name).write_text("{")
+    with pytest.raises(ValueError, match=rf"{name} is not JSON"):
+        export_checkpoint(copy, tmp_path / "out", text_only=text_only)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_base_without_adapters_is_refused(megatron: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="holds weights, no adapters; call without --base"):
+        export_checkpoint(megatron, tmp_path / "out", base=megatron)

@@ -1,6 +1,7 @@
 """Streamed import: to the bit what AutoBridge and Megatron's own save give, and loaded by whatever loads theirs."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,32 @@ def test_numbers_that_are_not_finite_are_imported_reported_and_warned_of(tmp_pat
     assert report["tensors"]["decoder.layers.1.self_attention.linear_qkv.weight"]["nan"] == 2
     assert report["tensors"]["decoder.layers.2.mlp.experts.linear_fc1.weight1"]["inf"] == 1
     assert "linear_fc1.weight1 holds 0 NaN and 1 infinite numbers" in (tmp_path / "log").read_text()
+
+
+def test_of_many_tensors_that_are_not_finite_the_first_are_named(tmp_path: Path):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        for tensor in tensors.values():
+            tensor.view(-1)[0] = 1e6  # finite until it is rounded to fp16
+
+    hf = change(save_tiny(tmp_path / "hf"), spoil)
+    with open(tmp_path / "log", "w") as log:
+        report = import_checkpoint(hf, tmp_path / "out", dtype="fp16", console=Console(file=log))
+    warnings = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("Warning")]
+    assert len(warnings) == 11
+    assert all(line.endswith("infinite numbers (float16 ends at 65504)") for line in warnings[:10])
+    bad = sum("inf" in entry for entry in report["tensors"].values())
+    assert warnings[10] == f"Warning: so do {bad - 10} tensors more; conversion.json lists them"
+
+
+def test_folders_beside_the_weights_are_left_and_links_to_nowhere_refused(both: Path, tmp_path: Path):
+    hf = shutil.copytree(both / "hf", tmp_path / "hf")
+    (hf / "extra.json").mkdir()
+    import_checkpoint(hf, tmp_path / "out")
+    assert not (tmp_path / "out" / "iter_0000000" / "tokenizer" / "extra.json").exists()
+    (hf / "vocab.json").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"vocab\.json is a link to a file that is not there"):
+        import_checkpoint(hf, tmp_path / "again")
+    assert not list(tmp_path.glob("again*"))
 
 
 def test_the_hash_is_that_of_the_tensors_bytes(both: Path):
