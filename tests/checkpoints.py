@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from gpt_oss_vision.bridge.ops.mxfp4 import quantize
+from gpt_oss_vision.conversion import stream
 from tiny import tiny_config, tiny_model, tiny_processor
 
 SQUARE = {"hidden_size": 64, "intermediate_size": 64}
@@ -67,3 +69,16 @@ def load_megatron(folder: Path, iteration: str = "iter_0000000") -> dict[str, to
 def files_of(folder: Path) -> dict[str, bytes]:
     """The content of every file."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def buffers_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the capacity of every buffer that a conversion makes from now on."""
+    made: list[int] = []
+
+    class Counted(stream.Buffer):
+        def __init__(self, capacity: int):
+            made.append(capacity)
+            super().__init__(capacity)
+
+    monkeypatch.setattr(stream, "Buffer", Counted)
+    return made
