@@ -71,7 +71,8 @@ def assemble(
     """
     text, vision, out = (Path(path).absolute() for path in (text, vision, out))
     work = plan_assembly(text, vision, seed, fields)
-    plan = {"seed": seed, "fields": fields, "text": fingerprint(text), "vision": fingerprint(vision)}
+    read = {name: fingerprint(path, apart_from=out) for name, path in {"text": text, "vision": vision}.items()}
+    plan = {"seed": seed, "fields": fields, "folders": [str(text), str(vision)], **read}
     return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
@@ -104,6 +105,11 @@ class Assembly(Work):
     shards: ShardPlan
 
     action, title = "assemble", "Assembling"
+
+    @property
+    def sources(self) -> list[Path]:
+        """Both checkpoints."""
+        return [self.text, self.vision]
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -58,6 +58,11 @@ class Export(Work):
     action, title = "export", "Exporting"
 
     @property
+    def sources(self) -> list[Path]:
+        """The checkpoint, that of its adapters, and where its config is."""
+        return [self.checkpoint.root, self.reference, *([self.adapters.folder] if self.adapters else [])]
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Bytes of the files of weights."""
         return self.shards.sizes
@@ -300,12 +305,12 @@ def export_checkpoint(
     out, checkpoint = Path(out).absolute(), open_checkpoint(Path(megatron).absolute())
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
     plan = {"megatron": str(checkpoint.folder), "dtype": dtype, "text_only": text_only}
-    plan |= {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}
+    plan |= {"source": fingerprint(checkpoint.folder, apart_from=out), "reference": fingerprint(folder, apart_from=out)}
     adapters = None
     if is_adapter_checkpoint(checkpoint):
         adapters = read_adapters(checkpoint)
         checkpoint = open_base(adapters, Path(base).absolute() if base else None)
-        plan["base"] = fingerprint(checkpoint.folder)
+        plan["base"] = fingerprint(checkpoint.folder, apart_from=out)
     elif base:
         raise ValueError(f"{checkpoint.folder} holds weights, no adapters; call without --base")
     work = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)

@@ -61,7 +61,7 @@ def import_checkpoint(
     megatron_fields(source.config)  # what Megatron cannot express is refused before anything is written
     number_type = DTYPES[dtype] if dtype else source.dtype
     work = Import(source, TorchDistPlan(source.parameters, number_type))
-    plan = {"hf": str(hf), "dtype": str(number_type), "source": fingerprint(hf)}
+    plan = {"hf": str(hf), "dtype": str(number_type), "source": fingerprint(hf, apart_from=out)}
     plan["assets"] = [file.name for file in work.assets]
     return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
@@ -74,6 +74,11 @@ class Import(Work):
     layout: TorchDistPlan
 
     action, title = "import", "Importing"
+
+    @property
+    def sources(self) -> list[Path]:
+        """The checkpoint."""
+        return [self.source.folder]
 
     @property
     def sizes(self) -> dict[str, int]:

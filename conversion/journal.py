@@ -27,6 +27,10 @@ FORGOTTEN = "forgotten"
 """Name of a line with the units that earlier lines call done and that are not any more."""
 
 
+OURS = {"lock", "journal", "output", "replaced", "rubbish"}
+"""What a partial output's folder may hold."""
+
+
 class Journal:
     """The partial output of one run; made by `open_output`.
 
@@ -86,7 +90,7 @@ class Journal:
         if self.output.exists():
             if os.path.lexists(self.out):
                 if not self._overwrite:  # another program has made it in the meantime
-                    raise _exists(self.out)
+                    raise exists(self.out)
                 self._drop_replaced()
                 self.out.rename(self._replaced)
             self.output.rename(self.out)
@@ -104,7 +108,7 @@ class Journal:
         if lines and not overwrite:
             _check_same_plan(lines[0], plan, self.partial)
         if os.path.lexists(self.out) and not overwrite and not is_renamed:
-            raise _exists(self.out)
+            raise exists(self.out)
         if not lines or lines[0] != plan or not (self.output.exists() or is_renamed):
             self._clear()
             self.output.mkdir()
@@ -176,8 +180,10 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
     out = out.absolute()
     plan = json.loads(json.dumps(plan))
     partial = partial_of(out)
+    refuse_foreign(partial)
     if not partial.exists() and os.path.lexists(out) and not overwrite:
-        raise _exists(out)
+        raise exists(out)
+    new_folders = [folder for folder in out.parents if not folder.exists()]
     held = _hold(partial)
     try:
         journal = Journal(out, partial, held)
@@ -202,7 +208,8 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
     finally:
         os.close(held)  # before the folder goes: NFS keeps a file's name, changed, for as long as it is open
         with suppress(OSError):  # it is not empty, where there is something to continue or another call has come
-            partial.rmdir()
+            for folder in (partial, *new_folders):
+                folder.rmdir()
 
 
 def check_space(journal: Journal, needed: int) -> None:
@@ -225,9 +232,22 @@ def check_space(journal: Journal, needed: int) -> None:
         )
 
 
+def refuse_foreign(partial: Path) -> None:
+    """Leave alone what only happens to be called as a partial output is.
+
+    Raises:
+        FileExistsError: it is a file, or a folder that no call has begun.
+    """
+    names = (
+        {path.name for path in partial.iterdir()} if partial.is_dir() else {""} if os.path.lexists(partial) else set()
+    )
+    if names and not (names <= OURS and names & {"lock", "journal"}):
+        raise FileExistsError(f"{partial} is in the way, and no conversion has made it; move it away")
+
+
 def partial_of(out: Path) -> Path:
     """Where an output is until it is complete."""
-    return out.with_name(out.name + ".partial")
+    return out.parent / f"{out.name}.partial"
 
 
 def fingerprint(folder: Path, *, apart_from: Path | None = None) -> dict[str, list[int]]:
@@ -306,7 +326,8 @@ def _is_named(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _exists(out: Path) -> FileExistsError:
+def exists(out: Path) -> FileExistsError:
+    """What a call without `overwrite` is refused with."""
     return FileExistsError(f"{out} exists; name another folder, or replace it with --overwrite")
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 
 from ..bridge.weights import Layout
 from . import report as reports
 from . import run_config
-from .checkpoint import MODEL_TYPE, read_json
 from .hf_side import reference_folder
 from .journal import fingerprint
 from .layouts import Parameter, parameters, to_hf
@@ -109,9 +109,12 @@ def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
     if not file.is_file():
         raise FileNotFoundError(f"{checkpoint.folder} has no {file.name}, which knows alpha; copy it again")
     config = run_config.read_run_config(checkpoint.folder)
-    settings, base = config["peft"] or {}, config["checkpoint"].get("pretrained_checkpoint")
+    settings = run_config.section(checkpoint.folder, config, "peft")
     if not str(settings.get("_target_")).endswith(".LoRA"):
         raise ValueError(f"{file} says {settings.get('_target_')}; only Megatron-Bridge's LoRA can be exported")
+    alpha, base = settings.get("alpha"), run_config.section(checkpoint.folder, config, "checkpoint")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"{file} has {alpha!r} for peft.alpha, not a number; copy it again")
     if settings.get("experts_shared_outer_loras"):
         raise ValueError(
             f"{file} says experts_shared_outer_loras; only adapters that share all or nothing are exported"
@@ -125,7 +128,8 @@ def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
         raise ValueError(f"{checkpoint.folder} lacks halves of adapters: {listed(halves)}; copy it again")
     read = _read_all(checkpoint.tensors)
     pairs = {layer + ".weight": (read[layer + IN], read[layer + OUT]) for layer in found}
-    return Adapters(checkpoint.folder, settings["alpha"], Path(base) if base else None, pairs)
+    where = base.get("pretrained_checkpoint")
+    return Adapters(checkpoint.folder, alpha, Path(where) if isinstance(where, str) else None, pairs)
 
 
 def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:
@@ -135,7 +139,11 @@ def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:
         FileNotFoundError: it is not there.
     """
     base = given or adapters.base
-    if base is None or not base.is_dir():
+    if base is None:
+        raise FileNotFoundError(
+            f"{adapters.folder / run_config.NAME} does not say which weights these are for; name them with --base"
+        )
+    if not base.is_dir():
         raise FileNotFoundError(f"The adapters are for the weights in {base}, which is not there; name it with --base")
     return open_checkpoint(base)
 
@@ -163,6 +171,7 @@ def export_adapters(
     hf: str | Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Write an adapter checkpoint in the format of PEFT.
 
@@ -172,6 +181,7 @@ def export_adapters(
         hf: the Hugging Face checkpoint of the weights, where `megatron` keeps no config.
         overwrite: replace `out`.
         dry_run: only say what would be done.
+        console: where progress and warnings go; None is nowhere.
 
     Returns:
         The report that lies in `out` too, see `conversion/report.py`; for a dry run its totals and ``peak_memory``.
@@ -186,8 +196,8 @@ def export_adapters(
         raise ValueError(f"{checkpoint.folder} holds no adapters; export it without --adapter")
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
     work = plan_adapter_export(read_adapters(checkpoint), folder)
-    plan = {"source": fingerprint(checkpoint.folder), "reference": fingerprint(folder)}
-    return carry_out(work, out, plan, jobs=1, overwrite=overwrite, dry_run=dry_run, console=None)
+    plan = {"source": fingerprint(checkpoint.folder, apart_from=out), "reference": fingerprint(folder, apart_from=out)}
+    return carry_out(work, out, plan, jobs=1, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
 @dataclass(frozen=True)
@@ -207,6 +217,11 @@ class AdapterExport(Work):
     shards: ShardPlan
 
     action, title = "adapters", "Exporting"
+
+    @property
+    def sources(self) -> list[Path]:
+        """The checkpoint of the adapters."""
+        return [self.adapters.folder]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -257,7 +272,7 @@ def plan_adapter_export(adapters: Adapters, folder: Path) -> AdapterExport:
     Raises:
         ValueError: they are not for this model, or of more than one rank.
     """
-    config = read_config(folder, with_vision=read_json(folder / "config.json").get("model_type") == MODEL_TYPE)
+    config = read_config(folder)
     shapes = shapes_of(config)
     everything = parameters(shapes, config.num_key_value_heads)
     check_adapters(adapters, everything)

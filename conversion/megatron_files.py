@@ -21,6 +21,13 @@ from .source import Source
 
 UNIT = "Megatron's files"
 ITERATION = "iter_0000000"
+FILES = (
+    *(f"{ITERATION}/{name}" for name in ("run_config.yaml", "metadata.json", "train_state.pt")),
+    "latest_train_state.pt",
+    "latest_checkpointed_iteration.txt",
+)
+"""What `write_files` writes."""
+
 KILLED = "The process that writes Megatron's files was killed, probably for lack of memory; the same call continues"
 PR_SET_PDEATHSIG = 1
 
@@ -30,6 +37,8 @@ class Describing:
 
     def __init__(self, source: Source, dtype: torch.dtype, journal: Journal):
         context = multiprocessing.get_context("fork")
+        if UNIT in journal.results and not all((journal.output / file).is_file() for file in FILES):
+            journal.forget([UNIT])
         self._journal, self._is_done = journal, UNIT in journal.results
         self._answer, self._sender = context.Pipe(duplex=False)
         arguments = os.getpid(), source, dtype, journal, self._sender
@@ -65,7 +74,7 @@ class Describing:
         self._process.join()
         if error is not None:
             raise error
-        self._journal.record({UNIT: None})
+        self._journal.record({UNIT: None}, FILES)
 
 
 def _answer(parent: int, source: Source, dtype: torch.dtype, journal: Journal, sender: Connection) -> None:

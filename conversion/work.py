@@ -1,7 +1,8 @@
 """What every conversion does with its plan: tell it, or carry it out into an output that appears when it is whole."""
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from . import report as reports
-from .journal import Journal, check_space, open_output
+from .journal import Journal, check_space, exists, open_output, partial_of, refuse_foreign
 from .progress import Progress
 from .stream import Unit, peak_memory, stream
 
@@ -24,6 +25,11 @@ class Work(ABC):
 
     action: ClassVar[str]
     title: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def sources(self) -> list[Path]:
+        """The folders that are read."""
 
     @property
     @abstractmethod
@@ -83,12 +89,16 @@ def carry_out(
         The report that lies in `out` too; for a dry run its totals, ``peak_memory`` and how many ``files``.
 
     Raises:
-        FileExistsError: `out` exists, or holds another conversion's beginning.
+        FileExistsError: `out` exists, or holds another conversion's beginning, or is no folder to be replaced.
         OSError: the disk is too small, or fails.
     """
     units, console = work.units(), console or Console(quiet=True)
     totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.sizes.values())}
+    refuse_to_lose(out, work.sources, overwrite=overwrite)
     if dry_run:
+        refuse_foreign(partial_of(out))
+        if os.path.lexists(out) and not overwrite:
+            raise exists(out)
         return totals | {"peak_memory": peak_memory(units, jobs) + work.held, "files": len(work.sizes)}
     plan = {"action": work.action, "versions": reports.versions(), "out": str(out), **plan}
     with open_output(out, plan, overwrite=overwrite) as journal:
@@ -104,3 +114,28 @@ def carry_out(
             reports.write(report, journal.output)
         journal.finish()
     return reports.read(out)
+
+
+def refuse_to_lose(out: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
+    """Keep a slip of the hand from costing more than a conversion made.
+
+    Args:
+        out: the folder to make, or to replace.
+        sources: what it is made from.
+        overwrite: whether what is there may be replaced.
+
+    Raises:
+        FileExistsError: `out` is or holds the working folder or a source, or is to be replaced and no conversion's.
+    """
+    place = out.resolve()
+    for folder, what in [(Path.cwd(), "the working folder"), *((source, "what is converted") for source in sources)]:
+        if folder.resolve().is_relative_to(place):
+            raise FileExistsError(f"--out {out} is {what}, or holds it ({folder}); name another folder")
+    if not overwrite or not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise FileExistsError(
+            f"--out {out} is no folder but a {'link' if out.is_symlink() else 'file'}; remove it first"
+        )
+    if any(out.iterdir()) and not (out / reports.NAME).is_file():
+        raise FileExistsError(f"--out {out} has no {reports.NAME}, so no conversion has made it; remove it first")

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -138,8 +138,8 @@ def while_it_is_written(disk: Path, patch: pytest.MonkeyPatch) -> None:
     """Another program takes all that is left when the first unit of work has been recorded."""
     record = Journal.record
 
-    def record_and_fill(journal: Journal, results: dict) -> None:
-        record(journal, results)
+    def record_and_fill(journal: Journal, results: dict, files: Iterable[Path] = ()) -> None:
+        record(journal, results, files)
         if not (disk / "another").exists():
             fill(disk, leaving=0)
 

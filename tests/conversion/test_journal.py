@@ -191,6 +191,7 @@ def test_what_is_left_of_replacing_lets_no_call_replace(tmp_path: Path):
     out = tmp_path / "out"
     write(out)
     (tmp_path / "out.partial" / "replaced").mkdir(parents=True)
+    (tmp_path / "out.partial" / "lock").touch()
     with pytest.raises(FileExistsError, match="--overwrite"):
         write(out, PLAN | {"action": "new"})
     assert (out / "one").read_text() == "test"
@@ -383,3 +384,37 @@ def test_kills_that_come_too_late_are_told(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("crashes.ATTEMPTS_PER_KILL", 1)
     with pytest.raises(AssertionError, match=r"3 calls, and only \d of 3 kills came before the end"):
         survives_kills(lambda: write(tmp_path / "out"), tmp_path / "out", 3, seed=0)
+
+
+FOREIGN = {
+    "a folder": lambda path: (path.mkdir(), (path / "thesis").write_text("x")),
+    "a folder with names like ours": lambda path: (
+        (path / "output").mkdir(parents=True),
+        (path / "output" / "x").touch(),
+    ),
+    "a file": lambda path: path.write_text("x"),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+}
+
+
+@pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("there", [False, True], ids=["no output", "an output"])
+def test_what_only_bears_the_name_of_a_partial_output_is_left_alone(
+    make: Callable[[Path], object], there: bool, tmp_path: Path
+):
+    if there:
+        write(tmp_path / "out")
+    make(tmp_path / "out.partial")
+    before = sorted(tmp_path.rglob("*"))
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"out\.partial is in the way, and no conversion has made it"):
+            write(tmp_path / "out", overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_new_folders_above_an_output_go_with_it_when_it_fails(tmp_path: Path):
+    spoiled(tmp_path / "new" / "newer" / "out")
+    assert list(tmp_path.iterdir()) == []
+    interrupted(tmp_path / "new" / "newer" / "out")
+    write(tmp_path / "new" / "newer" / "out")
+    assert [path.name for path in (tmp_path / "new" / "newer").iterdir()] == ["out"]
