@@ -148,17 +148,15 @@ def convert_verify(hf: Path, megatron: Path, logits: bool, report: Path, jobs: i
     Experts in MXFP4 are compared with what they were packed from, within the bound of the rounding. The report is JSON,
     with a hash of every tensor. The exit code is 1 where they differ.
     """
-    import json
-
     from rich.console import Console
 
     from .conversion.verify import agreement, verify
     from .recipes.console import quiet
 
+    target = os.path.realpath(report)  # /dev/stdout is another file while `quiet` holds it
     # Megatron, which `logits` asks, talks much.
     with os.fdopen(os.dup(2), "w") as terminal, quiet(Path(os.devnull)):
-        found = verify(hf, megatron, logits=logits, jobs=jobs, console=Console(file=terminal))
-    report.write_text(json.dumps(found, indent=1) + "\n")
+        found = verify(hf, megatron, logits=logits, report=target, jobs=jobs, console=Console(file=terminal))
     if not found["agrees"]:
         raise ValueError(f"{found['worst']}; {report} has all")
     print(f"{hf} and {megatron} agree: {agreement(found)}; {report} has a hash of each.")

@@ -4,6 +4,8 @@ from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge impo
 
 # isort: split
 
+from copy import deepcopy
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from megatron.bridge.training.model_load_save import load_megatron_model, tempor
 from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.megatron import cpu
+from .checkpoint import read_json
+from .run_config import read_run_config
 from .source import Source
 
 TEXT_TOKENS = 160
@@ -32,28 +36,37 @@ def compare_logits(source: Source, folder: Path) -> dict[str, Any]:
         folder: of an iteration of the Megatron checkpoint.
 
     Returns:
-        ``largest_difference``, ``largest_logit``, and whether the models agree.
+        ``largest_difference`` and ``largest_logit``, None where they are NaN or infinite, and whether the models agree.
     """
-    batch = sample(source.config)
-    model = GPTOSSVisionForCausalLM.from_pretrained(
-        source.folder, use_vision=source.config.use_vision, dtype=torch.float32
-    )
+    trained = read_run_config(folder).get("model", {})
+    batch = sample(source.config, trained.get("image_token_id", source.config.image_token_id))
+    config = deepcopy(source.config)
+    packing = read_json(source.folder / "config.json").get("quantization_config")
+    if packing:
+        config.quantization_config = packing
+    model = GPTOSSVisionForCausalLM.from_pretrained(source.folder, config=config, dtype=torch.float32)
     with torch.no_grad():
         theirs = model.float().eval()(**batch).logits
     del model
     (mine,) = cpu.run_ranks(1, megatron_logits, folder, batch)
     difference, scale = float((theirs - mine).abs().max()), float(theirs.abs().max())
     agrees = difference <= TOLERANCE * scale  # False for a NaN
-    return {"largest_difference": difference, "largest_logit": scale, "agrees": agrees}
+    numbers = {"largest_difference": difference, "largest_logit": scale}
+    return {name: number if isfinite(number) else None for name, number in numbers.items()} | {"agrees": agrees}
 
 
-def sample(config: GPTOSSVisionConfig) -> dict[str, torch.Tensor]:
-    """``input_ids`` of random text, always the same, and, where the model sees, ``pixel_values`` of an image in it."""
+def sample(config: GPTOSSVisionConfig, placeholder: int) -> dict[str, torch.Tensor]:
+    """``input_ids`` of random text, always the same, and, where the model sees, ``pixel_values`` of an image in it.
+
+    Args:
+        config: of the model that both are, or of the text part of the Megatron one.
+        placeholder: the token that stands for an image in the Megatron model; in the text there is none.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, TEXT_TOKENS), generator=generator)
+    ids[ids == placeholder] = 0
     if not config.use_vision:
         return {"input_ids": ids}
-    ids[ids == config.image_token_id] = 0
     image = torch.full((1, config.num_image_tokens), config.image_token_id)
     size = config.vision_image_size
     height, width = (size, size) if isinstance(size, int) else size

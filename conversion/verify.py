@@ -1,14 +1,19 @@
 """Holding a Hugging Face checkpoint against a Megatron one: every tensor bit for bit, streamed; on request the logits.
 
-Where the two store different types of numbers, the wider is rounded to the narrower. Experts in MXFP4 are compared with
-what they were packed from: no number may be further off than packing by the OCP rule can make it (see `Quantizer`).
+Where the two store different types of numbers, the wider is rounded to the narrower; of fp16 and bf16 either may have
+been rounded. Experts in MXFP4 are compared with what they were packed from: no number may be further off than packing
+by the OCP rule can make it (see `Quantizer`). Of a stock gpt-oss and a Megatron checkpoint that sees, the text part is
+compared.
 """
 
+import json
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -17,31 +22,42 @@ from rich.console import Console
 from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import EXPONENT_BIAS, Dequantizer, scales_of
 from . import report as reports
-from .exporting import blocks_of, check_tensors, region_of
-from .layouts import KEPT_WHOLE, Parameter, to_megatron
+from .exporting import OF_VISION, blocks_of, check_tensors, region_of
+from .layouts import KEPT_WHOLE, Parameter, to_hf
 from .progress import Progress
-from .run_config import check_config
+from .run_config import check_config, read_run_config
 from .safetensors_reader import listed
 from .source import Source, open_source, room_for
 from .stream import Memory, Unit, Worker, stream
-from .torch_dist_reader import StoredTensor, open_checkpoint, read_region
+from .torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region
 
 ROWS_AT_ONCE = 256
 """Of a packed tensor, whose errors are worked out in fp32."""
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {2: torch.int16, 4: torch.int32}
+"""Integers with the bits of a number, by its size."""
+
+VISION_FIELDS = ("use_vision", "vision_pool_token", "image_token_id", "num_image_tokens", "vision_config")
+"""Of a config, in both its spellings: what a stock gpt-oss does not say."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two checkpoints to be compared, whose names and shapes agree."""
+    """Two checkpoints to be compared, whose names and shapes agree.
+
+    Attributes:
+        source: the Hugging Face one.
+        stored: the tensors of the Megatron one.
+        parameters: what is compared.
+    """
 
     source: Source
     stored: Mapping[str, StoredTensor]
+    parameters: list[Parameter]
 
     def run(self, jobs: int, console: Console) -> dict[str, Any]:
         """The report's entries of all tensors."""
-        units = [self._unit(parameter) for parameter in self.source.parameters]
+        units = [self._unit(parameter) for parameter in self.parameters]
         with Progress("Comparing", sum(unit.nbytes for unit in units), console) as progress:
             return stream(units, Memory(), {}, jobs=jobs, progress=progress)
 
@@ -53,7 +69,7 @@ class Comparison:
         parts = [part for block in blocks for part in stored.parts(region_of(parameter, block))]
         inbox = max(room_for(part.count * stored.dtype.itemsize) for part in parts)
         theirs = sum(room_for(-(-size * rows // count)) for size in reads)
-        turned = 4 * prod(parameter.shape) if parameter.layout not in KEPT_WHOLE else 0
+        turned = nbytes if parameter.layout not in KEPT_WHOLE else 0
         mine = room_for(nbytes * rows // count)
         run = partial(self._compare, parameter)
         return Unit(parameter.name, (), run, max(inbox, theirs), turned, mine + turned, nbytes + sum(reads))
@@ -79,18 +95,19 @@ class Comparison:
         return stored[0].read(worker, first, numbers.numel()).view(numbers.shape)
 
     def _add_turned(self, worker: Worker, parameter: Parameter, numbers: torch.Tensor, found: "Difference") -> None:
-        """Compare what has to be laid out as Megatron has it first."""
+        """Compare what lies differently on the two sides: as the source has it, each tensor in its own type."""
         parts = self.source.read(worker, parameter)
         if parts[0].dtype == torch.uint8:
             for rows, blocks, scales in _halves(parameter, numbers, *parts):
                 found.add_packed(rows, blocks, scales, worker.tool(Dequantizer, torch.float32))
             return
-        nbytes = numbers.numel() * parts[0].itemsize
         start = room_for(numbers.nbytes)
-        scratch = worker.scratch[start : start + nbytes].view(parts[0].dtype).view(parameter.shape)
-        theirs = worker.outbox.bytes[:nbytes].view(parts[0].dtype).view(parameter.shape)
-        to_megatron(parameter, parts, theirs.chunk(len(parameter.chunks)), scratch)
-        found.add(numbers, theirs)
+        scratch = worker.scratch[start : start + numbers.nbytes].view(numbers.dtype).view(parameter.shape)
+        rooms = worker.outbox.bytes[: numbers.nbytes].view(numbers.dtype).split([part.numel() for part in parts])
+        mine = [room.view(part.shape) for room, part in zip(rooms, parts, strict=True)]
+        to_hf(parameter, numbers.view(parameter.shape), mine, scratch)
+        for pair in zip(mine, parts, strict=True):
+            found.add(*pair)
 
 
 def _halves(
@@ -114,10 +131,10 @@ class Difference:
 
     Attributes:
         count: numbers that differ.
-        largest: the largest difference.
+        rounded: numbers that the narrower type could not hold; they do not count as different.
+        largest: the largest difference; infinite where one of two numbers is NaN or infinite.
         bound_used: of packed numbers, the largest share of its bound that a difference takes.
         is_packed: whether there is a bound.
-        rounded: numbers that the narrower type could not hold; they do not count as different.
     """
 
     count: int = 0
@@ -132,14 +149,20 @@ class Difference:
         return self.bound_used <= 1 if self.is_packed else not self.count
 
     def add(self, mine: torch.Tensor, theirs: torch.Tensor) -> None:
-        """Compare the bits of two tensors of the same shape, those of the wider type rounded to the narrower."""
-        wide, narrow = sorted((mine, theirs), key=lambda tensor: -tensor.itemsize)
-        rounded, bits = wide.to(narrow.dtype), BITS[narrow.itemsize]
-        if wide.dtype != narrow.dtype:
-            self.rounded += int(torch.count_nonzero(rounded.to(wide.dtype) != wide))
-        if not torch.equal(rounded.view(bits), narrow.view(bits)):
-            differ = rounded.view(bits) != narrow.view(bits)
-            self.count += int(torch.count_nonzero(differ))
+        """Compare the bits of two tensors of the same shape, Megatron's and the source's, after rounding one of them.
+
+        The wider is rounded to the narrower. Of fp16 and bf16 neither holds the other: an import rounds to Megatron's
+        type, an export to the source's, and the tensors agree where one of them explains every number.
+        """
+        ways = [(theirs, mine), (mine, theirs)]
+        if mine.dtype == theirs.dtype or mine.itemsize != theirs.itemsize:
+            ways = [max(ways, key=lambda way: way[0].itemsize)]
+        differ, lost = min(
+            (_differing(*way) for way in ways), key=lambda found: 0 if found[0] is None else found[0].sum()
+        )
+        self.rounded += lost
+        if differ is not None:
+            self.count += int(differ.sum())
             self._widen((mine[differ].double() - theirs[differ].double()).abs().max())
 
     def add_packed(
@@ -150,26 +173,56 @@ class Difference:
         values = torch.empty(min(len(mine), ROWS_AT_ONCE), mine.shape[1])
         for start in range(0, len(mine), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            numbers, theirs = mine[rows].float(), values[: len(mine[rows])]
+            theirs = values[: len(mine[rows])]
             dequantizer.into(theirs, blocks[rows], scales[rows])
-            if torch.equal(numbers, theirs):
-                continue
-            error = (theirs - numbers).abs()
-            step = _rule_scales(numbers).repeat_interleave(VALUES_PER_SCALE, dim=1)
-            share = (error / (torch.maximum(numbers.abs(), step) / 4)).nan_to_num(torch.inf)
-            self.count += int(torch.count_nonzero(error))
-            self._widen(error.max())
-            self.bound_used = max(self.bound_used, float(share.max()))
+            differ, lost = _differing(theirs, mine[rows])
+            self.rounded += lost
+            if differ is not None:
+                self._add_bounded(mine[rows].float(), theirs, differ)
+
+    def _add_bounded(self, numbers: torch.Tensor, theirs: torch.Tensor, differ: torch.Tensor) -> None:
+        """Hold what differs to the bound of packing ``[r, 32g]``, fp32."""
+        error = (theirs - numbers).abs().where(differ, 0)
+        step = _rule_scales(numbers).repeat_interleave(VALUES_PER_SCALE, dim=1)
+        share = _or_infinite(error / (torch.maximum(numbers.abs(), step) / 4))
+        self.count += int(differ.sum())
+        self._widen(error.max())
+        self.bound_used = max(self.bound_used, float(share.max()))
 
     def _widen(self, largest: torch.Tensor) -> None:
-        self.largest = max(self.largest, float(largest.nan_to_num(torch.inf)))
+        self.largest = max(self.largest, float(_or_infinite(largest)))
 
     def entry(self) -> dict[str, Any]:
         """What the report says of the tensor beyond its hash."""
         found: dict[str, Any] = {"agrees": self.is_allowed} | ({"rounded": self.rounded} if self.rounded else {})
         if self.count:
-            found |= {"different": self.count, "largest_difference": self.largest}
-        return found | ({"share_of_bound": self.bound_used} if self.is_packed else {})
+            found |= {"different": self.count, "largest_difference": _in_json(self.largest)}
+        return found | ({"share_of_bound": _in_json(self.bound_used)} if self.is_packed else {})
+
+
+def _differing(wide: torch.Tensor, narrow: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """Which numbers differ in their bits after rounding (None: none), and how many the narrower type cannot hold.
+
+    A NaN agrees with a NaN of another type, as types do not keep its sign and payload.
+    """
+    rounded, bits = wide.to(narrow.dtype), BITS[narrow.itemsize]
+    back = rounded.to(wide.dtype)
+    lost = 0 if torch.equal(back, wide) else int(((back != wide) & ~wide.isnan()).sum())
+    if torch.equal(rounded.view(bits), narrow.view(bits)):
+        return None, lost
+    differ = rounded.view(bits) != narrow.view(bits)
+    if wide.dtype != narrow.dtype:
+        differ &= ~(rounded.isnan() & narrow.isnan())
+    return (differ if differ.any() else None), lost
+
+
+def _or_infinite(difference: torch.Tensor) -> torch.Tensor:
+    return difference.nan_to_num(torch.inf, posinf=torch.inf)
+
+
+def _in_json(number: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return number if isfinite(number) else None
 
 
 def verify(
@@ -177,42 +230,95 @@ def verify(
     megatron: str | Path,
     *,
     logits: bool = False,
+    report: str | Path | None = None,
     jobs: int = 4,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Compare a Hugging Face checkpoint with a Megatron one.
 
     Args:
-        hf: with all of the model, as GPT-OSS-Vision or as a stock gpt-oss that the other was made from.
+        hf: with all of the model, as GPT-OSS-Vision or as a stock gpt-oss that the other was made from; or the text
+            part of a Megatron checkpoint that sees, as a stock gpt-oss.
         megatron: a checkpoint's root, whose latest iteration is taken, or the folder of one iteration.
         logits: run both models too, in fp32 on the CPU; one after the other has to fit in memory. Where rounding or
             packing has changed numbers, the difference is reported and not judged.
+        report: a file for what is returned, as JSON; of an earlier comparison, it is replaced. It is written when the
+            tensors are compared, and again after the logits.
         jobs: threads.
         console: where progress goes; None is nowhere.
 
     Returns:
         The report: see `conversion/report.py`. ``agrees`` says whether everything does, ``worst`` which tensor is
-        furthest off, in a sentence.
+        furthest off, in a sentence; ``left_out`` names what only Megatron has and was not compared. A difference is
+        None where a number is NaN or infinite, and so is ``logits["agrees"]`` where it was not judged.
 
     Raises:
         FileNotFoundError: a file is missing.
+        FileExistsError: `report` is a file that is no report of a comparison.
         ValueError: a checkpoint is damaged, or names, shapes or what else makes the model differ; lists them.
+        OSError: `report` cannot be written; says all the same whether the checkpoints agree.
     """
-    hf, megatron = Path(hf).absolute(), Path(megatron).absolute()
+    target = Path(os.path.realpath(report)) if report else None
+    if target:
+        check_target(target)
+    hf, megatron, console = Path(hf).absolute(), Path(megatron).absolute(), console or Console(quiet=True)
     source, checkpoint = open_source(hf), open_checkpoint(megatron)
-    check_tensors(checkpoint, source.parameters)
-    check_config(checkpoint.folder, source.config)
-    entries = Comparison(source, checkpoint.tensors).run(jobs, console or Console(quiet=True))
-    worst = _worst(entries)
-    report = reports.build("verify", entries, hf=str(hf), megatron=str(checkpoint.folder), worst=worst)
+    compared, left_out = _in_common(source, checkpoint)
+    entries = compared.run(jobs, console)
+    said = {"hf": str(hf), "megatron": str(checkpoint.folder), "left_out": left_out, "worst": _worst(entries)}
+    found = reports.build("verify", entries, agrees=not said["worst"], **said)
+    _save(found, target)
     if logits:
-        from .logits import compare_logits  # imports Megatron-Bridge
+        console.print(f"Before the logits: {found['worst'] or agreement(found)}", markup=False, soft_wrap=True)
+        found |= _with_logits(found, source, checkpoint.folder)
+        _save(found, target)
+    return found
 
-        report["logits"] = compare_logits(source, checkpoint.folder)
-        is_exact = not any({"different", "rounded"} & entry.keys() for entry in entries.values())
-        if is_exact and not report["logits"]["agrees"]:
-            report["worst"] = f"The logits differ by {report['logits']['largest_difference']:.3g}"
-    return report | {"agrees": not report["worst"]}
+
+def _in_common(source: Source, checkpoint: TorchDistCheckpoint) -> tuple[Comparison, list[str]]:
+    """What is to be compared, and the Megatron tensors that are not: those of vision, where the source is a stock
+    gpt-oss and the Megatron checkpoint sees.
+
+    Raises:
+        ValueError: names, shapes or what else makes the model differ; lists them.
+    """
+    parameters, config, left_out = source.parameters, source.config, []
+    if source.missing and any(key.startswith("vision_adapter.") for key in checkpoint.tensors):
+        left_out = sorted(key for key in checkpoint.tensors if _is_of_vision(key))
+        parameters = [parameter for parameter in parameters if not _is_of_vision(parameter.key)]
+        tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if not _is_of_vision(key)}
+        checkpoint = replace(checkpoint, tensors=tensors)
+        trained = read_run_config(checkpoint.folder).get("model")
+        vision = {name: trained[name] for name in VISION_FIELDS if name in trained} if isinstance(trained, dict) else {}
+        config = type(config).from_dict(config.to_dict() | vision)
+    check_tensors(checkpoint, parameters)
+    check_config(checkpoint.folder, config)
+    return Comparison(source, checkpoint.tensors, parameters), left_out
+
+
+def _is_of_vision(key: str) -> bool:
+    return any(word in key for word in OF_VISION)
+
+
+def _with_logits(found: Mapping[str, Any], source: Source, folder: Path) -> dict[str, Any]:
+    """What changes in a report when both models have run; judged only where no number was packed or rounded."""
+    from .logits import compare_logits  # imports Megatron-Bridge
+
+    logits = compare_logits(source, folder)
+    if _changes(found["tensors"]):
+        return {"logits": logits | {"agrees": None}}
+    worst = found["worst"]
+    if not worst and not logits["agrees"]:
+        off = logits["largest_difference"]
+        worst = "The logits hold NaN or infinity" if off is None else f"The logits differ by {off:.3g}"
+    return {"logits": logits, "worst": worst, "agrees": not worst}
+
+
+def _changes(entries: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What has changed numbers of the tensors that are compared: ``packing``, ``rounding``, both or nothing."""
+    packed = any({"different", "share_of_bound"} <= entry.keys() for entry in entries.values())
+    rounded = any("rounded" in entry for entry in entries.values())
+    return ["packing"] * packed + ["rounding"] * rounded
 
 
 def _worst(entries: Mapping[str, dict[str, Any]]) -> str:
@@ -220,21 +326,107 @@ def _worst(entries: Mapping[str, dict[str, Any]]) -> str:
     off = {name: entry for name, entry in entries.items() if not entry["agrees"]}
     if not off:
         return ""
-    name = max(off, key=lambda name: off[name]["largest_difference"])
-    entry = off[name]
+    far = {name: torch.inf if (by := entry["largest_difference"]) is None else by for name, entry in off.items()}
+    name = max(far, key=lambda name: far[name])
+    how = f"by up to {far[name]:.3g}" if far[name] else "in their bits, not their values"
+    how = how if isfinite(far[name]) else "NaN or infinity among them"
     return (
-        f"{len(off)} of {len(entries)} tensors differ; {name} the most: {entry['different']} of {prod(entry['shape'])} "
-        f"numbers, by up to {entry['largest_difference']:.3g} (others: {listed(sorted(off.keys() - {name})) or 'none'})"
+        f"{len(off)} of {len(entries)} tensors differ; {name} the most: {off[name]['different']} of "
+        f"{prod(off[name]['shape'])} numbers, {how} (others: {listed(sorted(off.keys() - {name})) or 'none'})"
     )
 
 
 def agreement(report: Mapping[str, Any]) -> str:
     """What a report without differences says, in words for a terminal."""
     entries = report["tensors"].values()
-    packed = sum("share_of_bound" in entry and "different" in entry for entry in entries)
-    rounded = sum("rounded" in entry for entry in entries)
+    packed = sum({"different", "share_of_bound"} <= entry.keys() for entry in entries)
+    rounded = sum("rounded" in entry and "different" not in entry for entry in entries)
     said = [f"{len(entries) - packed - rounded} tensors bit for bit"]
     said += [f"{packed} within the bound of MXFP4"] if packed else []
     said += [f"{rounded} after rounding to the narrower type"] if rounded else []
-    said += [f"logits to {report['logits']['largest_difference']:.2g}"] if "logits" in report else []
-    return ", ".join(said)
+    said += [f"without Megatron's {len(report['left_out'])} tensors of vision"] if report["left_out"] else []
+    return ", ".join(said + ([_about_logits(report)] if "logits" in report else []))
+
+
+def _about_logits(report: Mapping[str, Any]) -> str:
+    logits = report["logits"]
+    off, scale = (
+        "infinity" if logits[key] is None else f"{logits[key]:.2g}" for key in ("largest_difference", "largest_logit")
+    )
+    if logits["agrees"]:
+        return f"logits to {off}"
+    changes = _changes(report["tensors"])
+    have = "has" if len(changes) == 1 else "have"
+    return f"logits differ by up to {off} of {scale}, as {' and '.join(changes)} {have} changed numbers (not judged)"
+
+
+# --- the report's file -------------------------------------------------------------------------------------------
+
+
+def check_target(path: Path) -> None:
+    """Whether a report may and can be written.
+
+    Raises:
+        FileExistsError: a file is there that is no report of a comparison.
+        OSError: it is a folder, or in a folder that is not there or cannot be written to.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"--report {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--report {path} has no folder to be in; make {path.parent} first")
+    if _is_device(path):
+        return
+    if path.exists() and not _is_report(path):
+        raise FileExistsError(f"--report {path} exists and is no report of verify; name another file")
+    try:
+        with _beside(path).open("x") as file:
+            os.unlink(file.name)
+    except OSError as error:
+        raise OSError(f"--report {path} cannot be written ({error.strerror}); name a file elsewhere") from error
+
+
+def _is_device(path: Path) -> bool:
+    """Whether it is something like /dev/null, which is written to and never replaced."""
+    return path.exists() and not path.is_file()
+
+
+def _is_report(file: Path) -> bool:
+    with file.open("rb") as stream:
+        if stream.read(1) != b"{":  # it may be weights, too large to look at
+            return False
+    try:
+        return json.loads(file.read_bytes()).get("action") == "verify"
+    except ValueError:
+        return False
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{token_hex(4)}")
+
+
+def _save(found: Mapping[str, Any], path: Path | None) -> None:
+    """Write a report, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; says what it would have said.
+    """
+    if path is None:
+        return
+    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+    try:
+        _replace(path, text)
+    except OSError as error:
+        verdict = found["worst"] or f"{found['hf']} and {found['megatron']} agree: {agreement(found)}"
+        raise OSError(f"{verdict}; but the report was not written: {error.strerror}: {path}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    if _is_device(path):
+        path.write_text(text)
+        return
+    beside = _beside(path)
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,8 +1,12 @@
 """Comparing two checkpoints: nothing that differs is missed, and what may differ is held to its bound."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,7 +82,8 @@ def test_it_says_how_far_two_checkpoints_agree(pair: Path):
     count = len(exact["tensors"])
     assert agreement(exact) == f"{count} tensors bit for bit"
     assert agreement(packed) == f"{count - 32} tensors bit for bit, 32 within the bound of MXFP4"
-    assert agreement(exact | {"logits": {"largest_difference": 1.23e-6}}).endswith(", logits to 1.2e-06")
+    logits = {"largest_difference": 1.23e-6, "largest_logit": 4.0, "agrees": True}
+    assert agreement(exact | {"logits": logits}).endswith(", logits to 1.2e-06")
 
 
 def test_mxfp4_beyond_its_bound_is_found(pair: Path, tmp_path: Path):
@@ -114,6 +119,120 @@ def test_a_wider_type_is_rounded_and_that_is_reported(pair: Path, tmp_path: Path
     assert report["tensors"]["embedding.word_embeddings.weight"]["rounded"] > 0
 
 
+def test_q_k_and_v_are_compared_each_in_its_own_type(tmp_path: Path):
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.1.self_attn.q_proj.weight"
+        tensors[name] = tensors[name].bfloat16()
+
+    def change_k(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.k_proj.weight"][:3, 0] *= 1.001
+
+    hf = change(save_tiny(tmp_path / "hf", **OBLONG), mix)
+    import_checkpoint(hf, tmp_path / "megatron", dtype="fp32")
+    report = verify(hf, tmp_path / "megatron")
+    assert agreement(report) == f"{len(report['tensors'])} tensors bit for bit"
+    report = verify(change(hf, change_k), tmp_path / "megatron")
+    assert "linear_qkv.weight the most: 3 of " in report["worst"]
+
+
+def export_bf16(folder: Path) -> None:
+    """To `folder / "hf"`, by way of fp16."""
+    save_tiny(folder / "start", **OBLONG, dtype=torch.float16)
+    import_checkpoint(folder / "start", folder / "megatron")
+    export_checkpoint(folder / "megatron", folder / "hf", dtype="bf16")
+
+
+def import_as(source: torch.dtype, dtype: str, **choices: bool) -> Callable[[Path], None]:
+    """From `folder / "hf"`."""
+
+    def run(folder: Path) -> None:
+        save_tiny(folder / "hf", **OBLONG, dtype=source, **choices)
+        import_checkpoint(folder / "hf", folder / "megatron", dtype=dtype)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [import_as(torch.float16, "bf16"), import_as(torch.bfloat16, "fp16"), export_bf16],
+    ids=["fp16 to bf16", "bf16 to fp16", "export of fp16 as bf16"],
+)
+def test_fp16_and_bf16_agree_after_rounding_and_a_changed_number_is_found(
+    convert: Callable[[Path], None], tmp_path: Path
+):
+    names = ["model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.experts.down_proj", "lm_head.weight"]
+
+    def change_some(tensors: dict[str, torch.Tensor]) -> None:
+        for name in names:
+            tensors[name].view(-1)[0] = tensors[name].float().view(-1)[0] * 1.02
+
+    convert(tmp_path)
+    report = verify(tmp_path / "hf", tmp_path / "megatron")
+    assert report["agrees"], report["worst"]
+    assert "after rounding to the narrower type" in agreement(report)
+    assert report["tensors"]["output_layer.weight"]["rounded"] > 0
+    report = verify(change(tmp_path / "hf", change_some), tmp_path / "megatron")
+    off = [entry for entry in report["tensors"].values() if not entry["agrees"]]
+    assert len(off) == 3 and all(entry["different"] == 1 for entry in off)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("scale", [60, 150, 255])
+def test_mxfp4_that_the_number_type_cannot_hold_agrees_with_its_import(dtype: str, scale: int, tmp_path: Path):
+    def rescale(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.gate_up_proj_scales"][2].fill_(scale)
+
+    hf = change(save_tiny(tmp_path / "hf", **OBLONG, dtype=torch.bfloat16, packed=True), rescale)
+    import_checkpoint(hf, tmp_path / "megatron", dtype=dtype)
+    report = verify(hf, tmp_path / "megatron")
+    assert report["agrees"], report["worst"]
+    entry = report["tensors"]["decoder.layers.1.mlp.experts.linear_fc1.weight2"]
+    assert ("rounded" in entry) == (dtype == "fp16")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.0, -0.0, "1 of 4096 numbers, in their bits, not their values (others: none)"),
+        (1.0, torch.nan, "1 of 4096 numbers, NaN or infinity among them (others: none)"),
+        (torch.inf, 1.0, "1 of 4096 numbers, NaN or infinity among them (others: none)"),
+        (torch.inf, -torch.inf, "1 of 4096 numbers, NaN or infinity among them (others: none)"),
+        (-torch.nan, -torch.nan, ""),
+        (1.0, 1.5, "1 of 4096 numbers, by up to 0.5 (others: none)"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_numbers_that_are_no_numbers_get_words_and_json(
+    before: float, after: float, said: str, dtype: str, tmp_path: Path
+):
+    def put(number: float) -> Callable[[dict[str, torch.Tensor]], None]:
+        def edit(tensors: dict[str, torch.Tensor]) -> None:
+            tensors["model.layers.1.self_attn.o_proj.weight"][3, 5] = number
+
+        return edit
+
+    hf = change(save_tiny(tmp_path / "hf", **OBLONG, dtype=torch.bfloat16), put(before))
+    import_checkpoint(hf, tmp_path / "megatron", dtype=dtype)
+    report = verify(change(hf, put(after)), tmp_path / "megatron", report=tmp_path / "report.json")
+    assert report["worst"].endswith(said) and report["agrees"] == (not said)
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report, allow_nan=False))
+    assert not any("rounded" in entry for entry in report["tensors"].values())
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_number_that_cannot_be_packed_is_beyond_every_bound(number: float, tmp_path: Path):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.down_proj"][2, 5, 1] = number
+
+    hf = save_tiny(tmp_path / "hf", **OBLONG, dtype=torch.bfloat16)
+    save_tiny(tmp_path / "packed", **OBLONG, dtype=torch.bfloat16, packed=True)
+    import_checkpoint(change(hf, spoil), tmp_path / "megatron")
+    report = verify(tmp_path / "packed", tmp_path / "megatron")
+    assert "linear_fc2.weight2 the most" in report["worst"] and "NaN or infinity among them" in report["worst"]
+    assert report["tensors"]["decoder.layers.1.mlp.experts.linear_fc2.weight2"]["share_of_bound"] is None
+    json.dumps(report, allow_nan=False)
+
+
 def test_another_shape_is_refused(pair: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"tensors of another shape: .*linear_fc1"):
         verify(save_tiny(tmp_path / "hf", **SQUARE), pair / "megatron")
@@ -125,11 +244,142 @@ def test_the_logits_of_equal_checkpoints_agree(pair: Path):
     assert report["logits"]["largest_difference"] < 1e-5 * report["logits"]["largest_logit"]
 
 
-def test_the_command_exits_with_1_and_names_the_worst(pair: Path, tmp_path: Path):
+def test_logits_after_packing_are_reported_and_not_judged(pair: Path):
+    report = verify(pair / "packed", pair / "megatron", logits=True)
+    assert report["agrees"] and report["logits"]["agrees"] is None
+    assert re.search(
+        r", logits differ by up to \S+ of \S+, as packing has changed numbers \(not judged\)$", agreement(report)
+    )
+
+
+# --- without vision ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `seeing`, a Megatron checkpoint, its text part as `hf`, and `megatron` made from that."""
+    folder = tmp_path_factory.mktemp("text")
+    save_tiny(folder / "start", **OBLONG, dtype=torch.bfloat16, use_nope=False)
+    import_checkpoint(folder / "start", folder / "seeing")
+    export_checkpoint(folder / "seeing", folder / "hf", text_only=True)
+    import_checkpoint(folder / "hf", folder / "megatron")
+    return folder
+
+
+def test_an_import_of_a_stock_gpt_oss_agrees(text: Path):
+    report = verify(text / "hf", text / "megatron")
+    assert report["agrees"] and not report["left_out"]
+    assert agreement(report) == f"{len(report['tensors'])} tensors bit for bit"
+    assert report["tensors"]["decoder.layers.0.mlp.router.vision_bias"]["hf"] == []
+
+
+def test_a_stock_gpt_oss_is_compared_with_the_text_part_of_what_sees(text: Path):
+    report = verify(text / "hf", text / "seeing", logits=True)
+    assert report["agrees"] and report["logits"]["agrees"], report
+    assert {"decoder.layers.mlp.router.vision_bias", "vision_adapter.proj.weight"} <= {*report["left_out"]}
+    assert not any("vision" in name for name in report["tensors"])
+    count = len(report["left_out"])
+    assert f" tensors bit for bit, without Megatron's {count} tensors of vision, logits to " in agreement(report)
+
+
+def test_the_logits_of_a_packed_text_part_are_those_of_its_numbers(text: Path, tmp_path: Path):
+    export_checkpoint(text / "seeing", tmp_path / "hf", dtype="mxfp4", text_only=True)
+    import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
+    report = verify(tmp_path / "hf", tmp_path / "megatron", logits=True)
+    assert report["agrees"] and report["logits"]["agrees"], report["logits"]
+    assert verify(tmp_path / "hf", text / "seeing")["agrees"]
+
+
+def test_the_text_part_is_held_to_its_numbers_names_and_config(text: Path, tmp_path: Path):
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"][3, 4] += 1
+
+    hf = change(shutil.copytree(text / "hf", tmp_path / "hf"), flip)
+    assert "output_layer.weight the most: 1 of " in verify(hf, text / "seeing")["worst"]
+    config = json.loads((hf / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 7.0
+    (hf / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"rotary_base is 150000\.0, not 7\.0; "):
+        verify(hf, text / "seeing")
+
+
+# --- the report's file -------------------------------------------------------------------------------------------
+
+
+def occupy(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (
+            lambda folder: folder / "none" / "report.json",
+            FileNotFoundError,
+            "has no folder to be in; make .*none first$",
+        ),
+        (lambda folder: folder, IsADirectoryError, "is a folder; name a file in it$"),
+        (lambda folder: Path("/proc/report.json"), OSError, r"cannot be written \(.*\); name a file elsewhere$"),
+        (lambda folder: folder / ("x" * 250), OSError, r"cannot be written \(File name too long\); "),
+        *(
+            (lambda folder, content=content: occupy(folder / "mine.json", content), FileExistsError, "is no report of")
+            for content in ("", "my notes", "[]", "{", '{"action": "import"}', '{"a": 1}\n{"a": 2}\n')
+        ),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_comparing(
+    make: Callable[[Path], Path], error: type[Exception], said: str, tmp_path: Path
+):
+    path = make(tmp_path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(error, match=f"^--report {path} .*{said}"):
+        verify(tmp_path / "no checkpoint", tmp_path / "none either", report=path)
+    assert before is None or path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == ([] if before is None else [path])
+
+
+def test_an_earlier_report_is_replaced_by_way_of_its_link(pair: Path, tmp_path: Path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "report.json")
+    for _ in range(2):
+        report = verify(pair / "hf", pair / "megatron", report=tmp_path / "link.json")
+        assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert (tmp_path / "link.json").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "report.json"]
+
+
+def test_when_the_logits_fail_the_report_of_the_tensors_is_there(pair: Path, tmp_path: Path):
+    broken = shutil.copytree(pair / "megatron", tmp_path / "megatron")
+    (broken / "iter_0000000" / "run_config.yaml").unlink()  # Megatron-Bridge builds the model from it
+    with pytest.raises((OSError, RuntimeError, ValueError)):
+        verify(pair / "hf", broken, logits=True, report=tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["agrees"] and report["tensors"] and "logits" not in report
+
+
+def spoiled(folder: Path) -> Path:
+    """The checkpoint of `pair` with a number that is another."""
+
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"][3, 4] += 100
 
-    hf = change(save_tiny(tmp_path / "hf", **OBLONG, dtype=torch.bfloat16), spoil)
+    return change(save_tiny(folder, **OBLONG, dtype=torch.bfloat16), spoil)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
+def test_a_difference_is_told_where_the_report_cannot_be_written(pair: Path, tmp_path: Path):
+    hf = spoiled(tmp_path / "hf")
+    said = (
+        "^1 of .* tensors differ; output_layer.weight the most: 1 of .*; but the report was not written: No space left"
+    )
+    with pytest.raises(OSError, match=said):
+        verify(hf, pair / "megatron", report="/dev/full")
+    with pytest.raises(OSError, match=r"agree: .* tensors bit for bit; but the report was not written: No space left"):
+        verify(pair / "hf", pair / "megatron", report="/dev/full")
+
+
+def test_the_command_exits_with_1_and_names_the_worst(pair: Path, tmp_path: Path):
+    hf = spoiled(tmp_path / "hf")
     words = ["--hf", str(hf), "--megatron", str(pair / "megatron"), "--report", str(tmp_path / "report.json")]
     command = [sys.executable, "-m", "gpt_oss_vision.cli", "convert", "verify", *words]
     done = subprocess.run(command, capture_output=True, text=True)
