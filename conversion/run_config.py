@@ -26,11 +26,28 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     file = folder / NAME
     try:
         found = yaml.safe_load(file.read_text()) if file.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError of characters, and of dates like 2026-99-99
         found = None
     if not isinstance(found, dict):
         raise ValueError(f"{file} is damaged; copy it again")
     return found
+
+
+def section(folder: Path, found: dict[str, Any], name: str) -> dict[str, Any]:
+    """The fields of a part of the configuration; none where it has no such part.
+
+    Args:
+        folder: of the iteration.
+        found: its configuration.
+        name: of the part.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    fields = found.get(name, {})
+    if not isinstance(fields, dict):
+        raise ValueError(f"{folder / NAME} has {fields!r} for {name}, not its fields; copy it again")
+    return fields
 
 
 def check_config(folder: Path, config: "GPTOSSVisionConfig") -> None:
@@ -45,10 +62,11 @@ def check_config(folder: Path, config: "GPTOSSVisionConfig") -> None:
     Raises:
         ValueError: listing the fields that differ.
     """
-    trained = read_run_config(folder).get("model", {})
+    trained = section(folder, read_run_config(folder), "model")
     wanted = json.loads(json.dumps(megatron_fields(config)))  # lists for tuples, as a file gives them back
-    towers = [fields.pop("vision_config", None) or {} for fields in (trained, wanted)]
-    pairs = {name: (trained[name], wanted[name]) for name in wanted.keys() & trained.keys() - {*OF_TRAINING}}
+    towers = [section(folder, fields, "vision_config") for fields in (trained, wanted)]
+    asked = wanted.keys() & trained.keys() - {*OF_TRAINING, "vision_config"}
+    pairs = {name: (trained[name], wanted[name]) for name in asked}
     of_tower = towers[0].keys() & towers[1].keys() & {*OF_TOWER}
     pairs |= {f"vision_config.{name}": (towers[0][name], towers[1][name]) for name in of_tower}
     differing = [f"{name} is {mine}, not {theirs}" for name, (mine, theirs) in sorted(pairs.items()) if mine != theirs]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import check_safetensors, read_json, weight_files
+from .checkpoint import INDEX, check_safetensors, weight_files, weight_map
 from .stream import Worker
 
 DTYPES = {
@@ -88,13 +88,10 @@ def read_header(file: Path) -> dict[str, Stored]:
 
 
 def _check_index(folder: Path, tensors: Mapping[str, Stored]) -> None:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    promised = read_json(index).get("weight_map", {})
+    promised = weight_map(folder)
     wrong = sorted(name for name, file in promised.items() if name not in tensors or tensors[name].file.name != file)
     if wrong:
-        raise ValueError(f"{index} and its files disagree about {listed(wrong)}; copy the checkpoint again")
+        raise ValueError(f"{folder / INDEX} and its files disagree about {listed(wrong)}; copy the checkpoint again")
 
 
 def listed(names: list[str], shown: int = 5) -> str:

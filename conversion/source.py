@@ -1,14 +1,16 @@
 """A Hugging Face checkpoint as a source of parameters: which tensors it must hold, whether it does, reading them."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint import MODEL_TYPE, read_json
+from .checkpoint import MODEL_TYPE, config_fields
 from .layouts import MXFP4_PARTS, Parameter, parameters
 from .safetensors_reader import Stored, listed, read_index
 from .stream import BLOCK, Worker
@@ -20,7 +22,13 @@ TEXT_MODEL_TYPE = "gpt_oss"
 OF_THE_FILE = ("model_type", "architectures", "auto_map", "quantization_config")
 """Fields of a config that speak of how the checkpoint is stored."""
 
+OF_DTYPE = ("dtype", "torch_dtype")
+"""Fields of a config that name the type of its weights, the later name first."""
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+COUNTS += ("head_dim", "num_local_experts", "num_experts_per_tok", "vocab_size")
+"""Fields of a config that transformers takes at 0 or less, and divides by or builds nothing from."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,19 @@ class Source:
     tensors: dict[str, Stored]
     missing: frozenset[str]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the weights that are not packed, as the config has it."""
-        dtype = self.config.dtype
-        return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        """Of the weights that are not packed: what the config says, else the type of most of their numbers.
+
+        Not the widest: our bf16 checkpoints have vision biases in fp32.
+        """
+        if isinstance(self.config.dtype, torch.dtype):
+            return self.config.dtype
+        numbers: Counter[torch.dtype] = Counter()
+        for stored in self.tensors.values():
+            if stored.dtype in FLOATS:
+                numbers[stored.dtype] += stored.nbytes // stored.dtype.itemsize
+        return numbers.most_common(1)[0][0]
 
     @cached_property
     def parameters(self) -> list[Parameter]:
@@ -86,40 +102,85 @@ def open_source(folder: Path) -> Source:
         FileNotFoundError: a file is missing.
         ValueError: another architecture, damaged files, or tensors that are missing, foreign or of the wrong shape.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; name the folder of a Hugging Face checkpoint")
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in (MODEL_TYPE, TEXT_MODEL_TYPE):
-        raise ValueError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r} or {TEXT_MODEL_TYPE!r}")
-    tensors = read_index(folder)
-    config = read_config(folder, with_vision=model_type == MODEL_TYPE)
-    shapes = shapes_of(config)
+    config = read_config(folder)
+    tensors, shapes = read_index(folder), shapes_of(config)
     absent = frozenset(name for name in shapes if name.endswith(".vision_bias") and name not in tensors)
-    source = Source(folder, config, tensors, absent if model_type == TEXT_MODEL_TYPE else frozenset())
+    is_stock = config_fields(folder)["model_type"] == TEXT_MODEL_TYPE
+    source = Source(folder, config, tensors, absent if is_stock else frozenset())
     _check(source, shapes)
     return source
 
 
-def read_config(folder: Path, *, with_vision: bool) -> "GPTOSSVisionConfig":
-    """The config of a checkpoint; a stock gpt-oss becomes a model without vision."""
+def read_config(folder: Path, *, with_vision: bool | None = None) -> "GPTOSSVisionConfig":
+    """The config of a checkpoint, which remembers the folder as its ``name_or_path``.
+
+    Args:
+        folder: where it is.
+        with_vision: as what it is read; None is what its ``model_type`` says: a stock gpt-oss becomes a model without.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is of another architecture, or no model can be built from it.
+    """
+    fields = config_fields(folder)
+    model_type = fields.get("model_type")
+    if model_type not in (MODEL_TYPE, TEXT_MODEL_TYPE):
+        raise ValueError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r} or {TEXT_MODEL_TYPE!r}")
     from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
-    fields = read_json(folder / "config.json")
-    fields = {name: value for name, value in fields.items() if name not in OF_THE_FILE}
-    return GPTOSSVisionConfig.from_dict(fields if with_vision else fields | {"use_vision": False})
+    own = {name: value for name, value in fields.items() if name not in (*OF_THE_FILE, *OF_DTYPE)}
+    own |= {"dtype": _dtype_in(folder, fields), "name_or_path": str(folder)}
+    if not (model_type == MODEL_TYPE if with_vision is None else with_vision):
+        own["use_vision"] = False
+    with buildable(folder / "config.json"):
+        counts = {name: fields[name] for name in COUNTS if isinstance(fields.get(name), int)}
+        if wrong := [f"{name} is {count}" for name, count in counts.items() if count < 1]:
+            raise ValueError(f"{listed(wrong)}, not at least 1")
+        return GPTOSSVisionConfig.from_dict(own)
+
+
+def _dtype_in(folder: Path, fields: dict[str, Any]) -> str | None:
+    """The type of weights that a config names, as torch spells it; None where it names none."""
+    found = next((fields[name] for name in OF_DTYPE if fields.get(name) is not None), None)
+    spelled = found.removeprefix("torch.") if isinstance(found, str) else found
+    if spelled is None or spelled in [_type(dtype) for dtype in FLOATS]:
+        return spelled
+    raise ValueError(
+        f"{folder / 'config.json'} says that dtype is {found!r}; only {listed([*map(_type, FLOATS)])} are converted"
+    )
+
+
+@contextmanager
+def buildable(file: Path) -> Iterator[None]:
+    """Tell of whatever transformers raises while it builds something from a config: it checks little, and late.
+
+    Raises:
+        ValueError: naming the file and the cause.
+    """
+    try:
+        yield
+    except Exception as error:  # of a dozen types, for values that the user can mend
+        cause = error.__cause__ or error
+        said = f"{type(cause).__name__}: " * (not isinstance(cause, ValueError)) + " ".join(str(cause).split())
+        raise ValueError(f"{file} describes no model that can be built ({said}); mend it, or copy it again") from error
 
 
 def shapes_of(config: "GPTOSSVisionConfig") -> dict[str, tuple[int, ...]]:
     """Every tensor of the transformers model with its shape, unquantised.
 
     Raises:
-        ValueError: its embeddings are its head too.
+        ValueError: its embeddings are its head too, it has no biases, or it describes no model that can be built.
     """
+    file = Path(config.name_or_path or "") / "config.json"
     if config.tie_word_embeddings:
-        raise ValueError("Embeddings that are the head too (tie_word_embeddings) are not converted; untie them first")
+        raise ValueError(
+            f"{file} says tie_word_embeddings; embeddings that are the head too are not converted; untie them first"
+        )
+    if not config.attention_bias:
+        raise ValueError(f"{file} says attention_bias=false, which Megatron cannot express beside experts with biases")
     from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 
-    with torch.device("meta"):
+    with buildable(file), torch.device("meta"):
         model = GPTOSSVisionForCausalLM(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 

@@ -92,6 +92,62 @@ BROKEN = {
         "Megatron-Core has no rotary embedding like",
     ),
     "embeddings that are the head": (lambda hf: edit_config(hf, tie_word_embeddings=True), "tie_word_embeddings"),
+    "no biases": (lambda hf: edit_config(hf, attention_bias=False), r"config\.json says attention_bias=false"),
+    "no folder": (shutil.rmtree, r"hf is no folder; name that of a Hugging Face checkpoint"),
+    "weights of torch": (
+        lambda hf: (hf / "model.safetensors").rename(hf / "pytorch_model.bin"),
+        r"has its weights in pytorch_model\.bin; save them as safetensors",
+    ),
+    "shards without an index": (
+        lambda hf: (hf / "model.safetensors").rename(hf / "model-00001-of-00002.safetensors"),
+        r"holds shards without model\.safetensors\.index\.json",
+    ),
+    **{
+        f"a config that is {text}": (
+            lambda hf, text=text: (hf / "config.json").write_text(text),
+            r"config\.json holds \w+ where an object",
+        )
+        for text in ("[]", "null", '"x"', "3")
+    },
+    "a config that is too deep": (lambda hf: (hf / "config.json").write_text("[" * 10**6), "is not JSON"),
+    **{
+        f"an index that is {text}": (
+            lambda hf, text=text: (hf / "model.safetensors.index.json").write_text(text),
+            r"index\.json (holds \w+ where an object|has no weight_map)",
+        )
+        for text in ("[]", "null", "{}", '{"weight_map": null}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}')
+    },
+    **{
+        f"dtype {dtype!r}": (
+            lambda hf, dtype=dtype: edit_config(hf, dtype=dtype),
+            r"config\.json says that dtype is .*; only bfloat16, float16, float32 are converted",
+        )
+        for dtype in ("foo", "auto", 5, "float8_e4m3fn", "int64", [])
+    },
+    **{
+        f"{name} {value!r}": (
+            lambda hf, name=name, value=value: edit_config(hf, **{name: value}),
+            rf"config\.json describes no model that can be built \(.*{said}.*\); mend it, or copy it again$",
+        )
+        for name, value, said in (
+            ("hidden_size", "abc", "'hidden_size' expected int, got str"),
+            ("hidden_size", None, "'hidden_size' expected int, got None"),
+            ("hidden_size", 64.5, "'hidden_size' expected int, got float"),
+            ("hidden_size", -64, "hidden_size is -64, not at least 1"),
+            ("head_dim", None, "'head_dim' expected int, got None"),
+            ("num_attention_heads", 0, "num_attention_heads is 0, not at least 1"),
+            ("num_key_value_heads", 0, "num_key_value_heads is 0, not at least 1"),
+            ("num_experts_per_tok", 0, "num_experts_per_tok is 0, not at least 1"),
+            ("rope_parameters", "x", "'rope_parameters' with value 'x'"),
+            ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}, "Missing required keys .*factor"),
+            ("layer_types", ["full_attention"], "layer_types has 1 entries for num_hidden_layers"),
+            ("layer_types", ["round_attention"] * 4, "`layer_types` entries must be in"),
+            ("vision_config", "vit", "'vision_config' with value 'vit'"),
+            ("vision_config", {"model_type": []}, "unhashable"),
+            ("vision_config", {"model_type": "vit", "hidden_size": -4}, "hidden|negative|cond"),
+            ("pad_token_id", 999_999, "Padding_idx"),
+        )
+    },
 }
 
 
@@ -116,7 +172,7 @@ def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, d
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as failure:
         import_checkpoint(tmp_path / "hf", tmp_path / "out", dry_run=dry_run)
     assert "\n" not in str(failure.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []
 
 
 def test_a_write_that_fails_half_way_is_continued_from_what_is_on_the_disk(
@@ -212,7 +268,7 @@ def test_a_describing_process_that_is_killed_is_told_of_and_started_again(
     with monkeypatch.context() as patch:
         kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
         patch.setattr("gpt_oss_vision.conversion.megatron_files.write_files", kill)
-        with pytest.raises(RuntimeError, match="process that writes Megatron's files has died"):
+        with pytest.raises(ChildProcessError, match="was killed, probably for lack of memory; the same call continues"):
             import_checkpoint(hf, tmp_path / "out")
     import_checkpoint(hf, tmp_path / "out")
     assert (tmp_path / "out" / "iter_0000000" / "run_config.yaml").is_file()

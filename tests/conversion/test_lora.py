@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from crashes import many_small_units, survives_kills
 from peft import PeftModel
+from rich.console import Console
 
 import gpt_oss_vision
 from checkpoints import load_hf, load_megatron
@@ -184,14 +186,6 @@ def test_adapters_of_split_experts_are_refused(start: Path, tmp_path: Path):
         cpu.run_ranks(2, train_lora, start, tmp_path / "out", Kind(EXPERTS, ranks=2, splits_experts=True))
 
 
-def test_adapters_that_share_only_one_half_are_refused(adapter: Path, tmp_path: Path):
-    moved = shutil.copytree(adapter, tmp_path / "adapter")
-    file = moved / "iter_0000003" / "run_config.yaml"
-    file.write_text(file.read_text().replace("experts_shared_outer_loras: false", "experts_shared_outer_loras: true"))
-    with pytest.raises(ValueError, match="only adapters that share all or nothing are exported"):
-        export_adapters(moved, tmp_path / "out")
-
-
 def test_ranks_that_differ_are_refused_by_peft_and_merged(start: Path, tmp_path: Path):
     kind = Kind(ATTENTION + EXPERTS, options={"normalize_moe_lora": True})
     cpu.run_ranks(1, train_lora, start, tmp_path / "adapter", kind)
@@ -228,6 +222,52 @@ def edited(adapter: Path, copy: Path, edit: Callable[[dict[str, torch.Tensor]], 
 def export_both_ways(adapter: Path, out: Path) -> Iterator[Callable[[], object]]:
     yield lambda: export_adapters(adapter, out)
     yield lambda: export_checkpoint(adapter, out)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (
+            lambda config: config["peft"].update(experts_shared_outer_loras=True),
+            "says experts_shared_outer_loras; only adapters that share all or nothing are exported",
+        ),
+        (lambda config: config["peft"].pop("alpha"), "has None for peft.alpha, not a number"),
+        (lambda config: config["peft"].update(alpha="12"), "has '12' for peft.alpha, not a number"),
+        (lambda config: config["peft"].update(alpha=float("nan")), "has nan for peft.alpha, not a number"),
+        (lambda config: config.pop("peft"), "says None; only Megatron-Bridge's LoRA"),
+        (lambda config: config.update(peft=None), "has None for peft, not its fields"),
+        (lambda config: config.update(peft="lora"), "has 'lora' for peft, not its fields"),
+        (lambda config: config.update(checkpoint=None), "has None for checkpoint, not its fields"),
+    ],
+    ids=["one half shared", "no alpha", "a word", "NaN", "no peft", "peft null", "peft a word", "checkpoint null"],
+)
+def test_settings_that_cannot_be_used_are_named(edit, said: str, everything: Path, tmp_path: Path):
+    broken = with_settings(everything, tmp_path / "broken", edit)
+    for export in export_both_ways(broken, tmp_path / "out"):
+        with pytest.raises(ValueError, match=rf"run_config\.yaml {said}"):
+            export()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [lambda config: config.pop("checkpoint"), lambda config: config["checkpoint"].update(pretrained_checkpoint=None)],
+    ids=["no settings", "null"],
+)
+def test_only_a_merge_asks_for_a_base_that_is_not_named(edit, everything: Path, start: Path, tmp_path: Path):
+    unnamed = with_settings(everything, tmp_path / "unnamed", edit)
+    with pytest.raises(FileNotFoundError, match="does not say which weights these are for; name them with --base"):
+        export_checkpoint(unnamed, tmp_path / "out")
+    export_checkpoint(unnamed, tmp_path / "out", base=start / "megatron")
+    export_adapters(unnamed, tmp_path / "adapter")
+
+
+def with_settings(adapter: Path, copy: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a checkpoint of adapters with another ``run_config.yaml``."""
+    file = shutil.copytree(adapter, copy) / LAST / "run_config.yaml"
+    config = yaml.safe_load(file.read_text())
+    edit(config)
+    file.write_text(yaml.safe_dump(config))
+    return copy
 
 
 QKV = "decoder.layers.self_attention.linear_qkv.adapter"
@@ -284,6 +324,18 @@ def test_the_report_tells_of_the_merged_numbers(everything: Path, start: Path, t
     name = "decoder.layers.1.self_attention.linear_qkv.weight"
     inside = base["tensors"][name]["shape"][1]
     assert report["not_finite"] == report["tensors"][name]["nan"] == inside
+
+
+def test_adapters_that_are_not_finite_are_warned_of(everything: Path, tmp_path: Path):
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{QKV}.linear_in.weight"][1, 0, 0] = torch.nan
+
+    broken, log = edited(everything, tmp_path / "broken", spoil), tmp_path / "log"
+    with log.open("w") as file:
+        report = export_adapters(broken, tmp_path / "out", console=Console(file=file, width=200))
+    assert report["not_finite"] > 0
+    assert log.read_text().count("Warning: ") == report["not_finite"]  # of q, k and v, which share it
+    assert "q_proj.lora_A.weight holds 1 NaN and 0 infinite numbers" in log.read_text()
 
 
 def test_a_dry_run_writes_nothing_and_counts_the_adapters(everything: Path, start: Path, tmp_path: Path):

@@ -80,11 +80,23 @@ def test_what_only_training_chooses_may_differ(path: str, value: Any, pair: Path
     assert verify(other, pair / "megatron")["agrees"]
 
 
-@pytest.mark.parametrize("content", [b"model: [", b"\xff\xfe", b"just words"])
-def test_a_damaged_file_gets_a_sentence(content: bytes, pair: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        *(
+            (content, "is damaged")
+            for content in (b"model: [", b"\xff\xfe", b"just words", b"a: 2026-99-99", b"[" * 9999)
+        ),
+        (b"model:", "has None for model, not its fields"),
+        (b"model: x", "has 'x' for model, not its fields"),
+        (b"model: {vision_config: vit}", "has 'vit' for vision_config, not its fields"),
+    ],
+    ids=lambda value: str(value[:20]),
+)
+def test_a_damaged_file_gets_a_sentence(content: bytes, said: str, pair: Path, tmp_path: Path):
     broken = shutil.copytree(pair / "megatron", tmp_path / "broken")
     (broken / "iter_0000000" / "run_config.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=r"run_config\.yaml is damaged; copy it again"):
+    with pytest.raises(ValueError, match=rf"run_config\.yaml {said}; copy it again"):
         export_checkpoint(broken, tmp_path / "out")
 
 
