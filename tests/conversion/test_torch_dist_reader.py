@@ -2,7 +2,10 @@
 
 import os
 import pickle
+import re
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -128,13 +131,33 @@ def test_a_table_that_would_run_code_is_refused_and_runs_none(tmp_path: Path, mo
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"junk", pickle.dumps({"a": 1}), pickle.dumps(None)], ids=["empty", "junk", "dict", "None"]
-)
+JUNK = {
+    "empty": b"",
+    "junk": b"junk",
+    "dict": pickle.dumps({"a": 1}),
+    "None": pickle.dumps(None),
+    "a frame without end": b"\x80\x04\x95" + b"\xff" * 8,
+    "words without end": b"\x80\x04\x8d" + b"\xff" * 7 + b"\x7f",
+    "bytes without end": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f",
+}
+
+
+@pytest.mark.parametrize("data", JUNK.values(), ids=JUNK)
 def test_what_is_no_table_is_refused(data: bytes, tmp_path: Path):
     (tmp_path / ".metadata").write_bytes(data)
     with pytest.raises(ValueError, match="was refused"):
         read_metadata(tmp_path / ".metadata")
+
+
+@pytest.mark.parametrize("fields", [{"offset": b"0"}, {"offset": -1}, {"length": None}], ids=str)
+def test_a_place_that_is_no_number_is_refused(fields: dict, tmp_path: Path):
+    def misplace(metadata: Metadata) -> None:
+        for info in metadata.storage_data.values():
+            vars(info).update(fields)
+
+    rewrite_metadata(save(tmp_path), misplace)
+    with pytest.raises(ValueError, match=r"\.metadata does not say in numbers where \w+ is; copy it again"):
+        open_checkpoint(tmp_path)
 
 
 def test_files_outside_the_folder_are_refused(tmp_path: Path):
@@ -179,6 +202,38 @@ def test_a_flipped_bit_is_found(where: str, problem: str, tmp_path: Path):
         read(tensor, whole(tensor.shape))
 
 
+def flags_of_entries(data: bytes) -> list[int]:
+    """Where the flags of a zip's entries are, as its table and as each entry has them; the method follows."""
+    table = [at.start() + 8 for at in re.finditer(b"PK\x01\x02", data)]
+    return table + [at.start() + 6 for at in re.finditer(b"PK\x03\x04", data)]
+
+
+@pytest.mark.parametrize(("shift", "bit"), [(0, 0x01), (0, 0x20), (0, 0x40), (2, 0x40)])
+def test_a_zip_that_python_cannot_open_is_called_damaged(shift: int, bit: int, tmp_path: Path):
+    file = save(tmp_path) / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    for flags in flags_of_entries(data):
+        data[flags + shift] |= bit
+    file.write_bytes(data)
+    tensor = open_checkpoint(tmp_path).tensors["weight"]
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is damaged at byte"):
+        read(tensor, whole(tensor.shape))
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_flipped_bit_is_told_of_or_harmless(name: str, seed: int, tmp_path: Path):
+    file, random = save(tmp_path) / name, Random(seed)
+    good = file.read_bytes()
+    for _ in range(100):
+        at = random.randrange(len(good))
+        file.write_bytes(good[:at] + bytes([good[at] ^ 1 << random.randrange(8)]) + good[at + 1 :])
+        with suppress(ValueError, OSError):
+            for key, tensor in open_checkpoint(tmp_path).tensors.items():
+                if key in TENSORS and tensor.shape == TENSORS[key].shape:  # a conversion compares names and shapes
+                    assert torch.equal(read(tensor, whole(tensor.shape)), TENSORS[key])
+
+
 def swap_axes(metadata: Metadata) -> None:
     """Say of a tensor that it is ``[6, 7, 5]``: as many numbers, but others in every place."""
     stored = metadata.state_dict_metadata["weight"]
@@ -205,4 +260,13 @@ def test_another_folder_and_another_format_are_refused(tmp_path: Path):
         open_checkpoint(tmp_path)
     (save(tmp_path) / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     with pytest.raises(ValueError, match="saved as 'zarr'"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no folder; name that of a Megatron checkpoint"):
+        open_checkpoint(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "null"])
+def test_a_damaged_format_is_refused(text: str, tmp_path: Path):
+    (save(tmp_path) / "metadata.json").write_text(text)
+    with pytest.raises(ValueError, match=r"metadata\.json (holds|is not JSON).*; copy it again"):
         open_checkpoint(tmp_path)
