@@ -149,7 +149,7 @@ def test_what_is_no_table_is_refused(data: bytes, tmp_path: Path):
         read_metadata(tmp_path / ".metadata")
 
 
-@pytest.mark.parametrize("fields", [{"offset": b"0"}, {"offset": -1}, {"length": None}], ids=str)
+@pytest.mark.parametrize("fields", [{"offset": b"0"}, {"offset": -1}, {"length": "9"}], ids=str)
 def test_a_place_that_is_no_number_is_refused(fields: dict, tmp_path: Path):
     def misplace(metadata: Metadata) -> None:
         for info in metadata.storage_data.values():
