@@ -5,6 +5,7 @@ would rename on loading. What neither has, norm, projector, pool token and visio
 model.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -21,13 +22,13 @@ from ..bridge.hf.configuration_gpt_oss_vision import VISION_CONFIGS, GPTOSSVisio
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from . import report as reports
-from .checkpoint import read_json
+from .checkpoint import config_fields
 from .hf_side import skeleton, write_files
 from .journal import fingerprint
 from .layouts import MXFP4_PARTS
 from .safetensors_reader import Stored, listed, read_index
 from .safetensors_writer import ShardPlan, Tensor, plan_shards
-from .source import TEXT_MODEL_TYPE, open_source, room_for
+from .source import TEXT_MODEL_TYPE, buildable, open_source, room_for
 from .stream import BLOCK, STEP, Unit, Worker, constant
 from .work import Work, carry_out
 
@@ -173,7 +174,8 @@ def plan_assembly(text: Path, vision: Path, seed: int, fields: Mapping[str, Any]
     if not source.missing:
         raise ValueError(f"{text} is no stock {TEXT_MODEL_TYPE!r} checkpoint: it has vision biases already")
     config = config_of(text, vision, source.dtype, fields)
-    model = skeleton(config, source.dtype)
+    with buildable(vision / "config.json"):
+        model = skeleton(config, source.dtype)
     tower, left_out = tower_tensors(vision, model.model.vision_adapter.vit)
     tensors, copied = [], {f"{TOWER}{name}": stored for name, stored in tower.items()}
     for name, tensor in model.state_dict().items():
@@ -199,19 +201,21 @@ def config_of(text: Path, vision: Path, dtype: torch.dtype, fields: Mapping[str,
 
     Raises:
         FileNotFoundError: `vision` has no config.
-        ValueError: its architecture is none of the towers'.
+        ValueError: its architecture is none of the towers', or no model can be built from it.
     """
-    if not (vision / "config.json").is_file():
-        raise FileNotFoundError(f"{vision} holds no config.json; name the folder of a ViT, CLIP or SigLIP checkpoint")
-    tower = read_json(vision / "config.json")
+    tower = config_fields(vision, "ViT, CLIP or SigLIP")
     kind = tower.get("model_type")
     if kind in ("clip", "siglip"):
-        tower, kind = tower["vision_config"], f"{kind}_vision_model"
-    if kind not in VISION_CONFIGS:
+        tower, kind = tower.get("vision_config"), f"{kind}_vision_model"
+    if not isinstance(tower, dict):
+        raise ValueError(f"{vision / 'config.json'} has {tower!r} for vision_config, not its fields; copy it again")
+    if kind not in [*VISION_CONFIGS]:
         raise ValueError(f"{vision} is a checkpoint of {kind!r}, not of {', '.join(map(repr, VISION_CONFIGS))}")
     own = {name: value for name, value in tower.items() if name not in ("architectures", "torch_dtype", "dtype")}
-    base = {name: value for name, value in read_json(text / "config.json").items() if name not in OF_THE_TEXT}
+    base = {name: value for name, value in config_fields(text).items() if name not in OF_THE_TEXT}
     new = {"vision_config": own | {"model_type": kind}, "dtype": dtype}
+    with buildable(vision / "config.json"):
+        VISION_CONFIGS[kind](**own)  # by itself, so that what else may be wrong is not taken for the tower's
     return GPTOSSVisionConfig.from_dict(base | new | dict(fields))
 
 
@@ -219,17 +223,29 @@ OF_THE_TEXT = ("model_type", "architectures", "quantization_config", "dtype", "t
 
 
 def tower_tensors(folder: Path, tower: PreTrainedModel) -> tuple[dict[str, Stored], list[str]]:
-    """The tensors of a checkpoint that a tower takes, by the tower's own names, and the names of the others."""
+    """The tensors of a checkpoint that a tower takes, by the tower's own names, and the names of the others.
+
+    Raises:
+        ValueError: two tensors are the same one of the tower, or some belong to layers that its config does not have.
+    """
     weights, wanted = get_model_conversion_mapping(tower), tower.state_dict()
     renamings = [weight for weight in weights if isinstance(weight, WeightRenaming)]
     converters = [weight for weight in weights if isinstance(weight, WeightConverter)]
+
+    def renamed(name: str) -> str:
+        return rename_source_key(name, renamings, converters, tower.base_model_prefix, wanted)[0]
+
     taken, left_out = {}, []
     for name, stored in read_index(folder).items():
-        new, _ = rename_source_key(name, renamings, converters, tower.base_model_prefix, wanted)
+        new = renamed(name)
+        if new in taken:
+            raise ValueError(f"{folder} holds {new} of its tower twice, as {taken[new].name} and {name}")
         if new in wanted:
             taken[new] = stored
         else:
             left_out.append(name)
+    if beyond := [name for name in left_out if renamed(re.sub(r"\.\d+\.", ".0.", name)) in wanted]:
+        raise ValueError(f"{folder / 'config.json'} has no layers for some tensors of its tower: {listed(beyond)}")
     return taken, left_out
 
 

@@ -142,7 +142,64 @@ BROKEN = {
     ),
     "a tower of another width": (lambda vision: edit(vision, intermediate_size=32), "do not match its config"),
     "a tower without a config": (lambda vision: (vision / "config.json").unlink(), r"holds no config\.json"),
+    "no folder": (shutil.rmtree, "vision is no folder; name that of"),
+    "fewer layers than are stored": (
+        lambda vision: edit(vision, num_hidden_layers=1),
+        r"config\.json has no layers for some tensors of its tower: (\w+\.)+1\.",
+    ),
+    "a weight under two names": (
+        lambda vision: change(
+            vision, lambda tensors: tensors.update({"vit.layernorm.weight": tensors["layernorm.weight"].clone()})
+        ),
+        r"holds layernorm\.weight of its tower twice, as (vit\.)?layernorm\.weight and (vit\.)?layernorm\.weight",
+    ),
+    **{
+        f"a config that is {text}": (
+            lambda vision, text=text: (vision / "config.json").write_text(text),
+            r"config\.json holds \w+ where an object",
+        )
+        for text in ("[]", "null", '"x"')
+    },
+    **{
+        f"{kind} with {tower!r} for a tower": (
+            lambda vision, kind=kind, tower=tower: edit(vision, model_type=kind, vision_config=tower),
+            rf"config\.json has {tower!r} for vision_config, not its fields",
+        )
+        for kind, tower in (("clip", None), ("siglip", "vit"))
+    },
+    **{
+        f"{name} {value!r}": (
+            lambda vision, name=name, value=value: edit(vision, **{name: value}),
+            rf"vision/config\.json describes no model that can be built \(.*{said}",
+        )
+        for name, value, said in (
+            ("hidden_size", "x", "'hidden_size' expected int, got str"),
+            ("num_attention_heads", 0, "ZeroDivisionError"),
+            ("hidden_act", "foo", "foo"),
+        )
+    },
+    "an architecture that is no word": (lambda vision: edit(vision, model_type=[]), r"is a checkpoint of \[\], not of"),
 }
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
+def test_layers_beyond_the_config_are_found_under_every_prefix(kind: str, tmp_path: Path):
+    save_text(tmp_path / "text")
+    towers()[kind].save_pretrained(tmp_path / "vision")
+    edit(tmp_path / "vision", vision_config={**TOWER, "num_hidden_layers": 1})
+    with pytest.raises(
+        ValueError, match=r"no layers for some tensors of its tower: vision_model\.encoder\.layers\.1\."
+    ):
+        assemble(tmp_path / "text", tmp_path / "vision", tmp_path / "out", image_token_id=3)
+
+
+def test_a_clip_that_says_nothing_of_its_tower_is_refused(tmp_path: Path):
+    save_text(tmp_path / "text")
+    towers()["CLIP"].save_pretrained(tmp_path / "vision")
+    file = tmp_path / "vision" / "config.json"
+    file.write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(ValueError, match=r"config\.json has None for vision_config, not its fields"):
+        assemble(tmp_path / "text", tmp_path / "vision", tmp_path / "out", image_token_id=3)
 
 
 def edit(folder: Path, **fields: object) -> None:
@@ -158,7 +215,7 @@ def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, t
     spoil(tmp_path / "vision")
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         assemble(tmp_path / "text", tmp_path / "vision", tmp_path / "out", image_token_id=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["text", "vision"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"text", "vision"}
 
 
 def test_a_text_that_has_vision_already_is_refused(tmp_path: Path):
