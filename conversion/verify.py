@@ -162,7 +162,7 @@ class Difference:
         )
         self.rounded += lost
         if differ is not None:
-            self.count += int(differ.sum())
+            self.count += int(torch.count_nonzero(differ))
             self._widen((mine[differ].double() - theirs[differ].double()).abs().max())
 
     def add_packed(
@@ -175,17 +175,19 @@ class Difference:
             rows = slice(start, start + ROWS_AT_ONCE)
             theirs = values[: len(mine[rows])]
             dequantizer.into(theirs, blocks[rows], scales[rows])
-            differ, lost = _differing(theirs, mine[rows])
-            self.rounded += lost
-            if differ is not None:
+            rounded = theirs.to(mine.dtype)
+            if mine.dtype == torch.float16:  # the others hold every number of MXFP4
+                self.rounded += _lost(theirs, rounded)
+            differ = _bits(rounded) != _bits(mine[rows])
+            if differ.any():
                 self._add_bounded(mine[rows].float(), theirs, differ)
 
     def _add_bounded(self, numbers: torch.Tensor, theirs: torch.Tensor, differ: torch.Tensor) -> None:
         """Hold what differs to the bound of packing ``[r, 32g]``, fp32."""
-        error = (theirs - numbers).abs().where(differ, 0)
+        error = (theirs - numbers).abs_().masked_fill_(~differ, 0)
         step = _rule_scales(numbers).repeat_interleave(VALUES_PER_SCALE, dim=1)
         share = _or_infinite(error / (torch.maximum(numbers.abs(), step) / 4))
-        self.count += int(differ.sum())
+        self.count += int(torch.count_nonzero(differ))
         self._widen(error.max())
         self.bound_used = max(self.bound_used, float(share.max()))
 
@@ -205,15 +207,24 @@ def _differing(wide: torch.Tensor, narrow: torch.Tensor) -> tuple[torch.Tensor |
 
     A NaN agrees with a NaN of another type, as types do not keep its sign and payload.
     """
-    rounded, bits = wide.to(narrow.dtype), BITS[narrow.itemsize]
-    back = rounded.to(wide.dtype)
-    lost = 0 if torch.equal(back, wide) else int(((back != wide) & ~wide.isnan()).sum())
-    if torch.equal(rounded.view(bits), narrow.view(bits)):
+    rounded, is_same_type = wide.to(narrow.dtype), wide.dtype == narrow.dtype
+    lost = 0 if is_same_type else _lost(wide, rounded)
+    if torch.equal(_bits(rounded), _bits(narrow)):
         return None, lost
-    differ = rounded.view(bits) != narrow.view(bits)
-    if wide.dtype != narrow.dtype:
+    differ = _bits(rounded) != _bits(narrow)
+    if not is_same_type:
         differ &= ~(rounded.isnan() & narrow.isnan())
     return (differ if differ.any() else None), lost
+
+
+def _bits(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.view(BITS[numbers.itemsize])
+
+
+def _lost(wide: torch.Tensor, rounded: torch.Tensor) -> int:
+    """How many numbers are others after rounding; a NaN stays one."""
+    back = rounded.to(wide.dtype)
+    return 0 if torch.equal(back, wide) else int(torch.count_nonzero((back != wide) & ~wide.isnan()))
 
 
 def _or_infinite(difference: torch.Tensor) -> torch.Tensor:
