@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import Quantizer
 from . import report as reports
-from .checkpoint import MODEL_TYPE, read_json
 from .hf_side import DTYPES, reference_folder, skeleton, tensors_of, write_files
 from .journal import fingerprint
 from .layouts import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
@@ -226,7 +225,7 @@ def plan_export(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype} is unknown; choose {', '.join(DTYPES)}")
-    config = read_config(folder, with_vision=read_json(folder / "config.json").get("model_type") == MODEL_TYPE)
+    config = read_config(folder)
     everything = parameters(shapes_of(config), config.num_key_value_heads)
     check_tensors(checkpoint, everything)
     check_config(checkpoint.folder, config)

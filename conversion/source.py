@@ -111,12 +111,10 @@ def open_source(folder: Path) -> Source:
     return source
 
 
-def read_config(folder: Path, *, with_vision: bool | None = None) -> "GPTOSSVisionConfig":
+def read_config(folder: Path) -> "GPTOSSVisionConfig":
     """The config of a checkpoint, which remembers the folder as its ``name_or_path``.
 
-    Args:
-        folder: where it is.
-        with_vision: as what it is read; None is what its ``model_type`` says: a stock gpt-oss becomes a model without.
+    That of a stock gpt-oss becomes the config of a model without vision.
 
     Raises:
         FileNotFoundError: there is none.
@@ -130,7 +128,7 @@ def read_config(folder: Path, *, with_vision: bool | None = None) -> "GPTOSSVisi
 
     own = {name: value for name, value in fields.items() if name not in (*OF_THE_FILE, *OF_DTYPE)}
     own |= {"dtype": _dtype_in(folder, fields), "name_or_path": str(folder)}
-    if not (model_type == MODEL_TYPE if with_vision is None else with_vision):
+    if model_type == TEXT_MODEL_TYPE:
         own["use_vision"] = False
     with buildable(folder / "config.json"):
         counts = {name: fields[name] for name in COUNTS if isinstance(fields.get(name), int)}
