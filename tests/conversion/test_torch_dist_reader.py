@@ -202,7 +202,7 @@ def test_a_flipped_bit_is_found(where: str, problem: str, tmp_path: Path):
         read(tensor, whole(tensor.shape))
 
 
-def flags_of_entries(data: bytes) -> list[int]:
+def flags_of_entries(data: bytearray) -> list[int]:
     """Where the flags of a zip's entries are, as its table and as each entry has them; the method follows."""
     table = [at.start() + 8 for at in re.finditer(b"PK\x01\x02", data)]
     return table + [at.start() + 6 for at in re.finditer(b"PK\x03\x04", data)]
