@@ -129,16 +129,18 @@ def convert_export(
     ignored = {"--text-only": text_only, "--dtype": dtype, "--base": base}
     if adapter and any(ignored.values()):
         raise UsageError(f"--adapter does not go with {', '.join(name for name, given in ignored.items() if given)}")
+    from rich.console import Console
+
+    console = Console(stderr=True)
     if adapter:
         from .conversion.lora import export_adapters
 
-        return _tell(out, export_adapters(megatron, out, hf=hf, overwrite=overwrite, dry_run=dry_run), dry_run)
-    from rich.console import Console
-
+        done = export_adapters(megatron, out, hf=hf, overwrite=overwrite, dry_run=dry_run, console=console)
+        return _tell(out, done, dry_run)
     from .conversion.exporting import export_checkpoint
 
     choices = {"dtype": dtype or "bf16", "text_only": text_only, "hf": hf, "base": base}
-    output = {"jobs": jobs, "overwrite": overwrite, "dry_run": dry_run, "console": Console(stderr=True)}
+    output = {"jobs": jobs, "overwrite": overwrite, "dry_run": dry_run, "console": console}
     return _tell(out, export_checkpoint(megatron, out, **choices, **output), dry_run)
 
 

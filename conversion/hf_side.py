@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.ops.mxfp4 import BLOCK
-from .checkpoint import read_json
+from .checkpoint import config_fields, read_json
 from .layouts import MXFP4_PARTS
 from .safetensors_writer import Tensor
 from .torch_dist_reader import TorchDistCheckpoint
@@ -82,17 +82,17 @@ def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:
         FileNotFoundError: there is no config.
         ValueError: one of the files is no JSON.
     """
-    folder = folder_of_files([hf] if hf else [place / KEPT_IN for place in (checkpoint.folder, checkpoint.root)])
-    if folder is not None:
-        for name in CHECKED_FILES:
-            if (folder / name).is_file():
-                read_json(folder / name)
-        return folder
-    if hf:
-        raise FileNotFoundError(f"{hf} holds no config.json; name the folder of a Hugging Face checkpoint with --hf")
-    raise FileNotFoundError(
-        f"{checkpoint.folder} keeps no config of its model; name the Hugging Face checkpoint it came from with --hf"
-    )
+    if hf is not None:
+        config_fields(hf)
+    folder = hf or folder_of_files(place / KEPT_IN for place in (checkpoint.folder, checkpoint.root))
+    if folder is None:
+        raise FileNotFoundError(
+            f"{checkpoint.folder} keeps no config of its model; name the Hugging Face checkpoint it came from with --hf"
+        )
+    for name in CHECKED_FILES:
+        if (folder / name).is_file():
+            read_json(folder / name)
+    return folder
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ their hashes can be compared; where the output has no such tensors, of an assemb
 ``hf`` names the tensors of the Hugging Face checkpoint that it was made of, or that it becomes. A hash is XXH3-128 over
 the tensor's bytes, little-endian, its last axis fastest: as import writes it, as export and verify read it, and, where
 export merges an adapter, of the merged numbers in fp32. ``nan`` and ``inf`` are counts, left out where they are 0.
+``left_out`` names what was not compared, or not taken.
 """
 
 import json
