@@ -76,8 +76,6 @@ def generate(
     from .conversion.checkpoint import check_checkpoint
 
     check_checkpoint(model)
-    # torchao 0.17, which transformers imports where it is, has a wrong escape that Python tells of when it compiles it.
-    warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning)
     from .recipes import generate as recipe
 
     choice = recipe.Sampling(**sampling)
@@ -278,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: the entry point of the installed script."""
     arguments = vars(parser().parse_args(argv))
     run, debug = arguments.pop("run"), arguments.pop("debug")
+    # torchao 0.17, which transformers imports where it is, has a wrong escape that Python tells of when it compiles it.
+    warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning)
     return attempt(partial(run, **arguments), debug)
 
 
