@@ -6,7 +6,7 @@ model.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -29,8 +29,8 @@ from .layouts import MXFP4_PARTS
 from .safetensors_reader import Stored, listed, read_index
 from .safetensors_writer import ShardPlan, Tensor, plan_shards
 from .source import TEXT_MODEL_TYPE, buildable, open_source, room_for
-from .stream import BLOCK, STEP, Unit, Worker, constant
-from .work import Work, carry_out
+from .stream import BLOCK, STEP, Unit, Worker
+from .work import ShardedWork, carry_out
 
 ADAPTER, TOWER = "model.vision_adapter.", "model.vision_adapter.vit."
 
@@ -78,7 +78,7 @@ def assemble(
 
 
 @dataclass(frozen=True)
-class Assembly(Work):
+class Assembly(ShardedWork):
     """One assembly, planned.
 
     Attributes:
@@ -113,19 +113,13 @@ class Assembly(Work):
         return [self.text, self.vision]
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the files of weights."""
-        return self.shards.sizes
-
-    @property
     def bytes_read(self) -> int:
         """Bytes of the tensors that are taken."""
         return sum(stored.nbytes for stored in self.copied.values())
 
-    def units(self) -> list[Unit]:
-        """The work, the largest tensors first."""
-        ordered = sorted(self.tensors, key=lambda tensor: -tensor.nbytes)
-        return [*(constant(*each) for each in self.shards.headers.items()), *map(self._unit, ordered)]
+    def tensor_units(self) -> Iterable[Unit]:
+        """The largest tensors first."""
+        return map(self._unit, sorted(self.tensors, key=lambda tensor: -tensor.nbytes))
 
     def _unit(self, tensor: Tensor) -> Unit:
         stored, place = self.copied.get(tensor.name), self.shards.places[tensor.name]

@@ -1,6 +1,6 @@
 """Megatron → Hugging Face, streamed: sharded safetensors from any `torch_dist` checkpoint, without building a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -19,19 +19,18 @@ from .journal import fingerprint
 from .layouts import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
 from .lora import Adapters, check_adapters, is_adapter_checkpoint, open_base, read_adapters
 from .run_config import check_config
-from .safetensors_reader import listed
 from .safetensors_writer import SHARD_BYTES, ShardPlan, Tensor, plan_shards
-from .source import read_config, room_for, shapes_of
-from .stream import STEP, Unit, Worker, constant
+from .source import read_config, refuse_mismatch, room_for, shapes_of
+from .stream import STEP, Unit, Worker
 from .torch_dist_reader import Region, TorchDistCheckpoint, open_checkpoint, read_region, whole
-from .work import Work, carry_out
+from .work import ShardedWork, carry_out
 
 OF_VISION = ("vision_adapter.", "mlp.router.vision_bias")
 """In the names of what a stock gpt-oss has not."""
 
 
 @dataclass(frozen=True)
-class Export(Work):
+class Export(ShardedWork):
     """One export, planned.
 
     Attributes:
@@ -62,11 +61,6 @@ class Export(Work):
         return [self.checkpoint.root, self.reference, *([self.adapters.folder] if self.adapters else [])]
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the files of weights."""
-        return self.shards.sizes
-
-    @property
     def bytes_read(self) -> int:
         """Bytes of the weights that are read, and of the adapters."""
         sizes = (prod(each.shape) * self.checkpoint.tensors[each.key].dtype.itemsize for each in self.parameters)
@@ -88,10 +82,9 @@ class Export(Work):
         entries = {parameter.name: results[parameter.name] for parameter in self.parameters}
         return {"source": str(self.checkpoint.folder), **adapters, "written_as": self.dtype, "tensors": entries}
 
-    def units(self) -> list[Unit]:
-        """The work, the largest parameters first so that none is left alone at the end."""
-        ordered = sorted(self.parameters, key=lambda parameter: -prod(parameter.shape))
-        return [*(constant(*each) for each in self.shards.headers.items()), *map(self._unit, ordered)]
+    def tensor_units(self) -> Iterable[Unit]:
+        """The largest parameters first, so that none is left alone at the end."""
+        return map(self._unit, sorted(self.parameters, key=lambda parameter: -prod(parameter.shape)))
 
     def _unit(self, parameter: Parameter) -> Unit:
         stored, places = self.checkpoint.tensors[parameter.key], self._places(parameter)
@@ -112,8 +105,10 @@ class Export(Work):
 
     def _room_to_merge(self, parameter: Parameter, rows: int) -> int:
         """Bytes of scratch for rows of a parameter with its adapter, at the scratch's end; 0 where it has none."""
-        is_adapted = self.adapters is not None and parameter.key in self.adapters.pairs
-        return 4 * rows * prod(parameter.shape[1:]) if is_adapted else 0
+        return 4 * rows * prod(parameter.shape[1:]) if self._adapters_of(parameter) else 0
+
+    def _adapters_of(self, parameter: Parameter) -> Adapters | None:
+        return self.adapters if self.adapters and parameter.key in self.adapters.pairs else None
 
     def _is_packed(self, parameter: Parameter) -> bool:
         return parameter.hf[0] not in self.targets
@@ -135,9 +130,9 @@ class Export(Work):
         blocks = blocks_of(parameter, stored.dtype)
         for block in blocks:
             numbers = read_region(worker, stored, region_of(parameter, block))
-            if self.adapters and parameter.key in self.adapters.pairs:
+            if adapters := self._adapters_of(parameter):
                 merged = worker.scratch[-self._room_to_merge(parameter, block.stop - block.start) :]
-                numbers = self.adapters.merge(parameter, block, numbers, merged.view(torch.float32))
+                numbers = adapters.merge(parameter, block, numbers, merged.view(torch.float32))
             digest.update(numbers)
             places = [_rows_of(place, block, blocks[-1].stop) for place in self._places(parameter)]
             self._lay_out(worker, parameter, numbers.view(-1, *parameter.shape[1:]), places)
@@ -164,9 +159,8 @@ class Export(Work):
             return
         shapes = [self.targets[name].shape[parameter.expert is not None :] for name in parameter.hf]
         parts = [room.view(shape) for room, shape in zip(rooms, shapes, strict=True)]
-        start = room_for(
-            numbers.numel() * self.checkpoint.tensors[parameter.key].dtype.itemsize
-        )  # merged numbers lie elsewhere
+        stored = self.checkpoint.tensors[parameter.key].dtype
+        start = room_for(numbers.numel() * stored.itemsize)  # after what was read; merged numbers lie elsewhere
         scratch = worker.scratch[start : start + numbers.numel() * parts[0].itemsize].view(parts[0].dtype)
         to_hf(parameter, numbers.view(parameter.shape), parts, scratch.view(parameter.shape))
 
@@ -258,9 +252,7 @@ def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[Parameter]) 
         "tensors of another shape": wrong,
         "tensors of the checkpoint that nothing reads": sorted(found.keys() - shapes.keys()),
     }
-    said = [f"{title}: {listed(names)}" for title, names in titles.items() if names]
-    if said:
-        raise ValueError(f"{checkpoint.folder} does not match its config. {'; '.join(said)}.")
+    refuse_mismatch(checkpoint.folder, titles)
 
 
 def export_checkpoint(

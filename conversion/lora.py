@@ -8,7 +8,7 @@ also where all experts share one. The weights are in the checkpoint that trainin
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,9 @@ from .run_config import check_config
 from .safetensors_reader import listed
 from .safetensors_writer import ShardPlan, Tensor, plan_shards
 from .source import read_config, room_for, shapes_of
-from .stream import Memory, Unit, Worker, constant, stream
+from .stream import Memory, Unit, Worker, stream
 from .torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
-from .work import Work, carry_out
+from .work import ShardedWork, carry_out
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -201,7 +201,7 @@ def export_adapters(
 
 
 @dataclass(frozen=True)
-class AdapterExport(Work):
+class AdapterExport(ShardedWork):
     """An export of adapters alone, planned: all are in memory.
 
     Attributes:
@@ -224,11 +224,6 @@ class AdapterExport(Work):
         return [self.adapters.folder]
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the file of weights."""
-        return self.shards.sizes
-
-    @property
     def bytes_read(self) -> int:
         """Bytes of the adapters."""
         return self.adapters.nbytes
@@ -238,9 +233,9 @@ class AdapterExport(Work):
         """Bytes of the adapters, in both forms."""
         return self.adapters.nbytes + sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def units(self) -> list[Unit]:
+    def tensor_units(self) -> Iterable[Unit]:
         """One for every tensor."""
-        return [*(constant(*each) for each in self.shards.headers.items()), *map(self._unit, self.tensors)]
+        return map(self._unit, self.tensors)
 
     def _unit(self, name: str) -> Unit:
         numbers, place = self.tensors[name], self.shards.places[name]

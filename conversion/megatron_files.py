@@ -17,12 +17,13 @@ from typing import Any, cast
 import torch
 
 from .journal import Journal
+from .run_config import NAME as RUN_CONFIG
 from .source import Source
 
 UNIT = "Megatron's files"
 ITERATION = "iter_0000000"
 FILES = (
-    *(f"{ITERATION}/{name}" for name in ("run_config.yaml", "metadata.json", "train_state.pt")),
+    *(f"{ITERATION}/{name}" for name in (RUN_CONFIG, "metadata.json", "train_state.pt")),
     "latest_train_state.pt",
     "latest_checkpointed_iteration.txt",
 )
@@ -139,7 +140,7 @@ def write_files(source: Source, dtype: torch.dtype, output: Path, out: Path) -> 
     )
     folder = output / ITERATION
     folder.mkdir(exist_ok=True)
-    config.to_yaml(str(folder / "run_config.yaml"))
+    config.to_yaml(str(folder / RUN_CONFIG))
     save_config(CheckpointingConfig("torch_dist"), str(folder))
     # Megatron-Bridge sets this number when it saves, in another precision than its own object has.
     state = TrainState().state_dict() | {"floating_point_operations_so_far": torch.tensor(0.0)}

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint as a source of parameters: which tensors it must hold, whether it does, reading them."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +26,10 @@ OF_DTYPE = ("dtype", "torch_dtype")
 """Fields of a config that name the type of its weights, the later name first."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-COUNTS += ("head_dim", "num_local_experts", "num_experts_per_tok", "vocab_size")
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "num_local_experts", "num_experts_per_tok", "vocab_size"),
+)
 """Fields of a config that transformers takes at 0 or less, and divides by or builds nothing from."""
 
 
@@ -203,9 +205,18 @@ def _check(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
         "tensors of another shape or type": wrong,
         "tensors of the checkpoint that nothing reads": sorted(source.tensors.keys() - used),
     }
+    refuse_mismatch(source.folder, titles)
+
+
+def refuse_mismatch(folder: Path, titles: Mapping[str, list[str]]) -> None:
+    """Refuse a checkpoint for what is wrong with its tensors: names under titles, if any.
+
+    Raises:
+        ValueError: listing them.
+    """
     said = [f"{title}: {listed(names)}" for title, names in titles.items() if names]
     if said:
-        raise ValueError(f"{source.folder} does not match its config. {'; '.join(said)}.")
+        raise ValueError(f"{folder} does not match its config. {'; '.join(said)}.")
 
 
 def _packed_shapes(name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -83,12 +83,9 @@ class StoredTensor:
 
     @cached_property
     def _grid(self) -> tuple[np.ndarray, np.ndarray]:
-        starts = np.array([chunk.offsets for chunk in self.chunks], dtype=np.int64).reshape(
-            len(self.chunks), len(self.shape)
-        )
-        sizes = np.array([chunk.sizes for chunk in self.chunks], dtype=np.int64).reshape(
-            len(self.chunks), len(self.shape)
-        )
+        shape = len(self.chunks), len(self.shape)
+        starts = np.array([chunk.offsets for chunk in self.chunks], dtype=np.int64).reshape(shape)
+        sizes = np.array([chunk.sizes for chunk in self.chunks], dtype=np.int64).reshape(shape)
         return starts, starts + sizes
 
     def parts(self, region: Region) -> list[Part]:

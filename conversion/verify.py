@@ -23,7 +23,7 @@ from .difference import Difference
 from .exporting import OF_VISION, blocks_of, check_tensors, region_of
 from .layouts import KEPT_WHOLE, Parameter, to_hf
 from .progress import Progress
-from .run_config import check_config, read_run_config
+from .run_config import check_config, read_run_config, section
 from .safetensors_reader import listed
 from .source import Source, open_source, room_for
 from .stream import Memory, Unit, Worker, stream
@@ -174,8 +174,8 @@ def _in_common(source: Source, checkpoint: TorchDistCheckpoint) -> tuple[Compari
         parameters = [parameter for parameter in parameters if not _is_of_vision(parameter.key)]
         tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if not _is_of_vision(key)}
         checkpoint = replace(checkpoint, tensors=tensors)
-        trained = read_run_config(checkpoint.folder).get("model")
-        vision = {name: trained[name] for name in VISION_FIELDS if name in trained} if isinstance(trained, dict) else {}
+        trained = section(checkpoint.folder, read_run_config(checkpoint.folder), "model")
+        vision = {name: trained[name] for name in VISION_FIELDS if name in trained}
         config = type(config).from_dict(config.to_dict() | vision)
     check_tensors(checkpoint, parameters)
     check_config(checkpoint.folder, config)

@@ -12,7 +12,8 @@ from rich.console import Console
 from . import report as reports
 from .journal import Journal, check_space, exists, open_output, partial_of, refuse_foreign
 from .progress import Progress
-from .stream import Unit, peak_memory, stream
+from .safetensors_writer import ShardPlan
+from .stream import Unit, constant, peak_memory, stream
 
 
 class Work(ABC):
@@ -62,6 +63,29 @@ class Work(ABC):
     @abstractmethod
     def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """What the report says of this conversion, its ``tensors`` above all, given what the units returned."""
+
+
+class ShardedWork(Work):
+    """A conversion into safetensors files, each of which begins with a header.
+
+    Attributes:
+        shards: where everything will lie.
+    """
+
+    shards: ShardPlan
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of the files of weights."""
+        return self.shards.sizes
+
+    def units(self) -> list[Unit]:
+        """The headers, then the tensors."""
+        return [*(constant(*header) for header in self.shards.headers.items()), *self.tensor_units()]
+
+    @abstractmethod
+    def tensor_units(self) -> Iterable[Unit]:
+        """What writes the tensors, in the order in which it is begun."""
 
 
 def carry_out(
