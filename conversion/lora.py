@@ -196,7 +196,8 @@ def export_adapters(
         raise ValueError(f"{checkpoint.folder} holds no adapters; export it without --adapter")
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
     work = plan_adapter_export(read_adapters(checkpoint), folder)
-    plan = {"source": fingerprint(checkpoint.folder, apart_from=out), "reference": fingerprint(folder, apart_from=out)}
+    plan: dict[str, Any] = {"megatron": str(checkpoint.folder)}
+    plan |= {"source": fingerprint(checkpoint.folder, apart_from=out), "reference": fingerprint(folder, apart_from=out)}
     return carry_out(work, out, plan, jobs=1, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
@@ -205,12 +206,14 @@ class AdapterExport(ShardedWork):
     """An export of adapters alone, planned: all are in memory.
 
     Attributes:
+        reference: folder of the model's config.
         adapters: as Megatron has them.
         tensors: as PEFT has them.
         described: what PEFT has to know.
         shards: where they go: one file.
     """
 
+    reference: Path
     adapters: Adapters
     tensors: dict[str, torch.Tensor]
     described: "LoraConfig"
@@ -220,8 +223,8 @@ class AdapterExport(ShardedWork):
 
     @property
     def sources(self) -> list[Path]:
-        """The checkpoint of the adapters."""
-        return [self.adapters.folder]
+        """The checkpoint of the adapters, and where the model's config is."""
+        return [self.adapters.folder, self.reference]
 
     @property
     def bytes_read(self) -> int:
@@ -275,7 +278,7 @@ def plan_adapter_export(adapters: Adapters, folder: Path) -> AdapterExport:
     adapted = [parameter for parameter in everything if parameter.key in adapters.pairs]
     described, tensors = _peft_config(adapters, adapted), _peft_tensors(adapters, adapted, shapes)
     planned = [Tensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    return AdapterExport(adapters, tensors, described, plan_shards(planned, "adapter_model", sys.maxsize))
+    return AdapterExport(folder, adapters, tensors, described, plan_shards(planned, "adapter_model", sys.maxsize))
 
 
 def check_adapters(adapters: Adapters, wanted: Sequence[Parameter]) -> None:

@@ -361,3 +361,14 @@ def test_an_export_for_peft_that_is_killed_is_continued_to_the_same_bytes(
     out = tmp_path / "out"
     continued, completed = survives_kills(lambda: export_adapters(everything, out), out, 20, time.time_ns() % 10**6)
     assert continued and completed
+
+
+def test_an_export_does_not_replace_the_checkpoint_that_its_config_is_from(
+    everything: Path, start: Path, tmp_path: Path
+):
+    hf = tmp_path / "hf"
+    export_checkpoint(start / "megatron", hf)
+    for export in (export_adapters, export_checkpoint):
+        with pytest.raises(FileExistsError, match="is what is converted"):
+            export(everything, hf, hf=hf, overwrite=True)
+    assert (hf / "model.safetensors").is_file()
