@@ -19,6 +19,10 @@ from pathlib import Path
 from typing import Any
 
 SECONDS_OF_PATIENCE = 1.0
+"""How long a call asks for the lock of another."""
+
+REMOVALS = 1000
+"""How often other calls may remove a folder between our making it and our locking it, before we call it broken."""
 
 COMPLETE = "complete"
 """Name of the last line: all files are written and synced, only renaming is left."""
@@ -29,6 +33,9 @@ FORGOTTEN = "forgotten"
 
 OURS = {"lock", "journal", "output", "replaced", "rubbish"}
 """What a partial output's folder may hold."""
+
+NFS_KEEPS = ".nfs"
+"""How the names begin that NFS gives to removed files for as long as a process holds them open."""
 
 
 class Journal:
@@ -134,7 +141,7 @@ class Journal:
         self._file.unlink(missing_ok=True)
         sync(self.partial)
         for entry in self.partial.iterdir():
-            if entry != lock_file(self.partial):
+            if entry != lock_file(self.partial) and not entry.name.startswith(NFS_KEEPS):
                 _remove(entry)
 
     def _restore(self) -> None:
@@ -238,9 +245,13 @@ def refuse_foreign(partial: Path) -> None:
     Raises:
         FileExistsError: it is a file, or a folder that no call has begun.
     """
-    names = (
-        {path.name for path in partial.iterdir()} if partial.is_dir() else {""} if os.path.lexists(partial) else set()
-    )
+    try:
+        # One look: between two, another call may have made the folder, or removed it.
+        names = {name for name in os.listdir(partial) if not name.startswith(NFS_KEEPS)}
+    except NotADirectoryError:
+        names = {partial.name}
+    except FileNotFoundError:
+        names = {partial.name} if partial.is_symlink() else set()
     if names and not (names <= OURS and names & {"lock", "journal"}):
         raise FileExistsError(f"{partial} is in the way, and no conversion has made it; move it away")
 
@@ -293,13 +304,14 @@ def _hold(partial: Path) -> int:
 
     A process that was killed may have had a fork, which dies a moment later; so the lock is asked for more than once.
     """
-    patience = time.monotonic() + SECONDS_OF_PATIENCE
+    patience, removals = time.monotonic() + SECONDS_OF_PATIENCE, 0
     while True:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             held = os.open(lock_file(partial), os.O_RDWR | os.O_CREAT, 0o644)
         except (FileExistsError, FileNotFoundError):  # another call has just finished, and removed what was there
-            if time.monotonic() > patience:
+            removals += 1
+            if removals > REMOVALS:
                 raise
             continue
         try:

@@ -7,8 +7,9 @@ import itertools
 import os
 import shutil
 import stat
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -304,19 +305,35 @@ def test_what_is_locked_is_a_file_that_is_open_for_writing(tmp_path: Path):
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_calls_that_come_as_others_finish_do_not_harm_each_other(tmp_path: Path):
-    """Each removes the lock that the others may just have opened."""
-    out = tmp_path / "out"
+MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(params=["disk", "memory"])
+def quick(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    """A folder, and how often it can be written in a second or two: in memory often enough to meet every race."""
+    if request.param == "disk":
+        yield tmp_path, 30
+    elif not os.access(MEMORY, os.W_OK):
+        pytest.skip(f"no {MEMORY}")
+    else:
+        with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+            yield Path(folder), 600
+
+
+def test_calls_that_come_as_others_finish_do_not_harm_each_other(quick: tuple[Path, int]):
+    """Each removes the lock that the others may just have opened, and the folder that they may be looking at."""
+    folder, times = quick
+    out = folder / "out"
 
     def write_often(action: str) -> None:
-        for _ in range(30):
+        for _ in range(times):
             with contextlib.suppress(BlockingIOError):
                 write(out, PLAN | {"action": action}, overwrite=True)
 
     children = [fork(lambda action=action: write_often(action)) for action in ("a", "b", "c")]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     assert (out / "one").read_text() == (out / "two").read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in folder.iterdir()] == ["out"]
 
 
 def test_a_second_call_is_refused_and_harms_nothing(tmp_path: Path):
@@ -410,6 +427,15 @@ def test_what_only_bears_the_name_of_a_partial_output_is_left_alone(
         with pytest.raises(FileExistsError, match=r"out\.partial is in the way, and no conversion has made it"):
             write(tmp_path / "out", overwrite=overwrite)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_nfs_keeps_of_a_lock_that_another_call_still_has_open_is_left_to_it(tmp_path: Path):
+    kept = tmp_path / "out.partial" / ".nfs00000001"
+    kept.parent.mkdir()
+    kept.touch()
+    write(tmp_path / "out")
+    assert (tmp_path / "out" / "two").is_file()
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
 
 
 def test_new_folders_above_an_output_go_with_it_when_it_fails(tmp_path: Path):
