@@ -184,7 +184,8 @@ def _tell(out: Path, report: dict, dry_run: bool) -> int:
 
     moved = f"{decimal(report['bytes_read'])} read, {decimal(report['bytes_written'])} written"
     if dry_run:
-        print(f"Would write {out}: {moved}, with {decimal(report['peak_memory'])} of buffers.")
+        room = f"{decimal(report['peak_memory'])} of buffers; its disk has {decimal(report['free'])} free"
+        print(f"Would write {out}: {moved}, with {room}.")
     else:
         print(f"{out} is complete: {len(report['tensors'])} tensors, {moved}; conversion.json has a hash of each.")
     return 0

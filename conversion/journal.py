@@ -48,7 +48,7 @@ class Journal:
 
     def __init__(self, out: Path, partial: Path, lock: int):
         self.out, self.partial, self._lock = out, partial, lock
-        self.output, self._replaced, self._file = partial / "output", partial / "replaced", partial / "journal"
+        self.output, self._replaced, self._file = output_of(partial), partial / "replaced", partial / "journal"
         self.results: dict[str, Any] = {}
         self._overwrite = False
 
@@ -81,10 +81,6 @@ class Journal:
         self._append({FORGOTTEN: names})
         for name in names:
             del self.results[name]
-
-    def allocated(self) -> int:
-        """Bytes that the partial output takes on the disk already."""
-        return sum(file.stat().st_blocks * 512 for file in self.output.rglob("*") if file.is_file())
 
     def release(self) -> None:
         """Close this process's end of the lock. In a fork: the lock stays the parent's alone."""
@@ -219,24 +215,31 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
                 folder.rmdir()
 
 
-def check_space(journal: Journal, needed: int) -> None:
+def check_space(out: Path, needed: int) -> int:
     """Refuse to begin what the disk cannot hold.
 
     Args:
-        journal: its partial output counts as paid for.
+        out: absolute path of the output; what its partial output takes already counts as paid for.
         needed: bytes of the whole output.
+
+    Returns:
+        Bytes that are free on its disk.
 
     Raises:
         OSError: naming both numbers.
     """
-    disk = os.statvfs(journal.partial)
-    missing, free = needed - journal.allocated(), disk.f_bavail * disk.f_frsize
+    partial = partial_of(out)
+    disk = os.statvfs(next(folder for folder in (partial, *partial.parents) if folder.exists()))
+    written = (file for file in output_of(partial).rglob("*") if file.is_file())
+    allocated = sum(file.stat().st_blocks * 512 for file in written)
+    missing, free = needed - allocated, disk.f_bavail * disk.f_frsize
     if missing > free:
         raise OSError(
             errno.ENOSPC,
-            f"{journal.out} needs {missing / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free; "
+            f"{out} needs {missing / 1e9:.2f} GB more and its disk has {free / 1e9:.2f} GB free; "
             "make room or name a folder on another disk",
         )
+    return free
 
 
 def refuse_foreign(partial: Path) -> None:
@@ -259,6 +262,11 @@ def refuse_foreign(partial: Path) -> None:
 def partial_of(out: Path) -> Path:
     """Where an output is until it is complete."""
     return out.parent / f"{out.name}.partial"
+
+
+def output_of(partial: Path) -> Path:
+    """Where the files of a partial output are."""
+    return partial / "output"
 
 
 def fingerprint(folder: Path, *, apart_from: Path | None = None) -> dict[str, list[int]]:

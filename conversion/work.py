@@ -110,7 +110,8 @@ def carry_out(
         console: where progress and warnings go; None is nowhere.
 
     Returns:
-        The report that lies in `out` too; for a dry run its totals, ``peak_memory`` and how many ``files``.
+        The report that lies in `out` too; for a dry run its totals, ``peak_memory``, bytes ``free`` on the disk, and
+        how many ``files``.
 
     Raises:
         FileExistsError: `out` exists, or holds another conversion's beginning, or is no folder to be replaced.
@@ -123,11 +124,12 @@ def carry_out(
         refuse_foreign(partial_of(out))
         if os.path.lexists(out) and not overwrite:
             raise exists(out)
-        return totals | {"peak_memory": peak_memory(units, jobs) + work.held, "files": len(work.sizes)}
+        free = check_space(out, totals["bytes_written"])
+        return totals | {"peak_memory": peak_memory(units, jobs) + work.held, "free": free, "files": len(work.sizes)}
     plan = {"action": work.action, "versions": reports.versions(), "out": str(out), **plan}
     with open_output(out, plan, overwrite=overwrite) as journal:
         if not journal.is_complete:
-            check_space(journal, totals["bytes_written"])
+            check_space(journal.out, totals["bytes_written"])
             with work.beside(journal), Progress(work.title, sum(unit.nbytes for unit in units), console) as progress:
                 results = stream(units, journal, work.sizes, jobs=jobs, progress=progress)
             work.write_files(journal.output)

@@ -87,7 +87,7 @@ def make(folder: Path, config: GPTOSSVisionConfig, **options: Any) -> int:
     units = [constant(*item) for item in plan.headers.items()] + [unit_of(tensor, plan) for tensor in tensors]
     total = sum(plan.sizes.values())
     with open_output(folder, {"config": config.to_dict() | {"dtype": "bfloat16"}}, **options) as journal:
-        check_space(journal, total)
+        check_space(journal.out, total)
         with Progress("Making", total, Console(stderr=True)) as progress:
             stream(units, journal, plan.sizes, jobs=3, progress=progress)
         config.save_pretrained(journal.output)

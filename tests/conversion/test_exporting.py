@@ -291,6 +291,7 @@ def test_a_dry_run_writes_nothing_and_says_how_much(megatron: Path, tmp_path: Pa
     export_checkpoint(megatron, tmp_path / "out")
     assert plan["bytes_written"] == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert plan["peak_memory"] == sum(made) > 0
+    assert plan["free"] > plan["bytes_written"]
 
 
 def changed(megatron: Path, folder: Path, edit) -> Path:

@@ -93,12 +93,12 @@ def _mount(*arguments: bytes | int | None) -> None:
         raise OSError(error, os.strerror(error))
 
 
-def convert(arguments: tuple[str, str, str], checkpoints: Path, out: Path) -> tuple[int, str]:
+def convert(arguments: tuple[str, str, str], checkpoints: Path, out: Path, *options: str) -> tuple[int, str]:
     """Exit code, and the last line of what the command said."""
     action, option, source = arguments
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = cli.main(["convert", action, option, str(checkpoints / source), "--out", str(out)])
+        code = cli.main(["convert", action, option, str(checkpoints / source), "--out", str(out), *options])
     assert "Traceback" not in said.getvalue()
     return code, said.getvalue().splitlines()[-1]
 
@@ -115,11 +115,12 @@ def test_too_small_from_the_start_it_is_told_in_numbers_and_nothing_is_left(
     arguments: tuple[str, str, str], checkpoints: Path, tmp_path: Path, on_disk: Disk
 ):
     def run() -> None:
-        code, sentence = convert(arguments, checkpoints, tmp_path / "out")
-        assert code == 1
-        numbers = r"needs 0\.02 GB more and its disk has 0\.01 GB free"
-        assert re.fullmatch(rf"gpt-oss-vision: {tmp_path}/out {numbers}; make room or name .* disk", sentence), sentence
-        assert not list(tmp_path.iterdir())
+        for options in (["--dry-run"], []):
+            code, sentence = convert(arguments, checkpoints, tmp_path / "out", *options)
+            assert code == 1
+            numbers = rf"{tmp_path}/out needs 0\.02 GB more and its disk has 0\.01 GB free"
+            assert re.fullmatch(rf"gpt-oss-vision: {numbers}; make room or name .* disk", sentence), sentence
+            assert not list(tmp_path.iterdir())
 
     on_disk(tmp_path, TOO_SMALL, run)
 
@@ -127,8 +128,8 @@ def test_too_small_from_the_start_it_is_told_in_numbers_and_nothing_is_left(
 def before_it_is_reserved(disk: Path, patch: pytest.MonkeyPatch) -> None:
     """Another program takes all but 1 MiB when there was found to be enough."""
 
-    def check_and_fill(journal: Journal, needed: int) -> None:
-        check_space(journal, needed)
+    def check_and_fill(out: Path, needed: int) -> None:
+        check_space(out, needed)
         fill(disk, leaving=2**20)
 
     patch.setattr(work, "check_space", check_and_fill)

@@ -249,6 +249,7 @@ def test_a_dry_run_writes_nothing_and_says_how_much(both: Path, tmp_path: Path, 
     made = buffers_made(monkeypatch)
     import_checkpoint(both / "hf", tmp_path / "out")
     assert plan["peak_memory"] == sum(made) > 0
+    assert plan["free"] > plan["bytes_written"]
 
 
 def losses(out: Path, start: Path, checkpoint: Path) -> list[float]:

@@ -354,7 +354,7 @@ def test_bad_input_leaves_nothing(tmp_path: Path):
 def test_too_small_a_disk_is_told_with_both_numbers(tmp_path: Path):
     with open_output(tmp_path / "out", PLAN) as journal:
         with pytest.raises(OSError, match=r"needs 1000000.00 GB more and its disk has \d+\.\d\d GB free") as failure:
-            check_space(journal, 10**15)
+            check_space(journal.out, 10**15)
         assert failure.value.errno == errno.ENOSPC
 
 
@@ -363,7 +363,7 @@ def test_what_is_written_already_counts_as_paid_for(tmp_path: Path):
         (journal.output / "file").write_bytes(bytes(2**20))
         os.sync()
         disk = os.statvfs(tmp_path)
-        check_space(journal, disk.f_bavail * disk.f_frsize + 2**19)
+        check_space(journal.out, disk.f_bavail * disk.f_frsize + 2**19)
 
 
 def test_an_output_within_the_source_is_no_part_of_it(tmp_path: Path):
