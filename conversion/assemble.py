@@ -24,12 +24,11 @@ from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from . import report as reports
 from .checkpoint import config_fields
 from .hf_side import skeleton, write_files
-from .journal import fingerprint
 from .layouts import MXFP4_PARTS
 from .safetensors_reader import Stored, listed, read_index
 from .safetensors_writer import ShardPlan, Tensor, plan_shards
-from .source import TEXT_MODEL_TYPE, buildable, open_source, room_for
-from .stream import BLOCK, STEP, Unit, Worker
+from .source import TEXT_MODEL_TYPE, buildable, open_source
+from .stream import BLOCK, STEP, Unit, Worker, room_for
 from .work import ShardedWork, carry_out
 
 ADAPTER, TOWER = "model.vision_adapter.", "model.vision_adapter.vit."
@@ -72,8 +71,7 @@ def assemble(
     """
     text, vision, out = (Path(path).absolute() for path in (text, vision, out))
     work = plan_assembly(text, vision, seed, fields)
-    read = {name: fingerprint(path, apart_from=out) for name, path in {"text": text, "vision": vision}.items()}
-    plan = {"seed": seed, "fields": fields, "folders": [str(text), str(vision)], **read}
+    plan = {"seed": seed, "fields": fields, "folders": [str(text), str(vision)]}
     return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
@@ -108,9 +106,9 @@ class Assembly(ShardedWork):
     action, title = "assemble", "Assembling"
 
     @property
-    def sources(self) -> list[Path]:
+    def sources(self) -> dict[str, Path]:
         """Both checkpoints."""
-        return [self.text, self.vision]
+        return {"text": self.text, "vision": self.vision}
 
     @property
     def bytes_read(self) -> int:

@@ -15,18 +15,17 @@ from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import Quantizer
 from . import report as reports
 from .hf_side import DTYPES, reference_folder, skeleton, tensors_of, write_files
-from .journal import fingerprint
 from .layouts import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
 from .lora import Adapters, check_adapters, is_adapter_checkpoint, open_base, read_adapters
 from .run_config import check_config
 from .safetensors_writer import SHARD_BYTES, ShardPlan, Tensor, plan_shards
-from .source import read_config, refuse_mismatch, room_for, shapes_of
-from .stream import STEP, Unit, Worker
+from .source import read_config, refuse_mismatch, shapes_of
+from .stream import STEP, Unit, Worker, room_for
 from .torch_dist_reader import Region, TorchDistCheckpoint, open_checkpoint, read_region, whole
 from .work import ShardedWork, carry_out
 
 OF_VISION = ("vision_adapter.", "mlp.router.vision_bias")
-"""In the names of what a stock gpt-oss has not."""
+"""In the names of what a stock gpt-oss has not, in Megatron's parameters and checkpoints alike."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,10 @@ class Export(ShardedWork):
     action, title = "export", "Exporting"
 
     @property
-    def sources(self) -> list[Path]:
-        """The checkpoint, that of its adapters, and where its config is."""
-        return [self.checkpoint.root, self.reference, *([self.adapters.folder] if self.adapters else [])]
+    def sources(self) -> dict[str, Path]:
+        """The checkpoint, or that of the adapters and the one that they adapt, and where the config is."""
+        folders = {"source": self.checkpoint.folder, "reference": self.reference}
+        return folders | ({"source": self.adapters.folder, "base": self.checkpoint.folder} if self.adapters else {})
 
     @property
     def bytes_read(self) -> int:
@@ -228,10 +228,15 @@ def plan_export(
         check_config(adapters.folder, config)
     model = skeleton(config, DTYPES[dtype], text_only=text_only)
     targets = tensors_of(model, packed=dtype == "mxfp4")
-    written = [one for one in everything if not (text_only and any(word in one.name for word in OF_VISION))]
+    written = [one for one in everything if not (text_only and is_of_vision(one.name))]
     shards = plan_shards(targets, shard_bytes=SHARD_BYTES)
     by_name = {target.name: target for target in targets}
     return Export(checkpoint, folder, model, written, by_name, shards, dtype, adapters)
+
+
+def is_of_vision(name: str) -> bool:
+    """Whether a stock gpt-oss has no such parameter."""
+    return any(word in name for word in OF_VISION)
 
 
 def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[Parameter]) -> None:
@@ -296,12 +301,10 @@ def export_checkpoint(
     out, checkpoint = Path(out).absolute(), open_checkpoint(Path(megatron).absolute())
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
     plan = {"megatron": str(checkpoint.folder), "dtype": dtype, "text_only": text_only}
-    plan |= {"source": fingerprint(checkpoint.folder, apart_from=out), "reference": fingerprint(folder, apart_from=out)}
     adapters = None
     if is_adapter_checkpoint(checkpoint):
         adapters = read_adapters(checkpoint)
         checkpoint = open_base(adapters, Path(base).absolute() if base else None)
-        plan["base"] = fingerprint(checkpoint.folder, apart_from=out)
     elif base:
         raise ValueError(f"{checkpoint.folder} holds weights, no adapters; call without --base")
     work = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)

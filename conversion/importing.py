@@ -13,11 +13,11 @@ from rich.console import Console
 from ..bridge.fields import megatron_fields
 from ..bridge.ops.mxfp4 import Dequantizer
 from . import report as reports
-from .journal import Journal, fingerprint
+from .journal import Journal
 from .layouts import KEPT_WHOLE, Parameter, to_megatron, unpack
 from .megatron_files import ITERATION, Describing
-from .source import Source, open_source, room_for
-from .stream import BLOCK, STEP, Unit, Worker, constant
+from .source import Source, open_source
+from .stream import BLOCK, STEP, Unit, Worker, constant, room_for
 from .torch_dist_writer import Group, Piece, TorchDistPlan
 from .work import Work, carry_out
 
@@ -61,8 +61,7 @@ def import_checkpoint(
     megatron_fields(source.config)  # what Megatron cannot express is refused before anything is written
     number_type = DTYPES[dtype] if dtype else source.dtype
     work = Import(source, TorchDistPlan(source.parameters, number_type))
-    plan = {"hf": str(hf), "dtype": str(number_type), "source": fingerprint(hf, apart_from=out)}
-    plan["assets"] = [file.name for file in work.assets]
+    plan = {"hf": str(hf), "dtype": str(number_type), "assets": [file.name for file in work.assets]}
     return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
@@ -76,9 +75,9 @@ class Import(Work):
     action, title = "import", "Importing"
 
     @property
-    def sources(self) -> list[Path]:
+    def sources(self) -> dict[str, Path]:
         """The checkpoint."""
-        return [self.source.folder]
+        return {"source": self.source.folder}
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -30,7 +30,6 @@ COMPLETE = "complete"
 FORGOTTEN = "forgotten"
 """Name of a line with the units that earlier lines call done and that are not any more."""
 
-
 OURS = {"lock", "journal", "output", "replaced", "rubbish"}
 """What a partial output's folder may hold."""
 

@@ -16,7 +16,7 @@ from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.megatron import cpu
 from .checkpoint import read_json
-from .run_config import read_run_config
+from .run_config import model_fields
 from .source import Source
 
 TEXT_TOKENS = 160
@@ -38,8 +38,7 @@ def compare_logits(source: Source, folder: Path) -> dict[str, Any]:
     Returns:
         ``largest_difference`` and ``largest_logit``, None where they are NaN or infinite, and whether the models agree.
     """
-    trained = read_run_config(folder).get("model", {})
-    batch = sample(source.config, trained.get("image_token_id", source.config.image_token_id))
+    batch = sample(source.config, model_fields(folder).get("image_token_id", source.config.image_token_id))
     config = deepcopy(source.config)
     packing = read_json(source.folder / "config.json").get("quantization_config")
     if packing:

@@ -20,14 +20,13 @@ from ..bridge.weights import Layout
 from . import report as reports
 from . import run_config
 from .hf_side import reference_folder
-from .journal import fingerprint
 from .layouts import Parameter, parameters, to_hf
 from .progress import Progress
 from .run_config import check_config
 from .safetensors_reader import listed
 from .safetensors_writer import ShardPlan, Tensor, plan_shards
-from .source import read_config, room_for, shapes_of
-from .stream import Memory, Unit, Worker, stream
+from .source import read_config, shapes_of
+from .stream import Memory, Unit, Worker, room_for, stream
 from .torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
 from .work import ShardedWork, carry_out
 
@@ -195,9 +194,7 @@ def export_adapters(
     if not is_adapter_checkpoint(checkpoint):
         raise ValueError(f"{checkpoint.folder} holds no adapters; export it without --adapter")
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
-    work = plan_adapter_export(read_adapters(checkpoint), folder)
-    plan: dict[str, Any] = {"megatron": str(checkpoint.folder)}
-    plan |= {"source": fingerprint(checkpoint.folder, apart_from=out), "reference": fingerprint(folder, apart_from=out)}
+    work, plan = plan_adapter_export(read_adapters(checkpoint), folder), {"megatron": str(checkpoint.folder)}
     return carry_out(work, out, plan, jobs=1, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
@@ -222,9 +219,9 @@ class AdapterExport(ShardedWork):
     action, title = "adapters", "Exporting"
 
     @property
-    def sources(self) -> list[Path]:
+    def sources(self) -> dict[str, Path]:
         """The checkpoint of the adapters, and where the model's config is."""
-        return [self.adapters.folder, self.reference]
+        return {"source": self.adapters.folder, "reference": self.reference}
 
     @property
     def bytes_read(self) -> int:

@@ -50,6 +50,15 @@ def section(folder: Path, found: dict[str, Any], name: str) -> dict[str, Any]:
     return fields
 
 
+def model_fields(folder: Path) -> dict[str, Any]:
+    """What the configuration in the folder of an iteration says of the model; nothing where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return section(folder, read_run_config(folder), "model")
+
+
 def check_config(folder: Path, config: "GPTOSSVisionConfig") -> None:
     """Whether the weights of a checkpoint were trained with the numbers of a transformers config.
 
@@ -62,7 +71,7 @@ def check_config(folder: Path, config: "GPTOSSVisionConfig") -> None:
     Raises:
         ValueError: listing the fields that differ.
     """
-    trained = section(folder, read_run_config(folder), "model")
+    trained = model_fields(folder)
     wanted = json.loads(json.dumps(megatron_fields(config)))  # lists for tuples, as a file gives them back
     towers = [section(folder, fields, "vision_config") for fields in (trained, wanted)]
     asked = wanted.keys() & trained.keys() - {*OF_TRAINING, "vision_config"}

@@ -13,7 +13,7 @@ import torch
 from .checkpoint import MODEL_TYPE, config_fields
 from .layouts import MXFP4_PARTS, Parameter, parameters
 from .safetensors_reader import Stored, listed, read_index
-from .stream import BLOCK, Worker
+from .stream import Worker, room_for
 
 if TYPE_CHECKING:
     from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
@@ -90,11 +90,6 @@ class Source:
                     parts.append(stored.read_part(worker, parameter.expert, at=at))
                 at += room_for(parts[-1].nbytes)
         return parts
-
-
-def room_for(nbytes: int) -> int:
-    """Bytes of a buffer that a read of `nbytes` from anywhere in a file can touch."""
-    return -(-nbytes // BLOCK) * BLOCK + BLOCK
 
 
 def open_source(folder: Path) -> Source:

@@ -43,8 +43,7 @@ class Buffer:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        size = _round_up(capacity) + BLOCK
-        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory = mmap.mmap(-1, room_for(capacity), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
     def view(self, start: int, nbytes: int) -> memoryview:
@@ -210,6 +209,11 @@ class Unit:
     write_capacity: int
     scratch_capacity: int
     nbytes: int
+
+
+def room_for(nbytes: int) -> int:
+    """Bytes of a buffer that a read of `nbytes` from anywhere in a file can touch."""
+    return _round_up(nbytes) + BLOCK
 
 
 def constant(file: str, data: bytes) -> Unit:

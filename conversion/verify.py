@@ -20,13 +20,13 @@ from rich.console import Console
 from ..bridge.ops.mxfp4 import Dequantizer
 from . import report as reports
 from .difference import Difference
-from .exporting import OF_VISION, blocks_of, check_tensors, region_of
+from .exporting import blocks_of, check_tensors, is_of_vision, region_of
 from .layouts import KEPT_WHOLE, Parameter, to_hf
 from .progress import Progress
-from .run_config import check_config, read_run_config, section
+from .run_config import check_config, model_fields
 from .safetensors_reader import listed
-from .source import Source, open_source, room_for
-from .stream import Memory, Unit, Worker, stream
+from .source import Source, open_source
+from .stream import Memory, Unit, Worker, room_for, stream
 from .torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region
 
 VISION_FIELDS = ("use_vision", "vision_pool_token", "image_token_id", "num_image_tokens", "vision_config")
@@ -170,20 +170,16 @@ def _in_common(source: Source, checkpoint: TorchDistCheckpoint) -> tuple[Compari
     """
     parameters, config, left_out = source.parameters, source.config, []
     if source.missing and any(key.startswith("vision_adapter.") for key in checkpoint.tensors):
-        left_out = sorted(key for key in checkpoint.tensors if _is_of_vision(key))
-        parameters = [parameter for parameter in parameters if not _is_of_vision(parameter.key)]
-        tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if not _is_of_vision(key)}
+        left_out = sorted(key for key in checkpoint.tensors if is_of_vision(key))
+        parameters = [parameter for parameter in parameters if not is_of_vision(parameter.key)]
+        tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if not is_of_vision(key)}
         checkpoint = replace(checkpoint, tensors=tensors)
-        trained = section(checkpoint.folder, read_run_config(checkpoint.folder), "model")
+        trained = model_fields(checkpoint.folder)
         vision = {name: trained[name] for name in VISION_FIELDS if name in trained}
         config = type(config).from_dict(config.to_dict() | vision)
     check_tensors(checkpoint, parameters)
     check_config(checkpoint.folder, config)
     return Comparison(source, checkpoint.tensors, parameters), left_out
-
-
-def _is_of_vision(key: str) -> bool:
-    return any(word in key for word in OF_VISION)
 
 
 def _with_logits(found: Mapping[str, Any], source: Source, folder: Path) -> dict[str, Any]:
@@ -202,9 +198,13 @@ def _with_logits(found: Mapping[str, Any], source: Source, folder: Path) -> dict
 
 def _changes(entries: Mapping[str, dict[str, Any]]) -> list[str]:
     """What has changed numbers of the tensors that are compared: ``packing``, ``rounding``, both or nothing."""
-    packed = any({"different", "share_of_bound"} <= entry.keys() for entry in entries.values())
+    packed = any(_differs_by_packing(entry) for entry in entries.values())
     rounded = any("rounded" in entry for entry in entries.values())
     return ["packing"] * packed + ["rounding"] * rounded
+
+
+def _differs_by_packing(entry: Mapping[str, Any]) -> bool:
+    return {"different", "share_of_bound"} <= entry.keys()
 
 
 def _worst(entries: Mapping[str, dict[str, Any]]) -> str:
@@ -225,7 +225,7 @@ def _worst(entries: Mapping[str, dict[str, Any]]) -> str:
 def agreement(report: Mapping[str, Any]) -> str:
     """What a report without differences says, in words for a terminal."""
     entries = report["tensors"].values()
-    packed = sum({"different", "share_of_bound"} <= entry.keys() for entry in entries)
+    packed = sum(_differs_by_packing(entry) for entry in entries)
     rounded = sum("rounded" in entry and "different" not in entry for entry in entries)
     said = [f"{len(entries) - packed - rounded} tensors bit for bit"]
     said += [f"{packed} within the bound of MXFP4"] if packed else []

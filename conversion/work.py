@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from . import report as reports
-from .journal import Journal, check_space, exists, open_output, partial_of, refuse_foreign
+from .journal import Journal, check_space, exists, fingerprint, open_output, partial_of, refuse_foreign
 from .progress import Progress
 from .safetensors_writer import ShardPlan
 from .stream import Unit, constant, peak_memory, stream
@@ -29,8 +29,8 @@ class Work(ABC):
 
     @property
     @abstractmethod
-    def sources(self) -> list[Path]:
-        """The folders that are read."""
+    def sources(self) -> Mapping[str, Path]:
+        """The folders that are read, under the names that the journal's plan has for their files."""
 
     @property
     @abstractmethod
@@ -103,7 +103,8 @@ def carry_out(
     Args:
         work: what to do.
         out: absolute path of the folder to make.
-        plan: what decides the bytes of the output, beside the action and the versions of packages; JSON values.
+        plan: what decides the bytes of the output, beside the action, the versions of packages and the files of the
+            sources; JSON values.
         jobs: threads.
         overwrite: replace `out`.
         dry_run: only say what would be done.
@@ -119,14 +120,15 @@ def carry_out(
     """
     units, console = work.units(), console or Console(quiet=True)
     totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.sizes.values())}
-    refuse_to_lose(out, work.sources, overwrite=overwrite)
+    refuse_to_lose(out, work.sources.values(), overwrite=overwrite)
     if dry_run:
         refuse_foreign(partial_of(out))
         if os.path.lexists(out) and not overwrite:
             raise exists(out)
         free = check_space(out, totals["bytes_written"])
         return totals | {"peak_memory": peak_memory(units, jobs) + work.held, "free": free, "files": len(work.sizes)}
-    plan = {"action": work.action, "versions": reports.versions(), "out": str(out), **plan}
+    read = {name: fingerprint(folder, apart_from=out) for name, folder in work.sources.items()}
+    plan = {"action": work.action, "versions": reports.versions(), "out": str(out), **plan, **read}
     with open_output(out, plan, overwrite=overwrite) as journal:
         if not journal.is_complete:
             check_space(journal.out, totals["bytes_written"])

@@ -133,6 +133,12 @@ def dies(work: Callable[[], object], survived: int) -> bool:
     return code == 9
 
 
+def dies_replacing(out: Path, survived: int) -> bool:
+    """As `dies`, in replacing an old output."""
+    write(out, PLAN | {"action": "old"})
+    return dies(lambda: write(out, overwrite=True), survived)
+
+
 def state(folder: Path) -> dict[str, bool]:
     """What of a partial output is there."""
     return {name: os.path.lexists(folder / name) for name in ("journal", "output", "replaced")}
@@ -164,8 +170,7 @@ def test_a_death_between_any_two_steps_of_finishing_is_continued(survived: int, 
 def test_what_was_replaced_outlives_a_death_and_another_plan_after_it(survived: int, tmp_path: Path):
     """Whatever the next call does, there is a whole output under its name until that call has another."""
     out = tmp_path / "out"
-    write(out, PLAN | {"action": "old"})
-    dies(lambda: write(out, overwrite=True), survived)
+    dies_replacing(out, survived)
     interrupted(out, PLAN | {"action": "newer"}, overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == ["one", "two"]
     assert (out / "one").read_text() == (out / "two").read_text() != "newer"
@@ -177,8 +182,7 @@ def test_what_was_replaced_outlives_a_death_and_another_plan_after_it(survived: 
 @pytest.mark.parametrize("survived", STEPS)
 def test_after_a_death_in_overwriting_a_call_without_it_replaces_nothing(survived: int, tmp_path: Path):
     out = tmp_path / "out"
-    write(out, PLAN | {"action": "old"})
-    died = dies(lambda: write(out, overwrite=True), survived)
+    died = dies_replacing(out, survived)
     before = (out / "one").read_text() if out.exists() else "old"
     if died and before == "test" and state(tmp_path / "out.partial")["journal"]:
         write(out)  # it is this call's output
