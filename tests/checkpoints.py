@@ -1,6 +1,9 @@
 """Checkpoints for the tests of conversion: tiny ones of every kind, and reading them whole by their owners' means."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt_oss_vision.bridge.ops.mxfp4 import quantize
 from gpt_oss_vision.conversion import stream
+from gpt_oss_vision.conversion.importing import import_checkpoint
 from tiny import tiny_config, tiny_model, tiny_processor
 
 SQUARE = {"hidden_size": 64, "intermediate_size": 64}
@@ -28,6 +32,22 @@ def save_tiny(
     processor.save_pretrained(folder)
     if packed:
         change(folder, pack)
+    return folder
+
+
+def save_pair(folder: Path, **choices: Any) -> Path:
+    """A folder with a tiny checkpoint, `hf`, and `megatron` made from it; see `save_tiny` for the choices."""
+    import_checkpoint(save_tiny(folder / "hf", **choices), folder / "megatron")
+    return folder
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object] | None = None, /, **fields: object) -> Path:
+    """Edit the config of a checkpoint in place: by a function, or by other values of some fields."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | fields
+    if edit:
+        edit(config)
+    file.write_text(json.dumps(config))
     return folder
 
 

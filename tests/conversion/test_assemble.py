@@ -21,7 +21,7 @@ from transformers import (
     ViTModel,
 )
 
-from checkpoints import change, files_of, load_hf, pack
+from checkpoints import change, edit_config, files_of, load_hf, pack
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from gpt_oss_vision.conversion.assemble import assemble
@@ -133,18 +133,18 @@ def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(tmp_path: Path, 
 
 BROKEN = {
     "a tower of another kind": (
-        lambda vision: edit(vision, model_type="resnet"),
+        lambda vision: edit_config(vision, model_type="resnet"),
         "is a checkpoint of 'resnet', not of",
     ),
     "a tower that lacks weights": (
         lambda vision: change(vision, lambda tensors: tensors.pop("layernorm.weight")),
         r"lacks tensors of its tower: layernorm\.weight",
     ),
-    "a tower of another width": (lambda vision: edit(vision, intermediate_size=32), "do not match its config"),
+    "a tower of another width": (lambda vision: edit_config(vision, intermediate_size=32), "do not match its config"),
     "a tower without a config": (lambda vision: (vision / "config.json").unlink(), r"holds no config\.json"),
     "no folder": (shutil.rmtree, "vision is no folder; name that of"),
     "fewer layers than are stored": (
-        lambda vision: edit(vision, num_hidden_layers=1),
+        lambda vision: edit_config(vision, num_hidden_layers=1),
         r"config\.json has no layers for some tensors of its tower: (\w+\.)+1\.",
     ),
     "a weight under two names": (
@@ -162,14 +162,14 @@ BROKEN = {
     },
     **{
         f"{kind} with {tower!r} for a tower": (
-            lambda vision, kind=kind, tower=tower: edit(vision, model_type=kind, vision_config=tower),
+            lambda vision, kind=kind, tower=tower: edit_config(vision, model_type=kind, vision_config=tower),
             rf"config\.json has {tower!r} for vision_config, not its fields",
         )
         for kind, tower in (("clip", None), ("siglip", "vit"))
     },
     **{
         f"{name} {value!r}": (
-            lambda vision, name=name, value=value: edit(vision, **{name: value}),
+            lambda vision, name=name, value=value: edit_config(vision, **{name: value}),
             rf"vision/config\.json describes no model that can be built \(.*{said}",
         )
         for name, value, said in (
@@ -178,7 +178,10 @@ BROKEN = {
             ("hidden_act", "foo", "foo"),
         )
     },
-    "an architecture that is no word": (lambda vision: edit(vision, model_type=[]), r"is a checkpoint of \[\], not of"),
+    "an architecture that is no word": (
+        lambda vision: edit_config(vision, model_type=[]),
+        r"is a checkpoint of \[\], not of",
+    ),
 }
 
 
@@ -186,7 +189,7 @@ BROKEN = {
 def test_layers_beyond_the_config_are_found_under_every_prefix(kind: str, tmp_path: Path):
     save_text(tmp_path / "text")
     towers()[kind].save_pretrained(tmp_path / "vision")
-    edit(tmp_path / "vision", vision_config={**TOWER, "num_hidden_layers": 1})
+    edit_config(tmp_path / "vision", vision_config={**TOWER, "num_hidden_layers": 1})
     with pytest.raises(
         ValueError, match=r"no layers for some tensors of its tower: vision_model\.encoder\.layers\.1\."
     ):
@@ -200,12 +203,6 @@ def test_a_clip_that_says_nothing_of_its_tower_is_refused(tmp_path: Path):
     file.write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(ValueError, match=r"config\.json has None for vision_config, not its fields"):
         assemble(tmp_path / "text", tmp_path / "vision", tmp_path / "out", image_token_id=3)
-
-
-def edit(folder: Path, **fields: object) -> None:
-    """Change fields of a config."""
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 @pytest.mark.parametrize(("spoil", "sentence"), BROKEN.values(), ids=BROKEN)

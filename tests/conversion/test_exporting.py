@@ -18,7 +18,7 @@ from torch.distributed import checkpoint
 from transformers import GptOssForCausalLM
 
 import gpt_oss_vision
-from checkpoints import OBLONG, SQUARE, buffers_made, change, files_of, load_hf, load_megatron, save_tiny
+from checkpoints import OBLONG, SQUARE, buffers_made, change, files_of, load_hf, load_megatron, save_pair, save_tiny
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.megatron import cpu
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
@@ -42,8 +42,7 @@ def registered():
 
 def there_and_back(folder: Path, export_as: str, **fields: object) -> Path:
     """`hf`, imported as `megatron`, exported as `back`."""
-    save_tiny(folder / "hf", **fields)
-    import_checkpoint(folder / "hf", folder / "megatron")
+    save_pair(folder, **fields)
     export_checkpoint(folder / "megatron", folder / "back", dtype=export_as)
     return folder
 
@@ -205,10 +204,9 @@ def logits_elsewhere(folder: Path, tokens: torch.Tensor, tmp_path: Path, *, trus
 
 @pytest.mark.parametrize("text_only", [False, True], ids=["with vision", "text only"])
 def test_transformers_alone_reads_mxfp4_as_the_quantised_model(text_only: bool, tmp_path: Path):
-    hf = save_tiny(tmp_path / "hf", **OBLONG, dtype=torch.bfloat16, use_nope=False)
-    import_checkpoint(hf, tmp_path / "megatron")
+    save_pair(tmp_path, **OBLONG, dtype=torch.bfloat16, use_nope=False)
     export_checkpoint(tmp_path / "megatron", tmp_path / "out", dtype="mxfp4", text_only=text_only)
-    reference = GPTOSSVisionForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    reference = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     tokens = tiny_batch(reference.config, images_per_row=(0, 0))["input_ids"]
     with torch.no_grad():
         unquantised = reference(tokens).logits
@@ -248,9 +246,7 @@ def test_text_only_of_what_gpt_oss_cannot_express_is_refused(tmp_path: Path):
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An imported checkpoint in bf16, with `hf` beside it."""
-    folder = tmp_path_factory.mktemp("source")
-    import_checkpoint(save_tiny(folder / "hf", **OBLONG, dtype=torch.bfloat16), folder / "megatron")
-    return folder / "megatron"
+    return save_pair(tmp_path_factory.mktemp("source"), **OBLONG, dtype=torch.bfloat16) / "megatron"
 
 
 def test_large_files_are_sharded_as_save_pretrained_shards(megatron: Path, tmp_path: Path, monkeypatch):

@@ -15,10 +15,9 @@ import torch
 from crashes import fork, many_small_units
 
 import gpt_oss_vision
-from checkpoints import OBLONG, files_of, save_tiny
+from checkpoints import OBLONG, files_of, save_pair
 from gpt_oss_vision import cli
 from gpt_oss_vision.conversion import stream, work
-from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.journal import Journal, check_space
 
 TOO_SMALL, LARGE_ENOUGH = 8 * 2**20, 64 * 2**20
@@ -29,10 +28,7 @@ CONVERSIONS = {"import": ("import", "--hf", "hf"), "export": ("export", "--megat
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`hf` and `megatron`, 18 MB each, which is larger than the small disk."""
     gpt_oss_vision.register()
-    folder = tmp_path_factory.mktemp("checkpoints")
-    save_tiny(folder / "hf", **OBLONG, dtype=torch.bfloat16, vocab_size=65536)
-    import_checkpoint(folder / "hf", folder / "megatron")
-    return folder
+    return save_pair(tmp_path_factory.mktemp("checkpoints"), **OBLONG, dtype=torch.bfloat16, vocab_size=65536)
 
 
 Disk = Callable[[Path, int, Callable[[], object]], None]

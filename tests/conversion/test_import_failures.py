@@ -1,7 +1,6 @@
 """What goes wrong with an import: it is told in a sentence, harms nothing and can be continued."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -15,7 +14,7 @@ from crashes import many_small_units, survives_kills
 from rich.console import Console
 
 import gpt_oss_vision
-from checkpoints import OBLONG, change, files_of, save_tiny
+from checkpoints import OBLONG, change, edit_config, files_of, save_tiny
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.progress import Progress
 from gpt_oss_vision.conversion.stream import File
@@ -156,12 +155,6 @@ def flip(file: Path, byte: int) -> None:
     data = bytearray(file.read_bytes())
     data[byte] ^= 0x04
     file.write_bytes(data)
-
-
-def edit_config(hf: Path, **fields: object) -> None:
-    """Change fields of a config."""
-    file = hf / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 @pytest.mark.parametrize("dry_run", [False, True], ids=["import", "dry run"])

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import gpt_oss_vision
-from checkpoints import OBLONG, SQUARE, buffers_made, change, files_of, load_hf, load_megatron, save_tiny
+from checkpoints import OBLONG, SQUARE, buffers_made, change, files_of, load_hf, load_megatron, save_pair, save_tiny
 from gpt_oss_vision.bridge.megatron import cpu
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize
 from gpt_oss_vision.conversion.importing import import_checkpoint
@@ -136,10 +136,7 @@ KINDS = {
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `hf`, and `megatron` made from it."""
-    folder = tmp_path_factory.mktemp("pair")
-    save_tiny(folder / "hf", **request.param)
-    import_checkpoint(folder / "hf", folder / "megatron")
-    return folder
+    return save_pair(tmp_path_factory.mktemp("pair"), **request.param)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, ep=2), Layout(pp=2), Layout(ep=2, etp=2)], ids=str)

@@ -1,6 +1,5 @@
 """What training used and shapes do not tell: a config with other numbers is refused, not turned into another model."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,8 @@ from typing import Any
 import pytest
 
 import gpt_oss_vision
-from checkpoints import OBLONG, save_tiny
+from checkpoints import OBLONG, edit_config, save_pair
 from gpt_oss_vision.conversion.exporting import export_checkpoint
-from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.verify import verify
 
 
@@ -18,23 +16,20 @@ from gpt_oss_vision.conversion.verify import verify
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `hf`, and `megatron` made from it."""
     gpt_oss_vision.register()
-    folder = tmp_path_factory.mktemp("pair")
-    save_tiny(folder / "hf", **OBLONG)
-    import_checkpoint(folder / "hf", folder / "megatron")
-    return folder
+    return save_pair(tmp_path_factory.mktemp("pair"), **OBLONG)
 
 
 def with_other(hf: Path, copy: Path, path: str, value: Any) -> Path:
     """A copy of a checkpoint whose config has another value."""
-    shutil.copytree(hf, copy)
     *parents, name = path.split(".")
-    config = fields = json.loads((copy / "config.json").read_text())
-    for parent in parents:
-        fields = fields[parent]
-    assert fields[name] != value
-    fields[name] = value
-    (copy / "config.json").write_text(json.dumps(config))
-    return copy
+
+    def edit(fields: dict[str, Any]) -> None:
+        for parent in parents:
+            fields = fields[parent]
+        assert fields[name] != value
+        fields[name] = value
+
+    return edit_config(shutil.copytree(hf, copy), edit)
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,16 @@
 """What a source takes from its config, and what from its files where the config is silent."""
 
-import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoints import OBLONG, save_tiny
+from checkpoints import OBLONG, edit_config, save_tiny
 from gpt_oss_vision.conversion.source import open_source, read_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def edit_config(folder: Path, edit: Callable[[dict], object]) -> Path:
-    """Edit the fields of a config in place."""
-    file = folder / "config.json"
-    fields = json.loads(file.read_text())
-    edit(fields)
-    file.write_text(json.dumps(fields))
-    return folder
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "MXFP4"])
@@ -32,7 +21,7 @@ def test_without_a_dtype_in_the_config_that_of_most_stored_numbers_counts(
     """Its vision biases are in fp32 in each."""
     folder = save_tiny(tmp_path, **OBLONG, dtype=dtype, packed=packed)
     assert open_source(edit_config(folder, lambda fields: fields.pop("dtype"))).dtype == dtype
-    assert open_source(edit_config(folder, lambda fields: fields.update(dtype=None))).dtype == dtype
+    assert open_source(edit_config(folder, dtype=None)).dtype == dtype
 
 
 @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
@@ -47,12 +36,12 @@ def test_a_dtype_counts_in_every_spelling(field: str, spelled: str, tmp_path: Pa
 
 @pytest.mark.parametrize(("model_type", "use_vision"), [("gpt_oss_vision", True), ("gpt_oss", False)])
 def test_a_config_says_itself_whether_it_has_vision(model_type: str, use_vision: bool, tmp_path: Path):
-    edit_config(save_tiny(tmp_path, **OBLONG), lambda fields: fields.update(model_type=model_type))
+    edit_config(save_tiny(tmp_path, **OBLONG), model_type=model_type)
     assert read_config(tmp_path).use_vision is use_vision
 
 
 def test_a_config_of_another_architecture_is_refused(tmp_path: Path):
-    edit_config(save_tiny(tmp_path, **OBLONG), lambda fields: fields.update(model_type="llama"))
+    edit_config(save_tiny(tmp_path, **OBLONG), model_type="llama")
     with pytest.raises(ValueError, match="is a checkpoint of 'llama', not of 'gpt_oss_vision' or 'gpt_oss'"):
         read_config(tmp_path)
 

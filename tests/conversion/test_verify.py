@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gpt_oss_vision
-from checkpoints import OBLONG, SQUARE, change, save_tiny
+from checkpoints import OBLONG, SQUARE, change, edit_config, save_pair, save_tiny
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.verify import agreement, verify
@@ -27,17 +27,14 @@ def registered():
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `hf` in bf16, `megatron` made from it, and `packed` made from that."""
-    folder = tmp_path_factory.mktemp("pair")
-    save_tiny(folder / "hf", **OBLONG, dtype=torch.bfloat16)
-    import_checkpoint(folder / "hf", folder / "megatron")
+    folder = save_pair(tmp_path_factory.mktemp("pair"), **OBLONG, dtype=torch.bfloat16)
     export_checkpoint(folder / "megatron", folder / "packed", dtype="mxfp4")
     return folder
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["bf16", "MXFP4"])
 def test_what_was_imported_agrees(packed: bool, tmp_path: Path):
-    save_tiny(tmp_path / "hf", **SQUARE, dtype=torch.bfloat16, packed=packed)
-    import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
+    save_pair(tmp_path, **SQUARE, dtype=torch.bfloat16, packed=packed)
     report = verify(tmp_path / "hf", tmp_path / "megatron")
     assert report["agrees"] and not report["worst"]
     assert not any("different" in entry for entry in report["tensors"].values())
@@ -296,9 +293,7 @@ def test_the_text_part_is_held_to_its_numbers_names_and_config(text: Path, tmp_p
 
     hf = change(shutil.copytree(text / "hf", tmp_path / "hf"), flip)
     assert "output_layer.weight the most: 1 of " in verify(hf, text / "seeing")["worst"]
-    config = json.loads((hf / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 7.0
-    (hf / "config.json").write_text(json.dumps(config))
+    edit_config(hf, lambda fields: fields["rope_parameters"].update(rope_theta=7.0))
     with pytest.raises(ValueError, match=r"rotary_base is 150000\.0, not 7\.0; "):
         verify(hf, text / "seeing")
 

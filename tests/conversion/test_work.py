@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gpt_oss_vision
-from checkpoints import OBLONG, files_of, save_tiny
+from checkpoints import OBLONG, files_of, save_pair
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 
@@ -18,10 +18,7 @@ from gpt_oss_vision.conversion.importing import import_checkpoint
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `hf`, and `megatron` made from it."""
     gpt_oss_vision.register()
-    folder = tmp_path_factory.mktemp("pair")
-    save_tiny(folder / "hf", **OBLONG, dtype=torch.bfloat16)
-    import_checkpoint(folder / "hf", folder / "megatron")
-    return folder
+    return save_pair(tmp_path_factory.mktemp("pair"), **OBLONG, dtype=torch.bfloat16)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from checkpoints import edit_config
 from gpt_oss_vision.cli import main
 from gpt_oss_vision.recipes.generate import (
     AnswerStreamer,
@@ -58,14 +59,6 @@ def truncate(model: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
 
-def change_config(**fields: object) -> Callable[[Path], None]:
-    def change(model: Path) -> None:
-        file = model / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-    return change
-
-
 def remove(name: str) -> Callable[[Path], None]:
     return lambda model: (model / name).unlink()
 
@@ -75,8 +68,14 @@ BROKEN = {
     "missing weights": (remove("model.safetensors"), "lacks model.safetensors; copy the checkpoint again"),
     "damaged config": (lambda model: (model / "config.json").write_text("{"), "config.json is not JSON"),
     "no config": (remove("config.json"), "holds no config.json"),
-    "another architecture": (change_config(model_type="llama"), "is a checkpoint of 'llama', not of 'gpt_oss_vision'"),
-    "NoPE stride 0": (change_config(use_nope=True, nope_stride=0), "nope_stride must be at least 1, got 0"),
+    "another architecture": (
+        lambda model: edit_config(model, model_type="llama"),
+        "is a checkpoint of 'llama', not of 'gpt_oss_vision'",
+    ),
+    "NoPE stride 0": (
+        lambda model: edit_config(model, use_nope=True, nope_stride=0),
+        "nope_stride must be at least 1, got 0",
+    ),
 }
 
 
