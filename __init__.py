@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionModel
     from .bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
     from .bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
-    from .bridge.megatron.bridge import GPTOSSVisionBridge
-    from .bridge.megatron.provider import GPTOSSVisionProvider
+    from .bridge.mcore.bridge import GPTOSSVisionBridge
+    from .bridge.mcore.provider import GPTOSSVisionProvider
 
 __version__ = "0.1.0"
 
@@ -24,8 +24,8 @@ _HOME = {
     "GPTOSSVisionProcessor": ".bridge.hf.processing_gpt_oss_vision",
     "GPTOSSVisionImageProcessor": ".bridge.hf.image_processing_gpt_oss_vision",
     "GPTOSSVisionTokenizer": ".bridge.hf.tokenization_gpt_oss_vision",
-    "GPTOSSVisionProvider": ".bridge.megatron.provider",
-    "GPTOSSVisionBridge": ".bridge.megatron.bridge",
+    "GPTOSSVisionProvider": ".bridge.mcore.provider",
+    "GPTOSSVisionBridge": ".bridge.mcore.bridge",
 }
 
 __all__ = [
@@ -47,7 +47,7 @@ def register() -> None:
 
     Calling it again changes nothing. Megatron-Bridge takes ten seconds and more to import. A process that only uses
     transformers can call `gpt_oss_vision.bridge.hf.register_auto_classes` and
-    `gpt_oss_vision.bridge.attention.register_attention` instead; one that loads plug-ins by module name imports
+    `gpt_oss_vision.bridge.hf_attention.register_attention` instead; one that loads plug-ins by module name imports
     `gpt_oss_vision.bridge.plugin`.
     """
     import_module(".bridge.plugin", __name__)

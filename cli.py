@@ -81,7 +81,7 @@ def generate(
     choice = recipe.Sampling(**sampling)
     asked = recipe.load(model, int8=int8)
     if int8:
-        from .bridge.quantization import describe_weights
+        from .bridge.hf_int8 import describe_weights
 
         print(describe_weights(asked[0]), file=sys.stderr)
     if batch is not None and out is not None:

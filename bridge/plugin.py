@@ -4,8 +4,8 @@ For frameworks that load plug-ins by name: ``bridge_plugins: [gpt_oss_vision.bri
 `gpt_oss_vision.register`, which is the same.
 """
 
-from . import attention, hf, megatron
+from . import hf, hf_attention, mcore
 
 hf.register_auto_classes()
-attention.register_attention()
-megatron.register()
+hf_attention.register_attention()
+mcore.register()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..bridge.fields import megatron_fields
+from ..bridge.config_map import megatron_fields
 from ..bridge.ops.mxfp4 import Dequantizer
 from . import report as reports
 from .journal import Journal

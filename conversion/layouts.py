@@ -1,6 +1,6 @@
 """How the numbers of one parameter move between transformers' layout and Megatron's, straight into given memory.
 
-`parameters` fills the numbers into the name table of `bridge/weights.py`; `to_megatron` and `to_hf` do what a row's
+`parameters` fills the numbers into the name table of `bridge/weight_map.py`; `to_megatron` and `to_hf` do what a row's
 `Layout` says. Shapes: E experts, f their FFN width, h hidden size; g key/value groups of q query heads of size d.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..bridge.ops.mxfp4 import Dequantizer, Quantizer
-from ..bridge.weights import ROWS, Layout, Row
+from ..bridge.weight_map import ROWS, Layout, Row
 
 MXFP4_PARTS = ("_blocks", "_scales")
 """What is added to the name of a tensor that is stored as MXFP4."""

@@ -14,7 +14,7 @@ from megatron.bridge.training.model_load_save import load_megatron_model, tempor
 
 from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ..bridge.megatron import cpu
+from ..bridge.mcore import cpu
 from .checkpoint import read_json
 from .run_config import model_fields
 from .source import Source

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from ..bridge.weights import Layout
+from ..bridge.weight_map import Layout
 from . import report as reports
 from . import run_config
 from .hf_side import reference_folder

@@ -122,7 +122,7 @@ def write_files(source: Source, dtype: torch.dtype, output: Path, out: Path) -> 
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.optimizer import OptimizerConfig
 
-    from ..bridge.megatron.provider import provider_from_config
+    from ..bridge.mcore.provider import provider_from_config
 
     source.config.dtype = dtype
     provider = provider_from_config(source.config, perform_initialization=False, hf_model_id=str(source.folder))

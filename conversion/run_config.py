@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..bridge.fields import OF_TRAINING, megatron_fields
+from ..bridge.config_map import OF_TRAINING, megatron_fields
 from .safetensors_reader import listed
 
 if TYPE_CHECKING:

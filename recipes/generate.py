@@ -93,7 +93,7 @@ def load(model_path: Path, *, int8: bool = False) -> tuple[GPTOSSVisionForCausal
     processor = GPTOSSVisionProcessor.from_pretrained(model_path)  # first, since it fails in no time
     options = {}
     if int8:
-        from ..bridge.quantization import int8_config
+        from ..bridge.hf_int8 import int8_config
 
         options["quantization_config"] = int8_config()
     model = GPTOSSVisionForCausalLM.from_pretrained(model_path, device_map="auto", **options).eval()

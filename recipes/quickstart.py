@@ -43,8 +43,8 @@ from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN, GPTOSSVisionTokenizer
-from ..bridge.megatron import cpu
-from ..bridge.megatron.provider import GPTOSSVisionProvider, provider_from_config
+from ..bridge.mcore import cpu
+from ..bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
 from . import figures
 from .answers import ASKED_AT_ONCE, accuracy, ask, expert_shares, largest_difference, load
 from .console import Stage, quiet

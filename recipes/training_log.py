@@ -14,8 +14,8 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.common_utils import print_rank_0, print_rank_last
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from ..bridge.megatron.cost import image_operations, memory_per_rank, text_operations
-from ..bridge.megatron.router_statistics import take_counts, write
+from ..bridge.mcore.cost import image_operations, memory_per_rank, text_operations
+from ..bridge.mcore.router_statistics import take_counts, write
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,14 +41,14 @@ RULES = {
     "bridge/hf": Rule(
         (), frozenset({"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "tokenizers"})
     ),
-    "bridge/megatron": Rule(
-        ("bridge.ops", "bridge.weights", "bridge.fields", "bridge.hf.configuration_gpt_oss_vision"),
+    "bridge/mcore": Rule(
+        ("bridge.ops", "bridge.weight_map", "bridge.config_map", "bridge.hf.configuration_gpt_oss_vision"),
         frozenset({"torch", "transformers", "megatron"}),
     ),
-    "bridge/attention.py": Rule(("bridge.ops.attention",), frozenset({"torch", "transformers"})),
-    "bridge/weights.py": Rule((), frozenset()),
-    "bridge/fields.py": Rule(("bridge.hf.configuration_gpt_oss_vision",), frozenset()),
-    "bridge/quantization.py": Rule((), frozenset({"torch", "transformers", "torchao"})),
+    "bridge/hf_attention.py": Rule(("bridge.ops.attention",), frozenset({"torch", "transformers"})),
+    "bridge/weight_map.py": Rule((), frozenset()),
+    "bridge/config_map.py": Rule(("bridge.hf.configuration_gpt_oss_vision",), frozenset()),
+    "bridge/hf_int8.py": Rule((), frozenset({"torch", "transformers", "torchao"})),
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
     "conversion": Rule(("bridge",)),
     "recipes/quickstart.py": Rule(("recipes", "conversion", "bridge")),
@@ -58,7 +58,7 @@ RULES = {
     "__init__.py": Rule(("bridge",), frozenset()),
     "bridge/__init__.py": Rule((), frozenset()),
 }
-UPSTREAM = {"bridge/megatron/upstream.py", "bridge/megatron/cpu.py"}
+UPSTREAM = {"bridge/mcore/upstream.py", "bridge/mcore/cpu.py"}
 # Set on providers and mappings by Megatron-Bridge for their subclasses to read; its own do.
 HANDED_DOWN = {"_pg_collection"}
 
@@ -97,7 +97,8 @@ def is_within(module: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def rule_of(file: Path) -> tuple[str, Rule]:
-    return next((room, rule) for room, rule in RULES.items() if name_of(file).startswith(room))
+    name = name_of(file)
+    return next((room, rule) for room, rule in RULES.items() if name == room or name.startswith(f"{room}/"))
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)

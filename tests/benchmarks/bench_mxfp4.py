@@ -112,9 +112,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logging.disable(logging.INFO)  # Megatron-Bridge tells at length which of its optional packages are missing
 
-    from gpt_oss_vision.bridge import megatron  # lets Megatron-Bridge be imported without Transformer Engine
+    from gpt_oss_vision.bridge import mcore  # lets Megatron-Bridge be imported without Transformer Engine
 
-    megatron.register()
+    mcore.register()
     generator = torch.Generator().manual_seed(0)
     shape = options.experts, 2 * FFN, HIDDEN // 32
     blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)

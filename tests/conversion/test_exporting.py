@@ -20,7 +20,7 @@ from transformers import GptOssForCausalLM
 import gpt_oss_vision
 from checkpoints import OBLONG, SQUARE, buffers_made, change, files_of, load_hf, load_megatron, save_pair, save_tiny
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import gpt_oss_vision
 from checkpoints import OBLONG, SQUARE, buffers_made, change, files_of, load_hf, load_megatron, save_pair, save_tiny
-from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from layouts import Layout

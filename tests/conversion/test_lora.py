@@ -18,7 +18,7 @@ from rich.console import Console
 import gpt_oss_vision
 from checkpoints import load_hf, load_megatron
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from gpt_oss_vision.bridge.megatron import cpu, upstream
+from gpt_oss_vision.bridge.mcore import cpu, upstream
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.lora import export_adapters

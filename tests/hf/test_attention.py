@@ -6,9 +6,9 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gpt_oss_vision.bridge import attention
-from gpt_oss_vision.bridge.attention import register_attention
+from gpt_oss_vision.bridge import hf_attention
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.hf_attention import register_attention
 from gpt_oss_vision.bridge.ops import attention as kernels
 from tiny import tiny_batch, tiny_config, tiny_model, tiny_vision_config
 
@@ -42,13 +42,13 @@ def models(tmp_path_factory):
 def masks(monkeypatch) -> list[torch.Tensor | None]:
     """The mask of each call of the fused kernel."""
     seen = []
-    kernel = attention.fused_sink_attention
+    kernel = hf_attention.fused_sink_attention
 
     def spy(*tensors, mask, **options):
         seen.append(mask)
         return kernel(*tensors, mask=mask, **options)
 
-    monkeypatch.setattr(attention, "fused_sink_attention", spy)
+    monkeypatch.setattr(hf_attention, "fused_sink_attention", spy)
     return seen
 
 
@@ -230,4 +230,4 @@ def test_causal_attention_without_sinks_is_refused():
     layer = torch.nn.Linear(1, 1)
     query = torch.zeros(1, 1, 2, 8)
     with pytest.raises(ValueError, match=r"is for attention with sinks; Linear has none\.$"):
-        attention.sink_sdpa_attention(layer, query, query, query, None, scaling=1.0)
+        hf_attention.sink_sdpa_attention(layer, query, query, query, None, scaling=1.0)

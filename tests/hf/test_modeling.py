@@ -9,9 +9,9 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 import oracle
-from gpt_oss_vision.bridge.attention import register_attention
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.hf_attention import register_attention
 from tiny import tiny_batch, tiny_config, tiny_model, tiny_vision_config
 
 TOWERS = ["vit", "clip_vision_model", "siglip_vision_model"]

@@ -12,14 +12,8 @@ from transformers.integrations import mxfp4
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.hf_int8 import EXPERT_WEIGHTS, LINEAR_WEIGHTS, describe_weights, held_weights, int8_config
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
-from gpt_oss_vision.bridge.quantization import (
-    EXPERT_WEIGHTS,
-    LINEAR_WEIGHTS,
-    describe_weights,
-    held_weights,
-    int8_config,
-)
 from tiny import tiny_batch, tiny_config, tiny_model
 
 # torchao, when it reads what it has saved.

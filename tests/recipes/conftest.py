@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the digits and the two checkpoints that the quickstart trains from."""
-    from gpt_oss_vision.bridge.megatron import cpu
+    from gpt_oss_vision.bridge.mcore import cpu
     from gpt_oss_vision.recipes.digits import write_digits
     from gpt_oss_vision.recipes.quickstart import Settings, import_checkpoint, write_checkpoint
 

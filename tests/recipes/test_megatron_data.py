@@ -1,6 +1,6 @@
 """Chat data in Megatron-Bridge: its own loaders and step take it, the same in every layout, and YAML brings it back."""
 
-from gpt_oss_vision.bridge import megatron  # first: it makes Megatron-Bridge importable without Transformer Engine
+from gpt_oss_vision.bridge import mcore  # first: it makes Megatron-Bridge importable without Transformer Engine
 
 # isort: split
 
@@ -24,7 +24,7 @@ from megatron.bridge.training.config import (
 )
 from megatron.bridge.training.vlm_step import get_batch_from_iterator
 
-from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.recipes.data import IGNORE_INDEX
 from gpt_oss_vision.recipes.megatron_data import ChatBatches, ChatDatasetProvider
 
@@ -159,7 +159,7 @@ def test_validation_and_test_files_become_datasets(fields):
 
 
 def test_the_configuration_survives_yaml(fields, tmp_path):
-    megatron.register()
+    mcore.register()
     config = ConfigContainer(
         model=None,
         train=TrainingConfig(),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_oss_vision.bridge.megatron import cpu, upstream
+from gpt_oss_vision.bridge.mcore import cpu, upstream
 from gpt_oss_vision.recipes.checkpoints import resume
 from gpt_oss_vision.recipes.digits import DigitsSplit, write_digits
 from gpt_oss_vision.recipes.quickstart import Callback, CallbackContext, CheckpointConfig, Settings, training_config

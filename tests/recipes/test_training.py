@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gpt_oss_vision.bridge.megatron import cpu, upstream
+from gpt_oss_vision.bridge.mcore import cpu, upstream
 from gpt_oss_vision.recipes.digits import write_digits
 from gpt_oss_vision.recipes.quickstart import (
     Callback,

@@ -10,9 +10,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from gpt_oss_vision.bridge.megatron import cpu
-from gpt_oss_vision.bridge.megatron.cost import image_operations, text_operations
-from gpt_oss_vision.bridge.megatron.groups import GROUPS, LearningRateFactors, group_of
+from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.bridge.mcore.cost import image_operations, text_operations
+from gpt_oss_vision.bridge.mcore.groups import GROUPS, LearningRateFactors, group_of
 from gpt_oss_vision.recipes.digits import write_digits
 from gpt_oss_vision.recipes.quickstart import (
     Callback,

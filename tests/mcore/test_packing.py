@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_oss_vision.bridge.megatron import cpu, packing
+from gpt_oss_vision.bridge.mcore import cpu, packing
 from layouts import IGNORED, Layout, build, with_labels
 from tiny import tiny_batch, tiny_config
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_oss_vision.bridge.megatron import cpu
-from gpt_oss_vision.bridge.megatron.features import REFUSALS, check_features
-from gpt_oss_vision.bridge.megatron.groups import GROUPS
-from gpt_oss_vision.bridge.megatron.provider import provider_from_config
+from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.bridge.mcore.features import REFUSALS, check_features
+from gpt_oss_vision.bridge.mcore.groups import GROUPS
+from gpt_oss_vision.bridge.mcore.provider import provider_from_config
 from layouts import Layout, Microbatch, Run, megatron_run, reference_run, with_labels
 from tiny import tiny_batch, tiny_config, tiny_model
 

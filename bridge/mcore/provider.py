@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.utils import log_single_rank
 
-from ..fields import megatron_fields
+from ..config_map import megatron_fields
 from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from . import cpu, upstream
 from .cost import text_operations

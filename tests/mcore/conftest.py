@@ -10,10 +10,10 @@ from tiny import tiny_config, tiny_model
 @pytest.fixture(scope="session")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tiny_model()` in Hugging Face format, known to AutoBridge."""
-    from gpt_oss_vision.bridge import hf, megatron
+    from gpt_oss_vision.bridge import hf, mcore
 
     hf.register_auto_classes()
-    megatron.register()
+    mcore.register()
     folder = tmp_path_factory.mktemp("checkpoint")
     tiny_model(tiny_config()).save_pretrained(folder)
     return folder

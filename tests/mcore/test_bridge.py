@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt_oss_vision.bridge import hf, megatron
+from gpt_oss_vision.bridge import hf, mcore
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
-from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge.mcore import cpu
 from layouts import Layout, build
 from tiny import tiny_config, tiny_model, tiny_vision_config
 
@@ -20,7 +20,7 @@ LAYOUTS = {"one rank": {}, "TP2": {"tp": 2}, "PP2": {"pp": 2}, "EP2": {"ep": 2}}
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     hf.register_auto_classes()
-    megatron.register()
+    mcore.register()
 
 
 def saved(folder: Path, **config: object) -> Path:
@@ -137,8 +137,8 @@ def test_a_tensor_that_is_missing_is_named(tmp_path: Path):
 def test_a_megatron_parameter_without_a_row_is_named():
     from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 
-    from gpt_oss_vision.bridge.megatron.bridge import check_coverage, mapping_of
-    from gpt_oss_vision.bridge.weights import ROWS
+    from gpt_oss_vision.bridge.mcore.bridge import check_coverage, mapping_of
+    from gpt_oss_vision.bridge.weight_map import ROWS
 
     registry = MegatronMappingRegistry(*(mapping_of(row) for row in ROWS))
     with pytest.raises(ValueError, match=re.escape("without a mapping: decoder.layers.0.mlp.novelty")):
@@ -148,8 +148,8 @@ def test_a_megatron_parameter_without_a_row_is_named():
 def test_the_names_of_transformer_engine_have_rows_too():
     from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 
-    from gpt_oss_vision.bridge.megatron.bridge import check_coverage, mapping_of
-    from gpt_oss_vision.bridge.weights import ROWS
+    from gpt_oss_vision.bridge.mcore.bridge import check_coverage, mapping_of
+    from gpt_oss_vision.bridge.weight_map import ROWS
 
     registry = MegatronMappingRegistry(*(mapping_of(row) for row in ROWS))
     fused = "decoder.layers.7.self_attention.linear_qkv.layer_norm_weight"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionAdapter
-from gpt_oss_vision.bridge.megatron import cpu
-from gpt_oss_vision.bridge.megatron.provider import provider_from_config
-from gpt_oss_vision.bridge.megatron.vision import VisionStage
+from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.bridge.mcore.provider import provider_from_config
+from gpt_oss_vision.bridge.mcore.vision import VisionStage
 from tiny import tiny_config, tiny_model
 
 CONFIG = tiny_config()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
-from gpt_oss_vision.bridge.megatron import cpu
-from gpt_oss_vision.bridge.megatron.provider import (
+from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.bridge.mcore.provider import (
     BACKEND_SETTINGS,
     GPTOSSVisionProvider,
     provider_from_config,

@@ -3,7 +3,7 @@
 Two things, both only where they are needed:
 
 - `import_megatron_bridge()` makes Megatron-Bridge importable where Transformer Engine or the NVIDIA resiliency
-  extension are not installed. It is called once, by the package `bridge.megatron`.
+  extension are not installed. It is called once, by the package `bridge.mcore`.
 - `runtime()` is a context in which Megatron's calls of ``torch.cuda`` end on the CPU, with gloo for collectives.
   With a CUDA device it does nothing. `run_ranks()` forks ranks out of one process that has imported everything.
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
-from gpt_oss_vision.bridge.megatron import cpu
-from gpt_oss_vision.bridge.megatron.cost import (
+from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.bridge.mcore.cost import (
     image_operations,
     memory_of_stage,
     memory_per_rank,
     parameters_of_stage,
     text_operations,
 )
-from gpt_oss_vision.bridge.megatron.provider import GPTOSSVisionProvider, provider_from_config
+from gpt_oss_vision.bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
 from layouts import Layout
 from tiny import tiny_config, tiny_vision_config
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_oss_vision.bridge import hf, megatron
-from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge import hf, mcore
+from gpt_oss_vision.bridge.mcore import cpu
 from tiny import tiny_batch, tiny_config, tiny_model
 
 # Heads as wide as gpt-oss's: fused kernels are made for such.
@@ -18,7 +18,7 @@ needs_engine = pytest.mark.skipif(find_spec("transformer_engine") is None, reaso
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf.register_auto_classes()
-    megatron.register()
+    mcore.register()
     folder = tmp_path_factory.mktemp("checkpoint")
     model = tiny_model(CONFIG)
     # The tiny model's experts are driven to their clamps, where rounding sends tokens elsewhere: transformers'

@@ -16,7 +16,7 @@ from megatron.bridge.models.conversion.param_mapping import (
 from megatron.bridge.utils.common_utils import extract_expert_number_from_param
 
 from ..ops.mxfp4 import dequantize
-from ..weights import ROWS, Layout, Row
+from ..weight_map import ROWS, Layout, Row
 from . import upstream
 from .model import GPTOSSVisionModel
 from .provider import GPTOSSVisionProvider, provider_from_config

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_oss_vision.bridge.megatron import cpu, upstream
+from gpt_oss_vision.bridge.mcore import cpu, upstream
 
 without_cuda = pytest.mark.skipif(cpu.cuda_is_real(), reason="has a CUDA device")
 
@@ -145,7 +145,7 @@ def test_megatron_cores_own_sink_still_wants_a_cuda_device():
 def test_megatron_cores_torch_norm_still_refuses_sequence_parallelism():
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from gpt_oss_vision.bridge.megatron.provider import provider_from_config
+    from gpt_oss_vision.bridge.mcore.provider import provider_from_config
     from tiny import tiny_config
 
     config = provider_from_config(tiny_config(), sequence_parallel=True)
@@ -206,7 +206,7 @@ def all_to_all_with_tensors() -> None:
 def test_megatron_core_still_refuses_biased_experts_with_expert_tensor_parallelism():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from gpt_oss_vision.bridge.megatron.provider import provider_from_config
+    from gpt_oss_vision.bridge.mcore.provider import provider_from_config
     from tiny import tiny_config
 
     config = provider_from_config(tiny_config(), expert_tensor_parallel_size=2, ffn_hidden_size=48)

@@ -12,9 +12,9 @@ from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import (
     GPTOSSVisionForCausalLM,
     load_balancing_loss_per_modality,
 )
-from gpt_oss_vision.bridge.megatron import cpu
-from gpt_oss_vision.bridge.megatron.provider import provider_from_config
-from gpt_oss_vision.bridge.megatron.router_statistics import entropy, overlap, take_counts
+from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.bridge.mcore.provider import provider_from_config
+from gpt_oss_vision.bridge.mcore.router_statistics import entropy, overlap, take_counts
 from layouts import Layout
 from tiny import tiny_batch, tiny_config, tiny_model
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_oss_vision.bridge import hf, megatron
-from gpt_oss_vision.bridge.megatron import cpu
+from gpt_oss_vision.bridge import hf, mcore
+from gpt_oss_vision.bridge.mcore import cpu
 from layouts import Layout, Microbatch, Run, megatron_logits, megatron_run, reference_run, with_labels
 from tiny import tiny_batch, tiny_config, tiny_model, tiny_vision_config
 
@@ -80,7 +80,7 @@ LAYOUTS = [
 def checkpoint(tmp_path_factory: pytest.TempPathFactory):
     """Saves a config's model once; gives its folder, the microbatches of each step and the run of transformers."""
     hf.register_auto_classes()
-    megatron.register()
+    mcore.register()
     made = {}
 
     def make(name: str) -> tuple[Path, list[list[Microbatch]], Run]:
