@@ -73,7 +73,7 @@ def generate(
         raise FileNotFoundError(f"--out {out} has no folder to be in; make {out.parent} first")
     if batch is not None and not batch.is_file():
         raise FileNotFoundError(f"--batch {batch} is no file")
-    from .conversion.checkpoint import check_checkpoint
+    from .conversion.formats.hf_config import check_checkpoint
 
     check_checkpoint(model)
     from .recipes import generate as recipe

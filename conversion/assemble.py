@@ -21,15 +21,15 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..bridge.hf.configuration_gpt_oss_vision import VISION_CONFIGS, GPTOSSVisionConfig
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
-from . import report as reports
-from .checkpoint import config_fields
-from .hf_side import skeleton, write_files
-from .layouts import MXFP4_PARTS
-from .safetensors_reader import Stored, listed, read_index
-from .safetensors_writer import ShardPlan, Tensor, plan_shards
-from .source import TEXT_MODEL_TYPE, buildable, open_source
-from .stream import BLOCK, STEP, Unit, Worker, room_for
-from .work import ShardedWork, carry_out
+from .engine import report as reports
+from .engine.job import ShardedWork, carry_out
+from .engine.stream import BLOCK, STEP, Unit, Worker, room_for
+from .formats.hf_config import config_fields
+from .formats.hf_files import skeleton, write_files
+from .formats.hf_source import TEXT_MODEL_TYPE, buildable, open_source
+from .formats.safetensors_reader import Stored, listed, read_index
+from .formats.safetensors_writer import ShardPlan, Tensor, plan_shards
+from .parameters import MXFP4_PARTS
 
 ADAPTER, TOWER = "model.vision_adapter.", "model.vision_adapter.vit."
 

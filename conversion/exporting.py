@@ -13,16 +13,16 @@ from transformers import PreTrainedModel
 
 from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import Quantizer
-from . import report as reports
-from .hf_side import DTYPES, reference_folder, skeleton, tensors_of, write_files
-from .layouts import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
+from .engine import report as reports
+from .engine.job import ShardedWork, carry_out
+from .engine.stream import STEP, Unit, Worker, room_for
+from .formats.hf_files import DTYPES, reference_folder, skeleton, tensors_of, write_files
+from .formats.hf_source import read_config, refuse_mismatch, shapes_of
+from .formats.run_config import check_config
+from .formats.safetensors_writer import SHARD_BYTES, ShardPlan, Tensor, plan_shards
+from .formats.torch_dist_reader import Region, TorchDistCheckpoint, open_checkpoint, read_region, whole
 from .lora import Adapters, check_adapters, is_adapter_checkpoint, open_base, read_adapters
-from .run_config import check_config
-from .safetensors_writer import SHARD_BYTES, ShardPlan, Tensor, plan_shards
-from .source import read_config, refuse_mismatch, shapes_of
-from .stream import STEP, Unit, Worker, room_for
-from .torch_dist_reader import Region, TorchDistCheckpoint, open_checkpoint, read_region, whole
-from .work import ShardedWork, carry_out
+from .parameters import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
 
 OF_VISION = ("vision_adapter.", "mlp.router.vision_bias")
 """In the names of what a stock gpt-oss has not, in Megatron's parameters and checkpoints alike."""
@@ -289,7 +289,7 @@ def export_checkpoint(
         console: where progress and warnings go; None is nowhere.
 
     Returns:
-        The report that lies in `out` too, see `conversion/report.py`, tensors under their Megatron names; for a dry
+        The report that lies in `out` too, see `engine/report.py`, tensors under their Megatron names; for a dry
         run its totals and ``peak_memory``.
 
     Raises:

@@ -12,14 +12,14 @@ from rich.console import Console
 
 from ..bridge.config_map import megatron_fields
 from ..bridge.ops.mxfp4 import Dequantizer
-from . import report as reports
-from .journal import Journal
-from .layouts import KEPT_WHOLE, Parameter, to_megatron, unpack
-from .megatron_files import ITERATION, Describing
-from .source import Source, open_source
-from .stream import BLOCK, STEP, Unit, Worker, constant, room_for
-from .torch_dist_writer import Group, Piece, TorchDistPlan
-from .work import Work, carry_out
+from .engine import report as reports
+from .engine.job import Work, carry_out
+from .engine.journal import Journal
+from .engine.stream import BLOCK, STEP, Unit, Worker, constant, room_for
+from .formats.hf_source import Source, open_source
+from .formats.megatron_metadata import ITERATION, Describing
+from .formats.torch_dist_writer import Group, Piece, TorchDistPlan
+from .parameters import KEPT_WHOLE, Parameter, to_megatron, unpack
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
@@ -48,7 +48,7 @@ def import_checkpoint(
         console: where progress and warnings go; None is nowhere.
 
     Returns:
-        The report that lies in `out` too, see `conversion/report.py`; for a dry run its totals and ``peak_memory``.
+        The report that lies in `out` too, see `engine/report.py`; for a dry run its totals and ``peak_memory``.
 
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.

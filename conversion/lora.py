@@ -17,18 +17,18 @@ import torch
 from rich.console import Console
 
 from ..bridge.weight_map import Layout
-from . import report as reports
-from . import run_config
-from .hf_side import reference_folder
-from .layouts import Parameter, parameters, to_hf
-from .progress import Progress
-from .run_config import check_config
-from .safetensors_reader import listed
-from .safetensors_writer import ShardPlan, Tensor, plan_shards
-from .source import read_config, shapes_of
-from .stream import Memory, Unit, Worker, room_for, stream
-from .torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
-from .work import ShardedWork, carry_out
+from .engine import report as reports
+from .engine.job import ShardedWork, carry_out
+from .engine.progress import Progress
+from .engine.stream import Memory, Unit, Worker, room_for, stream
+from .formats import run_config
+from .formats.hf_files import reference_folder
+from .formats.hf_source import read_config, shapes_of
+from .formats.run_config import check_config
+from .formats.safetensors_reader import listed
+from .formats.safetensors_writer import ShardPlan, Tensor, plan_shards
+from .formats.torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
+from .parameters import Parameter, parameters, to_hf
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -183,7 +183,7 @@ def export_adapters(
         console: where progress and warnings go; None is nowhere.
 
     Returns:
-        The report that lies in `out` too, see `conversion/report.py`; for a dry run its totals and ``peak_memory``.
+        The report that lies in `out` too, see `engine/report.py`; for a dry run its totals and ``peak_memory``.
 
     Raises:
         FileExistsError: `out` exists.

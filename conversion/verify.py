@@ -18,16 +18,16 @@ import torch
 from rich.console import Console
 
 from ..bridge.ops.mxfp4 import Dequantizer
-from . import report as reports
-from .difference import Difference
+from .comparison.difference import Difference
+from .engine import report as reports
+from .engine.progress import Progress
+from .engine.stream import Memory, Unit, Worker, room_for, stream
 from .exporting import blocks_of, check_tensors, is_of_vision, region_of
-from .layouts import KEPT_WHOLE, Parameter, to_hf
-from .progress import Progress
-from .run_config import check_config, model_fields
-from .safetensors_reader import listed
-from .source import Source, open_source
-from .stream import Memory, Unit, Worker, room_for, stream
-from .torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region
+from .formats.hf_source import Source, open_source
+from .formats.run_config import check_config, model_fields
+from .formats.safetensors_reader import listed
+from .formats.torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region
+from .parameters import KEPT_WHOLE, Parameter, to_hf
 
 VISION_FIELDS = ("use_vision", "vision_pool_token", "image_token_id", "num_image_tokens", "vision_config")
 """Of a config, in both its spellings: what a stock gpt-oss does not say."""
@@ -134,7 +134,7 @@ def verify(
         console: where progress goes; None is nowhere.
 
     Returns:
-        The report: see `conversion/report.py`. ``agrees`` says whether everything does, ``worst`` which tensor is
+        The report: see `engine/report.py`. ``agrees`` says whether everything does, ``worst`` which tensor is
         furthest off, in a sentence; ``left_out`` names what only Megatron has and was not compared. A difference is
         None where a number is NaN or infinite, and so is ``logits["agrees"]`` where it was not judged.
 
@@ -184,7 +184,7 @@ def _in_common(source: Source, checkpoint: TorchDistCheckpoint) -> tuple[Compari
 
 def _with_logits(found: Mapping[str, Any], source: Source, folder: Path) -> dict[str, Any]:
     """What changes in a report when both models have run; judged only where no number was packed or rounded."""
-    from .logits import compare_logits  # imports Megatron-Bridge
+    from .comparison.logits import compare_logits  # imports Megatron-Bridge
 
     logits = compare_logits(source, folder)
     if _changes(found["tensors"]):

@@ -15,7 +15,7 @@ from megatron.bridge.training.vlm_step import forward_step
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
 from ..bridge.mcore import cpu
-from ..conversion.hf_side import keep_files
+from ..conversion.formats.hf_files import keep_files
 from .checkpoints import MarkedCheckpoints, resume
 from .training_log import TrainingLog
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpt_oss_vision.bridge.ops.mxfp4 import quantize
-from gpt_oss_vision.conversion import stream
+from gpt_oss_vision.conversion.engine import stream
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from tiny import tiny_config, tiny_model, tiny_processor
 

@@ -52,7 +52,7 @@ RULES = {
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
     "conversion": Rule(("bridge",)),
     "recipes/quickstart.py": Rule(("recipes", "conversion", "bridge")),
-    "recipes/training.py": Rule(("recipes", "conversion.hf_side", "bridge")),
+    "recipes/training.py": Rule(("recipes", "conversion.formats.hf_files", "bridge")),
     "recipes": Rule(("bridge",)),
     "cli.py": Rule(("", *ROOMS)),
     "__init__.py": Rule(("bridge",), frozenset()),

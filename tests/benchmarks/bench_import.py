@@ -26,12 +26,12 @@ from threading import Thread
 import torch
 from safetensors import safe_open
 
+from gpt_oss_vision.conversion.engine.progress import Progress
+from gpt_oss_vision.conversion.engine.stream import CAPACITIES, STEP, Memory, Run, Unit, Worker, stream
+from gpt_oss_vision.conversion.formats.hf_source import open_source
+from gpt_oss_vision.conversion.formats.safetensors_reader import Stored
+from gpt_oss_vision.conversion.formats.torch_dist_writer import TorchDistPlan
 from gpt_oss_vision.conversion.importing import Import
-from gpt_oss_vision.conversion.progress import Progress
-from gpt_oss_vision.conversion.safetensors_reader import Stored
-from gpt_oss_vision.conversion.source import open_source
-from gpt_oss_vision.conversion.stream import CAPACITIES, STEP, Memory, Run, Unit, Worker, stream
-from gpt_oss_vision.conversion.torch_dist_writer import TorchDistPlan
 
 LAYERS = {"20b": (24, 32), "120b": (36, 128)}
 MOST_SCRATCH = 4 * 10**9

@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
-from gpt_oss_vision.conversion.journal import check_space, open_output
-from gpt_oss_vision.conversion.layouts import MXFP4_PARTS
-from gpt_oss_vision.conversion.progress import Progress
-from gpt_oss_vision.conversion.safetensors_writer import ShardPlan, Tensor, plan_shards
-from gpt_oss_vision.conversion.source import shapes_of
-from gpt_oss_vision.conversion.stream import STEP, Unit, Worker, constant, stream
+from gpt_oss_vision.conversion.engine.journal import check_space, open_output
+from gpt_oss_vision.conversion.engine.progress import Progress
+from gpt_oss_vision.conversion.engine.stream import STEP, Unit, Worker, constant, stream
+from gpt_oss_vision.conversion.formats.hf_source import shapes_of
+from gpt_oss_vision.conversion.formats.safetensors_writer import ShardPlan, Tensor, plan_shards
+from gpt_oss_vision.conversion.parameters import MXFP4_PARTS
 
 
 def config_20b(layers: int = 24, experts: int = 32) -> GPTOSSVisionConfig:

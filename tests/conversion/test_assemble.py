@@ -122,7 +122,7 @@ def test_new_weights_depend_on_the_seed_alone(tmp_path: Path):
 
 
 def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("gpt_oss_vision.conversion.stream.SECONDS_BETWEEN_SYNCS", 0.0)
+    monkeypatch.setattr("gpt_oss_vision.conversion.engine.stream.SECONDS_BETWEEN_SYNCS", 0.0)
     text = save_text(tmp_path / "text")
     towers()["ViT"].save_pretrained(tmp_path / "vision")
     token, out = tiny_processor().image_token_id, tmp_path / "out"

@@ -15,9 +15,9 @@ from rich.console import Console
 
 import gpt_oss_vision
 from checkpoints import OBLONG, change, edit_config, files_of, save_tiny
+from gpt_oss_vision.conversion.engine.progress import Progress
+from gpt_oss_vision.conversion.engine.stream import File
 from gpt_oss_vision.conversion.importing import import_checkpoint
-from gpt_oss_vision.conversion.progress import Progress
-from gpt_oss_vision.conversion.stream import File
 
 KILLS = 50
 
@@ -206,7 +206,7 @@ def test_two_at_once_do_not_harm_each_other(hf: Path, tmp_path: Path):
             go_on.wait()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt_oss_vision.conversion.work.Progress", Waiting)
+        patch.setattr("gpt_oss_vision.conversion.engine.job.Progress", Waiting)
         first = threading.Thread(target=import_checkpoint, args=(hf, out))
         first.start()
         begun.wait()
@@ -247,7 +247,7 @@ def test_what_stops_the_describing_process_stops_the_import_as_what_it_was(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("gpt_oss_vision.conversion.megatron_files.write_files", fail)
+    monkeypatch.setattr("gpt_oss_vision.conversion.formats.megatron_metadata.write_files", fail)
     with pytest.raises(kind) as failure:
         import_checkpoint(hf, tmp_path / "out")
     assert getattr(failure.value, "filename", None) == getattr(error, "filename", None)
@@ -260,7 +260,7 @@ def test_a_describing_process_that_is_killed_is_told_of_and_started_again(
 ):
     with monkeypatch.context() as patch:
         kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        patch.setattr("gpt_oss_vision.conversion.megatron_files.write_files", kill)
+        patch.setattr("gpt_oss_vision.conversion.formats.megatron_metadata.write_files", kill)
         with pytest.raises(ChildProcessError, match="was killed, probably for lack of memory; the same call continues"):
             import_checkpoint(hf, tmp_path / "out")
     import_checkpoint(hf, tmp_path / "out")

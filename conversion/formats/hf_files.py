@@ -18,11 +18,11 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.quantization_config import Mxfp4Config
 
-from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
-from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ..bridge.ops.mxfp4 import BLOCK
-from .checkpoint import config_fields, read_json
-from .layouts import MXFP4_PARTS
+from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from ...bridge.ops.mxfp4 import BLOCK
+from ..parameters import MXFP4_PARTS
+from .hf_config import config_fields, read_json
 from .safetensors_writer import Tensor
 from .torch_dist_reader import TorchDistCheckpoint
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from crashes import fork, survives_kills
 
-from gpt_oss_vision.conversion.journal import Journal, check_space, fingerprint, open_output
+from gpt_oss_vision.conversion.engine.journal import Journal, check_space, fingerprint, open_output
 
 PLAN = {"action": "test", "source": {"a": [1, 2]}}
 
@@ -267,7 +267,7 @@ def test_files_and_their_folders_are_synced_before_they_are_recorded(tmp_path: P
         (journal.output / "a" / "b").mkdir(parents=True)
         (journal.output / "a" / "b" / "file").write_text("x")
         synced: list[Path] = []
-        monkeypatch.setattr("gpt_oss_vision.conversion.journal.sync", synced.append)
+        monkeypatch.setattr("gpt_oss_vision.conversion.engine.journal.sync", synced.append)
         append = Journal._append
         monkeypatch.setattr(Journal, "_append", lambda *args: (append(*args), synced.append(Path("recorded"))))
         journal.record({"unit": None}, ["a/b/file"])

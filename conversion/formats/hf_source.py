@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checkpoint import MODEL_TYPE, config_fields
-from .layouts import MXFP4_PARTS, Parameter, parameters
+from ..engine.stream import Worker, room_for
+from ..parameters import MXFP4_PARTS, Parameter, parameters
+from .hf_config import MODEL_TYPE, config_fields
 from .safetensors_reader import Stored, listed, read_index
-from .stream import Worker, room_for
 
 if TYPE_CHECKING:
-    from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+    from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
 TEXT_MODEL_TYPE = "gpt_oss"
 OF_THE_FILE = ("model_type", "architectures", "auto_map", "quantization_config")
@@ -121,7 +121,7 @@ def read_config(folder: Path) -> "GPTOSSVisionConfig":
     model_type = fields.get("model_type")
     if model_type not in (MODEL_TYPE, TEXT_MODEL_TYPE):
         raise ValueError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r} or {TEXT_MODEL_TYPE!r}")
-    from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+    from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
     own = {name: value for name, value in fields.items() if name not in (*OF_THE_FILE, *OF_DTYPE)}
     own |= {"dtype": _dtype_in(folder, fields), "name_or_path": str(folder)}
@@ -173,7 +173,7 @@ def shapes_of(config: "GPTOSSVisionConfig") -> dict[str, tuple[int, ...]]:
         )
     if not config.attention_bias:
         raise ValueError(f"{file} says attention_bias=false, which Megatron cannot express beside experts with biases")
-    from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+    from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 
     with buildable(file), torch.device("meta"):
         model = GPTOSSVisionForCausalLM(config)

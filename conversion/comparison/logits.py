@@ -1,6 +1,6 @@
 """The logits of a Hugging Face checkpoint and of a Megatron one for the same tokens and image, on the CPU in fp32."""
 
-from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from megatron.bridge.training.model_load_save import load_megatron_model, temporary_distributed_context
 
-from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
-from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ..bridge.mcore import cpu
-from .checkpoint import read_json
-from .run_config import model_fields
-from .source import Source
+from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from ...bridge.mcore import cpu
+from ..formats.hf_config import read_json
+from ..formats.hf_source import Source
+from ..formats.run_config import model_fields
 
 TEXT_TOKENS = 160
 """Past gpt-oss's window of 128."""

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..bridge.config_map import OF_TRAINING, megatron_fields
+from ...bridge.config_map import OF_TRAINING, megatron_fields
 from .safetensors_reader import listed
 
 if TYPE_CHECKING:
-    from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+    from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
 NAME = "run_config.yaml"
 OF_TOWER = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import INDEX, check_safetensors, weight_files, weight_map
-from .stream import Worker
+from ..engine.stream import Worker
+from .hf_config import INDEX, check_safetensors, weight_files, weight_map
 
 DTYPES = {
     "BF16": torch.bfloat16,

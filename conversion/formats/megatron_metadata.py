@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import torch
 
-from .journal import Journal
+from ..engine.journal import Journal
+from .hf_source import Source
 from .run_config import NAME as RUN_CONFIG
-from .source import Source
 
 UNIT = "Megatron's files"
 ITERATION = "iter_0000000"
@@ -113,7 +113,7 @@ def write_files(source: Source, dtype: torch.dtype, output: Path, out: Path) -> 
         output: the folder to write into.
         out: the folder's name when it is complete, which the configuration remembers.
     """
-    from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable
+    from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable
 
     # isort: split
     from megatron.bridge.training.config import CheckpointConfig, ConfigContainer, LoggerConfig
@@ -122,7 +122,7 @@ def write_files(source: Source, dtype: torch.dtype, output: Path, out: Path) -> 
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.optimizer import OptimizerConfig
 
-    from ..bridge.mcore.provider import provider_from_config
+    from ...bridge.mcore.provider import provider_from_config
 
     source.config.dtype = dtype
     provider = provider_from_config(source.config, perform_initialization=False, hf_model_id=str(source.folder))

@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from .layouts import Parameter
-from .stream import BLOCK
+from ..engine.stream import BLOCK
+from ..parameters import Parameter
 
 ALIGNMENT = 64
 """Of an archive's place in its file; torch aligns the numbers so within the archive."""

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
+from ..formats.safetensors_writer import ShardPlan
 from . import report as reports
 from .journal import Journal, check_space, exists, fingerprint, open_output, partial_of, refuse_foreign
 from .progress import Progress
-from .safetensors_writer import ShardPlan
 from .stream import Unit, constant, peak_memory, stream
 
 

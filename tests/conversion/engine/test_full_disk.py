@@ -17,8 +17,8 @@ from crashes import fork, many_small_units
 import gpt_oss_vision
 from checkpoints import OBLONG, files_of, save_pair
 from gpt_oss_vision import cli
-from gpt_oss_vision.conversion import stream, work
-from gpt_oss_vision.conversion.journal import Journal, check_space
+from gpt_oss_vision.conversion.engine import job, stream
+from gpt_oss_vision.conversion.engine.journal import Journal, check_space
 
 TOO_SMALL, LARGE_ENOUGH = 8 * 2**20, 64 * 2**20
 CONVERSIONS = {"import": ("import", "--hf", "hf"), "export": ("export", "--megatron", "megatron")}
@@ -128,7 +128,7 @@ def before_it_is_reserved(disk: Path, patch: pytest.MonkeyPatch) -> None:
         check_space(out, needed)
         fill(disk, leaving=2**20)
 
-    patch.setattr(work, "check_space", check_and_fill)
+    patch.setattr(job, "check_space", check_and_fill)
 
 
 def while_it_is_written(disk: Path, patch: pytest.MonkeyPatch) -> None:

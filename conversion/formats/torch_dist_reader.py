@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import read_json
-from .stream import Worker
+from ..engine.stream import Worker
+from .hf_config import read_json
 
 NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|common_state|rerun_state_machine|.*\._extra_state")
 """Keys that belong to training and not to the model."""

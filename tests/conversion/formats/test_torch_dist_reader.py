@@ -12,9 +12,9 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from gpt_oss_vision.conversion.progress import Progress
-from gpt_oss_vision.conversion.stream import Memory, Unit, stream
-from gpt_oss_vision.conversion.torch_dist_reader import (
+from gpt_oss_vision.conversion.engine.progress import Progress
+from gpt_oss_vision.conversion.engine.stream import Memory, Unit, stream
+from gpt_oss_vision.conversion.formats.torch_dist_reader import (
     Chunk,
     StoredTensor,
     open_checkpoint,

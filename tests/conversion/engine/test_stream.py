@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_oss_vision.conversion.journal import Journal, open_output
-from gpt_oss_vision.conversion.progress import Progress
-from gpt_oss_vision.conversion.stream import BLOCK, Buffer, File, Memory, Unit, Worker, stream
+from gpt_oss_vision.conversion.engine.journal import Journal, open_output
+from gpt_oss_vision.conversion.engine.progress import Progress
+from gpt_oss_vision.conversion.engine.stream import BLOCK, Buffer, File, Memory, Unit, Worker, stream
 
 SIZE = 300 * BLOCK + 77
 CONTENT = random.Random(0).randbytes(SIZE)
@@ -189,7 +189,7 @@ def test_before_a_unit_is_recorded_its_files_and_their_folders_are_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A journal that outlives a power cut must not speak of bytes, or of files, that do not."""
-    monkeypatch.setattr("gpt_oss_vision.conversion.stream.SECONDS_BETWEEN_SYNCS", 0.0)
+    monkeypatch.setattr("gpt_oss_vision.conversion.engine.stream.SECONDS_BETWEEN_SYNCS", 0.0)
     happened: list[Path | str] = []
 
     def telling(call: Callable[[int], None]) -> Callable[[int], None]:

@@ -1,0 +1,1 @@
+"""Comparing two checkpoints: their numbers, and what the models compute."""

@@ -1,0 +1,1 @@
+"""Moving bytes: reading, writing, resuming, reporting. Knows neither the model nor a file format."""
