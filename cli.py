@@ -35,11 +35,11 @@ def quickstart(out: Path, overwrite: bool, **settings: int | None) -> int:
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same run on every machine
     with output_folder(out, overwrite, proof="report.json"):
-        from .recipes.console import quiet
+        from .terminal import quiet
 
         with quiet(out / "log.txt") as console:
             console.print("Loading torch, transformers and Megatron-Bridge")
-            from .recipes import quickstart as recipe
+            from .recipes.quickstart import run as recipe
         given = {name: value for name, value in settings.items() if value is not None}
         report = recipe.run(out, settings=recipe.Settings(**given))
     right, wrong, without = (report[f"accuracy_{image}_image"] for image in ("right", "wrong", "no"))
@@ -76,7 +76,7 @@ def generate(
     from .conversion.formats.hf_config import check_checkpoint
 
     check_checkpoint(model)
-    from .recipes import generate as recipe
+    from .recipes.inference import generate as recipe
 
     choice = recipe.Sampling(**sampling)
     asked = recipe.load(model, int8=int8)
@@ -85,7 +85,7 @@ def generate(
 
         print(describe_weights(asked[0]), file=sys.stderr)
     if batch is not None and out is not None:
-        from .recipes.questions import answer_file
+        from .recipes.inference.batch import answer_file
 
         print(answer_file(*asked, batch, out, choice, batch_size))
     elif not recipe.answer(*asked, prompt or "", image, choice, sys.stdout):
@@ -151,7 +151,7 @@ def convert_verify(hf: Path, megatron: Path, logits: bool, report: Path, jobs: i
     from rich.console import Console
 
     from .conversion.verify import agreement, verify
-    from .recipes.console import quiet
+    from .terminal import quiet
 
     target = os.path.realpath(report)  # /dev/stdout is another file while `quiet` holds it
     # Megatron, which `logits` asks, talks much.
@@ -193,7 +193,7 @@ def _tell(out: Path, report: dict, dry_run: bool) -> int:
 
 def doctor() -> int:
     """Show what this machine can run, and fixes for the rest."""
-    from .recipes import doctor as recipe
+    from . import doctor as recipe
 
     text, is_ready = recipe.examine(Path.cwd())
     print(text)

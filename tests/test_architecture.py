@@ -21,9 +21,7 @@ from gpt_oss_vision import cli
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ROOMS = ("bridge", "conversion", "recipes")
-SOURCES = sorted(
-    [ROOT / "__init__.py", ROOT / "cli.py", *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))]
-)
+SOURCES = sorted([*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))])
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
@@ -51,10 +49,12 @@ RULES = {
     "bridge/hf_int8.py": Rule((), frozenset({"torch", "transformers", "torchao"})),
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
     "conversion": Rule(("bridge",)),
-    "recipes/quickstart.py": Rule(("recipes", "conversion", "bridge")),
-    "recipes/training.py": Rule(("recipes", "conversion.formats.hf_files", "bridge")),
-    "recipes": Rule(("bridge",)),
-    "cli.py": Rule(("", *ROOMS)),
+    "recipes/quickstart": Rule(("recipes", "conversion", "bridge", "terminal")),
+    "recipes/training": Rule(("recipes", "conversion.formats.hf_files", "bridge")),
+    "recipes": Rule(("bridge", "terminal")),
+    "terminal.py": Rule((), frozenset({"rich"})),
+    "doctor.py": Rule((), frozenset({"torch"})),
+    "cli.py": Rule(("", "doctor", "terminal", *ROOMS)),
     "__init__.py": Rule(("bridge",), frozenset()),
     "bridge/__init__.py": Rule((), frozenset()),
 }

@@ -22,9 +22,9 @@ from gpt_oss_vision.bridge.mcore import cpu, upstream
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.lora import export_adapters
-from gpt_oss_vision.recipes.digits import write_digits
-from gpt_oss_vision.recipes.quickstart import Settings, training_config, write_checkpoint
-from gpt_oss_vision.recipes.training import train
+from gpt_oss_vision.recipes.quickstart.run import Settings, training_config, write_checkpoint
+from gpt_oss_vision.recipes.quickstart.run.digits import write_digits
+from gpt_oss_vision.recipes.training.train import train
 from tiny import tiny_batch
 
 ATTENTION = ["linear_qkv", "linear_proj"]

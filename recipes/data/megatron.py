@@ -1,6 +1,6 @@
 """Chat data as Megatron-Bridge's training loop takes it: a dataset provider whose fields survive `run_config.yaml`."""
 
-from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 
@@ -13,8 +13,8 @@ import torch
 from megatron.bridge.data import DatasetBuildContext, DatasetProvider
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
 
-from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from .data import ChatDataset, Sample, ShuffledEpochs, Skipped, collate, describe_skipped, find_unusable
+from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from .dataset import ChatDataset, Sample, ShuffledEpochs, Skipped, collate, describe_skipped, find_unusable
 
 logger = logging.getLogger(__name__)
 

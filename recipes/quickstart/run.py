@@ -4,7 +4,7 @@ Stations, each a function below: digits and a tiny Hugging Face checkpoint → M
 training loop → Megatron checkpoint → Hugging Face checkpoint → questions about digits that were held out → report.
 """
 
-from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 
@@ -39,18 +39,18 @@ from megatron.bridge.training.model_load_save import temporary_distributed_conte
 from PIL import Image
 from rich.console import Console
 
-from ..bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
-from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from ..bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN, GPTOSSVisionTokenizer
-from ..bridge.mcore import cpu
-from ..bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
+from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ...bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN, GPTOSSVisionTokenizer
+from ...bridge.mcore import cpu
+from ...bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
+from ...terminal import Stage, quiet
+from ..data.megatron import ChatDatasetProvider
+from ..training.train import train
 from . import figures
-from .answers import ASKED_AT_ONCE, accuracy, ask, expert_shares, largest_difference, load
-from .console import Stage, quiet
 from .digits import DigitsSplit, EvaluationRow, all_texts, evaluation_rows, write_digits
-from .megatron_data import ChatDatasetProvider
-from .training import train
+from .evaluate import ASKED_AT_ONCE, accuracy, ask, expert_shares, largest_difference, load
 
 VERSIONS = ("torch", "transformers", "megatron-core", "megatron-bridge", "gpt-oss-vision")
 

@@ -1,6 +1,6 @@
 """What a training run tells of itself beyond Megatron-Bridge's own log: memory before, speed and routing on the way."""
 
-from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 
@@ -14,8 +14,8 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.common_utils import print_rank_0, print_rank_last
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from ..bridge.mcore.cost import image_operations, memory_per_rank, text_operations
-from ..bridge.mcore.router_statistics import take_counts, write
+from ...bridge.mcore.cost import image_operations, memory_per_rank, text_operations
+from ...bridge.mcore.router_statistics import take_counts, write
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_oss_vision.recipes import doctor
+from gpt_oss_vision import doctor
 
 
 def test_installed_versions_are_shown(tmp_path: Path):

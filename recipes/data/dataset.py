@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProcessor
+from ...bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProcessor
 
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from rich.console import Console
 
-from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from .console import Stage
-from .data import Skipped, check_image, describe_skipped, numbered_lines, parse_row, refuse_control_tokens
+from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ...terminal import Stage
+from ..data.dataset import Skipped, check_image, describe_skipped, numbered_lines, parse_row, refuse_control_tokens
 from .generate import Chat, Sampling, answers_to, parts_of
 
 

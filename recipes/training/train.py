@@ -1,6 +1,6 @@
 """The training entry: Megatron-Bridge's own loop, on whatever this machine has."""
 
-from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 
@@ -14,10 +14,10 @@ from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.vlm_step import forward_step
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
-from ..bridge.mcore import cpu
-from ..conversion.formats.hf_files import keep_files
+from ...bridge.mcore import cpu
+from ...conversion.formats.hf_files import keep_files
 from .checkpoints import MarkedCheckpoints, resume
-from .training_log import TrainingLog
+from .log import TrainingLog
 
 
 def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:

@@ -13,8 +13,8 @@ import torch
 from transformers import BatchFeature, TextStreamer
 from transformers.utils import logging
 
-from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ..bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProcessor
+from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from ...bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProcessor
 
 Chat = list[dict[str, Any]]
 """Messages as a chat template takes them: a role and content each."""
@@ -93,7 +93,7 @@ def load(model_path: Path, *, int8: bool = False) -> tuple[GPTOSSVisionForCausal
     processor = GPTOSSVisionProcessor.from_pretrained(model_path)  # first, since it fails in no time
     options = {}
     if int8:
-        from ..bridge.hf_int8 import int8_config
+        from ...bridge.hf_int8 import int8_config
 
         options["quantization_config"] = int8_config()
     model = GPTOSSVisionForCausalLM.from_pretrained(model_path, device_map="auto", **options).eval()

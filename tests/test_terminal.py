@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gpt_oss_vision.recipes.console import LINES_PER_STAGE, Stage, quiet
+from gpt_oss_vision.terminal import LINES_PER_STAGE, Stage, quiet
 
 
 def test_what_others_write_goes_to_the_log_and_what_we_show_to_the_terminal(tmp_path: Path):

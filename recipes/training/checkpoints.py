@@ -1,6 +1,6 @@
 """Checkpoints of a run that may be killed at any moment: which of them are whole, and where to go on."""
 
-from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from checkpoints import edit_config
 from gpt_oss_vision.cli import main
-from gpt_oss_vision.recipes.generate import (
+from gpt_oss_vision.recipes.inference.batch import read_questions
+from gpt_oss_vision.recipes.inference.generate import (
     AnswerStreamer,
     FinalChannel,
     Sampling,
@@ -22,7 +23,6 @@ from gpt_oss_vision.recipes.generate import (
     load,
     parts_of,
 )
-from gpt_oss_vision.recipes.questions import read_questions
 from tiny import tiny_checkpoint, tiny_processor
 
 

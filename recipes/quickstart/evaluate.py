@@ -1,6 +1,6 @@
 """Asking a model about the held-out digits, and measuring what it answers and which experts it used."""
 
-from ..bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
 # isort: split
 
@@ -13,11 +13,11 @@ import torch
 from megatron.bridge import AutoBridge
 from megatron.bridge.training.model_load_save import temporary_distributed_context
 
-from ..bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from .console import Stage
+from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ...terminal import Stage
+from ..inference.generate import Chat, Sampling, answers_to, inputs_of
 from .digits import EvaluationRow
-from .generate import Chat, Sampling, answers_to, inputs_of
 
 ASKED_AT_ONCE = 99
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from gpt_oss_vision.recipes.data import (
+from gpt_oss_vision.recipes.data.dataset import (
     IGNORE_INDEX,
     ChatDataset,
     ShuffledEpochs,
@@ -24,7 +24,7 @@ from gpt_oss_vision.recipes.data import (
     parse_row,
     resolve_image,
 )
-from gpt_oss_vision.recipes.digits import write_digits
+from gpt_oss_vision.recipes.quickstart.run.digits import write_digits
 
 SEQ_LENGTH = 64
 

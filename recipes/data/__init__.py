@@ -1,0 +1,1 @@
+"""Chat data for training: rows of files, through the processor, to batches."""
