@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .errors import UserError
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """Options that don't go together."""
 
 
@@ -89,7 +90,7 @@ def generate(
 
         print(answer_file(*asked, batch, out, choice, batch_size))
     elif not recipe.answer(*asked, prompt or "", image, choice, sys.stdout):
-        raise ValueError(f"no answer in {choice.max_new_tokens} tokens; allow more with --max-new-tokens")
+        raise UserError(f"no answer in {choice.max_new_tokens} tokens; allow more with --max-new-tokens")
     return 0
 
 
@@ -158,7 +159,7 @@ def convert_verify(hf: Path, megatron: Path, logits: bool, report: Path, jobs: i
     with os.fdopen(os.dup(2), "w") as terminal, quiet(Path(os.devnull)):
         found = verify(hf, megatron, logits=logits, report=target, jobs=jobs, console=Console(file=terminal))
     if not found["agrees"]:
-        raise ValueError(f"{found['worst']}; {report} has all")
+        raise UserError(f"{found['worst']}; {report} has all")
     print(f"{hf} and {megatron} agree: {agreement(found)}; {report} has a hash of each.")
     return 0
 
@@ -288,7 +289,7 @@ def attempt(run: Callable[[], int], debug: bool) -> int:
         return run()
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except (ValueError, OSError, ImportError) as error:
+    except (UserError, OSError) as error:
         if debug:
             raise
         return _fail(_sentence(error), 2 if isinstance(error, UsageError) else 1)

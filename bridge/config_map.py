@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
+
 if TYPE_CHECKING:
     from .hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
@@ -65,7 +67,7 @@ def _rotary_fields(rope: dict[str, Any], positions: int) -> dict[str, Any]:
     if rope["rope_type"] == "default":
         return fields | {"position_embedding_type": "rope"}
     if rope["rope_type"] != "yarn" or rope.get("attention_factor") is not None:
-        raise ValueError(f"Megatron-Core has no rotary embedding like {rope}; it takes 'default' and plain 'yarn'.")
+        raise UserError(f"Megatron-Core has no rotary embedding like {rope}; it takes 'default' and plain 'yarn'.")
     defaults = {"original_max_position_embeddings": positions, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
     settings = {megatron: (defaults | rope).get(name) for name, megatron in YARN.items()}
     return fields | settings | {"position_embedding_type": "yarn"}

@@ -13,10 +13,12 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import TorchAoConfig
 
+from ..errors import UserError
+
 try:
     from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 except ModuleNotFoundError as error:
-    raise ImportError("INT8 weights need torchao, which comes with the extra `int8` of this package") from error
+    raise UserError("INT8 weights need torchao; install it with `pip install 'gpt-oss-vision[int8]'`") from error
 
 # Weights of the linear layers of decoder, tower and head, and the experts. Routers stay: they are small, and a rounding
 # there changes which experts are chosen. So do embeddings, which torchao would unpack whole for every token.

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..bridge.hf.configuration_gpt_oss_vision import VISION_CONFIGS, GPTOSSVisionConfig
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+from ..errors import UserError
 from .engine import report as reports
 from .engine.job import ShardedWork, carry_out
 from .engine.stream import BLOCK, STEP, Unit, Worker, room_for
@@ -164,7 +165,7 @@ def plan_assembly(text: Path, vision: Path, seed: int, fields: Mapping[str, Any]
     """Look at both checkpoints and settle where every tensor of the new one comes from; see `assemble`."""
     source = open_source(text)
     if not source.missing:
-        raise ValueError(f"{text} is no stock {TEXT_MODEL_TYPE!r} checkpoint: it has vision biases already")
+        raise UserError(f"{text} is no stock {TEXT_MODEL_TYPE!r} checkpoint: it has vision biases already")
     config = config_of(text, vision, source.dtype, fields)
     with buildable(vision / "config.json"):
         model = skeleton(config, source.dtype)
@@ -178,12 +179,12 @@ def plan_assembly(text: Path, vision: Path, seed: int, fields: Mapping[str, Any]
             tensors.append(Tensor(name, tensor.dtype, tuple(tensor.shape)))
     lacking = [tensor.name for tensor in tensors if tensor.name.startswith(TOWER) and tensor.name not in copied]
     if lacking:
-        raise ValueError(
+        raise UserError(
             f"{vision} lacks tensors of its tower: {listed([name.removeprefix(TOWER) for name in lacking])}"
         )
     wrong = [tensor.name for tensor in tensors if tensor.name in copied and copied[tensor.name].shape != tensor.shape]
     if wrong:
-        raise ValueError(f"{vision} holds tensors that do not match its config: {listed(wrong)}")
+        raise UserError(f"{vision} holds tensors that do not match its config: {listed(wrong)}")
     new = {tensor.name: _initialiser(tensor, config, seed) for tensor in tensors if tensor.name not in copied}
     return Assembly(text, vision, seed, config, source.dtype, tensors, copied, new, left_out, plan_shards(tensors))
 
@@ -200,9 +201,9 @@ def config_of(text: Path, vision: Path, dtype: torch.dtype, fields: Mapping[str,
     if kind in ("clip", "siglip"):
         tower, kind = tower.get("vision_config"), f"{kind}_vision_model"
     if not isinstance(tower, dict):
-        raise ValueError(f"{vision / 'config.json'} has {tower!r} for vision_config, not its fields; copy it again")
+        raise UserError(f"{vision / 'config.json'} has {tower!r} for vision_config, not its fields; copy it again")
     if kind not in [*VISION_CONFIGS]:
-        raise ValueError(f"{vision} is a checkpoint of {kind!r}, not of {', '.join(map(repr, VISION_CONFIGS))}")
+        raise UserError(f"{vision} is a checkpoint of {kind!r}, not of {', '.join(map(repr, VISION_CONFIGS))}")
     own = {name: value for name, value in tower.items() if name not in ("architectures", "torch_dtype", "dtype")}
     base = {name: value for name, value in config_fields(text).items() if name not in OF_THE_TEXT}
     new = {"vision_config": own | {"model_type": kind}, "dtype": dtype}
@@ -231,13 +232,13 @@ def tower_tensors(folder: Path, tower: PreTrainedModel) -> tuple[dict[str, Store
     for name, stored in read_index(folder).items():
         new = renamed(name)
         if new in taken:
-            raise ValueError(f"{folder} holds {new} of its tower twice, as {taken[new].name} and {name}")
+            raise UserError(f"{folder} holds {new} of its tower twice, as {taken[new].name} and {name}")
         if new in wanted:
             taken[new] = stored
         else:
             left_out.append(name)
     if beyond := [name for name in left_out if renamed(re.sub(r"\.\d+\.", ".0.", name)) in wanted]:
-        raise ValueError(f"{folder / 'config.json'} has no layers for some tensors of its tower: {listed(beyond)}")
+        raise UserError(f"{folder / 'config.json'} has no layers for some tensors of its tower: {listed(beyond)}")
     return taken, left_out
 
 

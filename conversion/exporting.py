@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import Quantizer
+from ..errors import UserError
 from .engine import report as reports
 from .engine.job import ShardedWork, carry_out
 from .engine.stream import STEP, Unit, Worker, room_for
@@ -173,7 +174,7 @@ def _pack(
         packed = blocks.view(*shape, VALUES_PER_SCALE // 2), scales.view(shape)
         pack(parameter, numbers, *packed, worker.tool(Quantizer))
     except ValueError as error:
-        raise ValueError(f"{parameter.name}: {error} Export it with --dtype bf16.") from error
+        raise UserError(f"{parameter.name}: {error} Export it with --dtype bf16.") from error
 
 
 def region_of(parameter: Parameter, block: slice | None = None) -> Region:
@@ -218,7 +219,7 @@ def plan_export(
             with other numbers than the config's.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is unknown; choose {', '.join(DTYPES)}")
+        raise UserError(f"--dtype {dtype} is unknown; choose {', '.join(DTYPES)}")
     config = read_config(folder)
     everything = parameters(shapes_of(config), config.num_key_value_heads)
     check_tensors(checkpoint, everything)
@@ -306,6 +307,6 @@ def export_checkpoint(
         adapters = read_adapters(checkpoint)
         checkpoint = open_base(adapters, Path(base).absolute() if base else None)
     elif base:
-        raise ValueError(f"{checkpoint.folder} holds weights, no adapters; call without --base")
+        raise UserError(f"{checkpoint.folder} holds weights, no adapters; call without --base")
     work = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)
     return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)

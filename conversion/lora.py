@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from ..bridge.weight_map import Layout
+from ..errors import UserError
 from .engine import report as reports
 from .engine.job import ShardedWork, carry_out
 from .engine.progress import Progress
@@ -110,21 +111,19 @@ def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
     config = run_config.read_run_config(checkpoint.folder)
     settings = run_config.section(checkpoint.folder, config, "peft")
     if not str(settings.get("_target_")).endswith(".LoRA"):
-        raise ValueError(f"{file} says {settings.get('_target_')}; only Megatron-Bridge's LoRA can be exported")
+        raise UserError(f"{file} says {settings.get('_target_')}; only Megatron-Bridge's LoRA can be exported")
     alpha, base = settings.get("alpha"), run_config.section(checkpoint.folder, config, "checkpoint")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"{file} has {alpha!r} for peft.alpha, not a number; copy it again")
+        raise UserError(f"{file} has {alpha!r} for peft.alpha, not a number; copy it again")
     if settings.get("experts_shared_outer_loras"):
-        raise ValueError(
-            f"{file} says experts_shared_outer_loras; only adapters that share all or nothing are exported"
-        )
+        raise UserError(f"{file} says experts_shared_outer_loras; only adapters that share all or nothing are exported")
     unknown = sorted(checkpoint.tensors.keys() - {layer + part for layer in ADAPTED for part in (IN, OUT)})
     if unknown:
-        raise ValueError(f"{checkpoint.folder} has adapters that cannot be exported: {listed(unknown)}")
+        raise UserError(f"{checkpoint.folder} has adapters that cannot be exported: {listed(unknown)}")
     found = [layer for layer in ADAPTED if {layer + IN, layer + OUT} & checkpoint.tensors.keys()]
     halves = sorted({layer + part for layer in found for part in (IN, OUT)} - checkpoint.tensors.keys())
     if halves:
-        raise ValueError(f"{checkpoint.folder} lacks halves of adapters: {listed(halves)}; copy it again")
+        raise UserError(f"{checkpoint.folder} lacks halves of adapters: {listed(halves)}; copy it again")
     read = _read_all(checkpoint.tensors)
     pairs = {layer + ".weight": (read[layer + IN], read[layer + OUT]) for layer in found}
     where = base.get("pretrained_checkpoint")
@@ -192,7 +191,7 @@ def export_adapters(
     """
     out, checkpoint = Path(out).absolute(), open_checkpoint(Path(megatron).absolute())
     if not is_adapter_checkpoint(checkpoint):
-        raise ValueError(f"{checkpoint.folder} holds no adapters; export it without --adapter")
+        raise UserError(f"{checkpoint.folder} holds no adapters; export it without --adapter")
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
     work, plan = plan_adapter_export(read_adapters(checkpoint), folder), {"megatron": str(checkpoint.folder)}
     return carry_out(work, out, plan, jobs=1, overwrite=overwrite, dry_run=dry_run, console=console)
@@ -295,7 +294,7 @@ def check_adapters(adapters: Adapters, wanted: Sequence[Parameter]) -> None:
             if half.shape != shape
         ]
     if wrong:
-        raise ValueError(f"{adapters.folder} does not fit its model: {listed(wrong)}")
+        raise UserError(f"{adapters.folder} does not fit its model: {listed(wrong)}")
 
 
 def _peft_tensors(
@@ -350,9 +349,7 @@ def _peft_config(adapters: Adapters, adapted: Sequence[Parameter]) -> "LoraConfi
 
     ranks = sorted({a.shape[-2] for a, _ in adapters.pairs.values()})
     if len(ranks) > 1:
-        raise ValueError(
-            f"The adapters have ranks {ranks}, and PEFT one for all; export them merged, without --adapter"
-        )
+        raise UserError(f"The adapters have ranks {ranks}, and PEFT one for all; export them merged, without --adapter")
     names = [name for parameter in adapted if parameter.expert is None for name in parameter.hf]
     layers = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
     experts = {

@@ -15,6 +15,7 @@ from megatron.bridge.models.conversion.param_mapping import (
 )
 from megatron.bridge.utils.common_utils import extract_expert_number_from_param
 
+from ...errors import UserError
 from ..ops.mxfp4 import dequantize
 from ..weight_map import ROWS, Layout, Row
 from . import upstream
@@ -196,7 +197,7 @@ def check_coverage(
         problems["tensors of the checkpoint that nothing reads"] = sorted(found - wanted)
     listed = [f"{title}: {', '.join(names)}" for title, names in problems.items() if names]
     if listed:
-        raise ValueError("The checkpoint and the model do not match. " + "; ".join(listed) + ".")
+        raise UserError("The checkpoint and the model do not match. " + "; ".join(listed) + ".")
 
 
 def _without_mxfp4_part(name: str) -> str:

@@ -11,6 +11,8 @@ import torch
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch.distributed import ProcessGroup
 
+from ...errors import UserError
+
 
 def this_ranks_part(tensor: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
     """Of a tensor with the whole sequence along ``dim``, the two pieces that this rank holds; a copy.
@@ -22,7 +24,7 @@ def this_ranks_part(tensor: torch.Tensor, dim: int, group: ProcessGroup) -> torc
     if ranks == 1:
         return tensor
     if tensor.shape[dim] % (2 * ranks):
-        raise ValueError(
+        raise UserError(
             f"context_parallel_size={ranks} needs a multiple of {2 * ranks} tokens a sequence, got {tensor.shape[dim]}."
         )
     pieces = tensor.chunk(2 * ranks, dim=dim)

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import UserError
+
 TORCH, ENGINE = "torch", "transformer_engine"
 
 
@@ -86,4 +88,4 @@ def check_features(provider: Any, backend: str) -> None:
         value = getattr(provider, refusal.field)
         if backend in refusal.backends and refusal.is_refused(value):
             where = "" if len(refusal.backends) > 1 else f" with backend={backend!r}"
-            raise ValueError(f"{refusal.field}={value!r} is not supported{where}: {refusal.reason}.")
+            raise UserError(f"{refusal.field}={value!r} is not supported{where}: {refusal.reason}.")

@@ -12,6 +12,8 @@ from megatron.core.optimizer import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import nn
 
+from ...errors import UserError
+
 # A parameter belongs to the first group whose mark is in its name; the last mark is in all of them.
 GROUPS = {
     "vision_model": "vision_adapter.vit.",
@@ -58,7 +60,7 @@ class LearningRateFactors(OptimizerConfigOverrideProvider):
         optimizer, overrides = context.optimizer_config, dict(super().build_config_overrides(context) or {})
         for group, factor in asdict(self).items():
             if factor <= 0:
-                raise ValueError(
+                raise UserError(
                     f"A learning-rate factor must be above 0, {group} has {factor}; to freeze a group "
                     f"set model.freeze_{group}=True."
                 )

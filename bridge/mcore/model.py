@@ -8,6 +8,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
+from ...errors import UserError
 from .context_parallel import this_ranks_part
 from .packing import check_packing
 from .vision import VisionStage
@@ -101,7 +102,7 @@ class GPTOSSVisionModel(GPTModel):
         if self.vision_adapter is not None:
             embeddings = self.merge(embeddings, is_visual, pixel_values)
         elif pixel_values is not None and len(pixel_values):
-            raise ValueError(f"{len(pixel_values)} images were given to a model that has use_vision=False.")
+            raise UserError(f"{len(pixel_values)} images were given to a model that has use_vision=False.")
         if self.config.recompute_granularity is not None and torch.is_grad_enabled() and not embeddings.requires_grad:
             # Everything before the decoder is frozen. Megatron's checkpoint gives gradients only to the parameters of
             # a block whose input wants one.
@@ -153,4 +154,4 @@ def check_placeholders(is_visual: torch.Tensor, images: int, tokens_per_image: i
     if room.is_cuda:
         torch.ops.aten._assert_async.msg(room == images * tokens_per_image, f"{needs}; the batch has another number.")
     elif room != images * tokens_per_image:
-        raise ValueError(f"{needs}; the batch has {int(room)}.")
+        raise UserError(f"{needs}; the batch has {int(room)}.")

@@ -3,6 +3,8 @@
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from ...errors import UserError
+
 # The first releases whose fused attention knows learnable sinks, as cudnn.version() counts: 9.13.1 and 9.18.
 CUDNN_WITH_SINKS = 91301
 CUDNN_WITH_PACKED_SINKS = 91800
@@ -26,11 +28,11 @@ def check_packing(input_ids: torch.Tensor, packed: PackedSeqParams, context_para
         ValueError: for more than one row, context parallelism, or a cuDNN that would drop the sinks.
     """
     if packed.qkv_format != "thd" or len(input_ids) != 1:
-        raise ValueError(
+        raise UserError(
             f"Packed samples come as one row in the format 'thd'; got {len(input_ids)} rows, {packed.qkv_format!r}."
         )
     if context_parallel > 1:
-        raise ValueError(
+        raise UserError(
             f"Packed samples are not dealt out to context_parallel_size={context_parallel} ranks; use 1, or don't pack."
         )
     if backend == "transformer_engine":
@@ -45,7 +47,7 @@ def check_cudnn(least: int, feature: str) -> None:
     """
     found = torch.backends.cudnn.version() or 0
     if found < least:
-        raise ValueError(
+        raise UserError(
             f"Transformer Engine needs cuDNN {_spelled(least)} for {feature}; this is {_spelled(found)}. Install a "
             "newer nvidia-cudnn, or set backend='torch'."
         )

@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.utils import log_single_rank
 
+from ...errors import UserError
 from ..config_map import megatron_fields
 from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from . import cpu, upstream
@@ -187,10 +188,10 @@ def resolve_backend(backend: Backend) -> str:
     if backend == "auto":
         return "transformer_engine" if has_cuda and has_package else "torch"
     if backend not in BACKEND_SETTINGS:
-        raise ValueError(f"backend={backend!r} is unknown; choose 'auto', 'transformer_engine' or 'torch'.")
+        raise UserError(f"backend={backend!r} is unknown; choose 'auto', 'transformer_engine' or 'torch'.")
     if backend == "transformer_engine" and not (has_cuda and has_package):
         missing = "a CUDA device" if not has_cuda else "the package (pip install 'gpt-oss-vision[te]')"
-        raise ValueError(f"backend='transformer_engine' needs {missing}; backend='torch' runs everywhere.")
+        raise UserError(f"backend='transformer_engine' needs {missing}; backend='torch' runs everywhere.")
     return backend
 
 
@@ -211,22 +212,22 @@ def check_layout(provider: GPTOSSVisionProvider) -> None:
         (etp, "expert_tensor_parallel_size", provider.moe_ffn_hidden_size, "columns of the expert FFN"),
     ):
         if count % size:
-            raise ValueError(f"{name}={size} does not divide the {count} {what} of this model.")
+            raise UserError(f"{name}={size} does not divide the {count} {what} of this model.")
     check_pipeline(provider)
     check_balance(provider)
     if len(provider.frozen_groups) == len(GROUPS):
-        raise ValueError(f"All {len(GROUPS)} groups of parameters are frozen, so there is nothing to train.")
+        raise UserError(f"All {len(GROUPS)} groups of parameters are frozen, so there is nothing to train.")
     if provider.attention_dropout:
-        raise ValueError(f"attention_dropout={provider.attention_dropout} is not supported; gpt-oss has 0.")
+        raise UserError(f"attention_dropout={provider.attention_dropout} is not supported; gpt-oss has 0.")
     if resolve_backend(provider.backend) == "transformer_engine":
         check_cudnn(CUDNN_WITH_SINKS, "learnable sinks")
     if etp > 1 and resolve_backend(provider.backend) == "transformer_engine":
-        raise ValueError(
+        raise UserError(
             f"expert_tensor_parallel_size={etp} needs backend='torch'; with Transformer Engine each rank would add the "
             "experts' biases whole."
         )
     if cp > 1 and provider.cp_comm_type not in (None, "a2a"):
-        raise ValueError(
+        raise UserError(
             f"cp_comm_type={provider.cp_comm_type!r} would lose the sinks; use 'a2a', which is exact and our default."
         )
 
@@ -244,24 +245,22 @@ def check_balance(provider: GPTOSSVisionProvider) -> None:
     unknown = [name for name in (kind if isinstance(kind, list) else [kind]) if name not in BALANCES]
     if unknown or (isinstance(kind, list) and PER_MODALITY in kind):
         # Megatron-Core trains on without a word, and without a balance.
-        raise ValueError(
+        raise UserError(
             f"moe_router_load_balancing_type={kind!r} is not supported; it is one of {', '.join(BALANCES)}, and "
             f"{PER_MODALITY} is not combined with others."
         )
     if kind == "none" and coefficient:
-        raise ValueError(
+        raise UserError(
             f"moe_aux_loss_coeff={coefficient} has no effect with moe_router_load_balancing_type='none'; "
             f"set that to 'aux_loss' or {PER_MODALITY!r}, or the coefficient to 0."
         )
     if kind == PER_MODALITY and not coefficient:
-        raise ValueError(
-            f"moe_router_load_balancing_type={kind!r} needs moe_aux_loss_coeff above 0, got {coefficient}."
-        )
+        raise UserError(f"moe_router_load_balancing_type={kind!r} needs moe_aux_loss_coeff above 0, got {coefficient}.")
     losses = {"moe_z_loss_coeff": provider.moe_z_loss_coeff, "moe_aux_loss_coeff": kind != "none" and coefficient}
     for name, value in losses.items():
         if value and provider.calculate_per_token_loss:
             # Megatron-Core 0.19.2 multiplies by all tokens, then divides by those that are predicted.
-            raise ValueError(
+            raise UserError(
                 f"{name}={value} would be multiplied by the tokens of a batch over those that are predicted; "
                 "set calculate_per_token_loss=False."
             )
@@ -282,7 +281,7 @@ def check_pipeline(provider: GPTOSSVisionProvider) -> None:
     )
     stages = provider.pipeline_model_parallel_size * (provider.virtual_pipeline_model_parallel_size or 1)
     if provider.num_layers % stages and all(setting is None for setting in uneven):
-        raise ValueError(f"{stages} pipeline stages do not divide the {provider.num_layers} layers of this model.")
+        raise UserError(f"{stages} pipeline stages do not divide the {provider.num_layers} layers of this model.")
 
 
 def provider_from_config(config: GPTOSSVisionConfig, **overrides: Any) -> GPTOSSVisionProvider:

@@ -18,6 +18,7 @@ from megatron.core.datasets import utils as core_dataset_utils
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from ...errors import UserError
 from .experts import GroupedLinear
 
 KEEP_IN_FP32 = "_keep_in_float32_parameter_names"
@@ -54,7 +55,7 @@ def _attributes_of_our_experts_too(module, **options) -> bridge_peft.AdapterAttr
     if not isinstance(module, GroupedLinear):
         return adapter_attributes(module, **options)
     if module.tp_group.size() > 1:
-        raise ValueError(
+        raise UserError(
             f"LoRA on the experts needs expert_tensor_parallel_size=1, got {module.tp_group.size()}; "
             "or leave linear_fc1 and linear_fc2 out of target_modules."
         )

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionModel, ViTModel
 
+from ...errors import UserError
+
 
 class VisionStage(nn.Module):
     """Tower, optional learned token in front, LayerNorm, projection; parameter names as in the transformers model.
@@ -101,7 +103,7 @@ def build_tower(vision_config: dict) -> PreTrainedModel:
         tower = CLIPVisionModel(config)
         tower.post_layernorm = nn.Identity()  # it only serves the pooled output
         return tower
-    raise ValueError(
+    raise UserError(
         f"vision_config.model_type is {config.model_type!r}; it must be 'vit', 'clip_vision_model' or "
         "'siglip_vision_model'."
     )

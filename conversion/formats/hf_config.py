@@ -6,6 +6,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ...errors import UserError
+
 MODEL_TYPE = "gpt_oss_vision"  # the config class has it too, but a refusal should not wait for transformers
 INDEX = "model.safetensors.index.json"
 
@@ -19,7 +21,7 @@ def check_checkpoint(folder: Path) -> None:
     """
     model_type = config_fields(folder).get("model_type")
     if model_type != MODEL_TYPE:
-        raise ValueError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r}")
+        raise UserError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r}")
     for file in weight_files(folder):
         check_safetensors(file)
 
@@ -67,7 +69,7 @@ def weight_map(folder: Path) -> dict[str, str]:
         return {}
     found = read_json(index).get("weight_map")
     if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ValueError(f"{index} has no weight_map that gives a file for each tensor; copy it again")
+        raise UserError(f"{index} has no weight_map that gives a file for each tensor; copy it again")
     return found
 
 
@@ -91,9 +93,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); copy it again") from error
+        raise UserError(f"{file} is not JSON ({error}); copy it again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds {type(found).__name__} where an object {{…}} belongs; copy it again")
+        raise UserError(f"{file} holds {type(found).__name__} where an object {{…}} belongs; copy it again")
     return found
 
 
@@ -109,4 +111,4 @@ def check_safetensors(file: Path) -> None:
         with safe_open(file, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{file} is cut off or damaged ({error}); copy it again") from error
+        raise UserError(f"{file} is cut off or damaged ({error}); copy it again") from error

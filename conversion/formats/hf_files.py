@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...bridge.ops.mxfp4 import BLOCK
+from ...errors import UserError
 from ..parameters import MXFP4_PARTS
 from .hf_config import config_fields, read_json
 from .safetensors_writer import Tensor
@@ -123,9 +124,9 @@ def gpt_oss_config(config: GPTOSSVisionConfig) -> GptOssConfig:
     """
     if any(config.nope_layers):
         layers = ", ".join(str(layer) for layer, skips in enumerate(config.nope_layers) if skips)
-        raise ValueError(f"Layers {layers} have no rotation, which gpt-oss cannot express; export without --text-only")
+        raise UserError(f"Layers {layers} have no rotation, which gpt-oss cannot express; export without --text-only")
     if config.swiglu_limit != GPTOSSVisionConfig.swiglu_limit:
-        raise ValueError(
+        raise UserError(
             f"swiglu_limit is {config.swiglu_limit}, which gpt-oss cannot express; export without --text-only"
         )
     ours = {*GPTOSSVisionConfig().to_dict(), "auto_map"} - GptOssConfig().to_dict().keys()
@@ -154,7 +155,7 @@ def _packed(tensor: Tensor) -> list[Tensor]:
     """``[E, in, out]`` as blocks ``[E, out, in / 32, 16]`` and scales ``[E, out, in / 32]``."""
     experts, inside, outside = tensor.shape
     if inside % BLOCK:
-        raise ValueError(f"MXFP4 packs rows in blocks of {BLOCK}; those of {tensor.name} have {inside} numbers")
+        raise UserError(f"MXFP4 packs rows in blocks of {BLOCK}; those of {tensor.name} have {inside} numbers")
     shapes = (experts, outside, inside // BLOCK, BLOCK // 2), (experts, outside, inside // BLOCK)
     return [Tensor(tensor.name + part, torch.uint8, shape) for part, shape in zip(MXFP4_PARTS, shapes, strict=True)]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...errors import UserError
 from ..engine.stream import Worker, room_for
 from ..parameters import MXFP4_PARTS, Parameter, parameters
 from .hf_config import MODEL_TYPE, config_fields
@@ -120,7 +121,7 @@ def read_config(folder: Path) -> "GPTOSSVisionConfig":
     fields = config_fields(folder)
     model_type = fields.get("model_type")
     if model_type not in (MODEL_TYPE, TEXT_MODEL_TYPE):
-        raise ValueError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r} or {TEXT_MODEL_TYPE!r}")
+        raise UserError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r} or {TEXT_MODEL_TYPE!r}")
     from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
     own = {name: value for name, value in fields.items() if name not in (*OF_THE_FILE, *OF_DTYPE)}
@@ -140,7 +141,7 @@ def _dtype_in(folder: Path, fields: dict[str, Any]) -> str | None:
     spelled = found.removeprefix("torch.") if isinstance(found, str) else found
     if spelled is None or spelled in [_type(dtype) for dtype in FLOATS]:
         return spelled
-    raise ValueError(
+    raise UserError(
         f"{folder / 'config.json'} says that dtype is {found!r}; only {listed([*map(_type, FLOATS)])} are converted"
     )
 
@@ -157,7 +158,7 @@ def buildable(file: Path) -> Iterator[None]:
     except Exception as error:  # of a dozen types, for values that the user can mend
         cause = error.__cause__ or error
         said = f"{type(cause).__name__}: " * (not isinstance(cause, ValueError)) + " ".join(str(cause).split())
-        raise ValueError(f"{file} describes no model that can be built ({said}); mend it, or copy it again") from error
+        raise UserError(f"{file} describes no model that can be built ({said}); mend it, or copy it again") from error
 
 
 def shapes_of(config: "GPTOSSVisionConfig") -> dict[str, tuple[int, ...]]:
@@ -168,11 +169,11 @@ def shapes_of(config: "GPTOSSVisionConfig") -> dict[str, tuple[int, ...]]:
     """
     file = Path(config.name_or_path or "") / "config.json"
     if config.tie_word_embeddings:
-        raise ValueError(
+        raise UserError(
             f"{file} says tie_word_embeddings; embeddings that are the head too are not converted; untie them first"
         )
     if not config.attention_bias:
-        raise ValueError(f"{file} says attention_bias=false, which Megatron cannot express beside experts with biases")
+        raise UserError(f"{file} says attention_bias=false, which Megatron cannot express beside experts with biases")
     from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 
     with buildable(file), torch.device("meta"):
@@ -211,7 +212,7 @@ def refuse_mismatch(folder: Path, titles: Mapping[str, list[str]]) -> None:
     """
     said = [f"{title}: {listed(names)}" for title, names in titles.items() if names]
     if said:
-        raise ValueError(f"{folder} does not match its config. {'; '.join(said)}.")
+        raise UserError(f"{folder} does not match its config. {'; '.join(said)}.")
 
 
 def _packed_shapes(name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from ...errors import UserError
 from ..engine.journal import Journal
 from .hf_source import Source
 from .run_config import NAME as RUN_CONFIG
@@ -98,7 +99,7 @@ def _without_modules(error: Exception) -> Exception:
     """An error of the same kind that can be read without importing what raised it."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, error.filename)
-    for kind in (ValueError, OSError, ImportError):
+    for kind in (UserError, OSError, ImportError):
         if isinstance(error, kind):
             return kind(str(error))
     return RuntimeError(f"{type(error).__name__}: {error}")

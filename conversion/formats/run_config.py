@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ...bridge.config_map import OF_TRAINING, megatron_fields
+from ...errors import UserError
 from .safetensors_reader import listed
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError of characters, and of dates like 2026-99-99
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged; copy it again")
+        raise UserError(f"{file} is damaged; copy it again")
     return found
 
 
@@ -46,7 +47,7 @@ def section(folder: Path, found: dict[str, Any], name: str) -> dict[str, Any]:
     """
     fields = found.get(name, {})
     if not isinstance(fields, dict):
-        raise ValueError(f"{folder / NAME} has {fields!r} for {name}, not its fields; copy it again")
+        raise UserError(f"{folder / NAME} has {fields!r} for {name}, not its fields; copy it again")
     return fields
 
 
@@ -80,6 +81,4 @@ def check_config(folder: Path, config: "GPTOSSVisionConfig") -> None:
     pairs |= {f"vision_config.{name}": (towers[0][name], towers[1][name]) for name in of_tower}
     differing = [f"{name} is {mine}, not {theirs}" for name, (mine, theirs) in sorted(pairs.items()) if mine != theirs]
     if differing:
-        raise ValueError(
-            f"{folder / NAME} does not match the config: {listed(differing)}; name one that does with --hf"
-        )
+        raise UserError(f"{folder / NAME} does not match the config: {listed(differing)}; name one that does with --hf")

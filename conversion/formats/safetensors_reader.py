@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ...errors import UserError
 from ..engine.stream import Worker
 from .hf_config import INDEX, check_safetensors, weight_files, weight_map
 
@@ -60,7 +61,7 @@ def read_index(folder: Path) -> dict[str, Stored]:
         found = read_header(file)
         twice = sorted(tensors.keys() & found.keys())
         if twice:
-            raise ValueError(f"{folder} holds {twice[0]} twice, in {tensors[twice[0]].file.name} and {file.name}")
+            raise UserError(f"{folder} holds {twice[0]} twice, in {tensors[twice[0]].file.name} and {file.name}")
         tensors |= found
     _check_index(folder, tensors)
     return tensors
@@ -80,7 +81,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{file}: {name} is of type {entry['dtype']}, which this model family does not use")
+            raise UserError(f"{file}: {name} is of type {entry['dtype']}, which this model family does not use")
         start, end = entry["data_offsets"]
         place = file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start, end - start
         tensors[name] = Stored(name, *place)
@@ -91,7 +92,7 @@ def _check_index(folder: Path, tensors: Mapping[str, Stored]) -> None:
     promised = weight_map(folder)
     wrong = sorted(name for name, file in promised.items() if name not in tensors or tensors[name].file.name != file)
     if wrong:
-        raise ValueError(f"{folder / INDEX} and its files disagree about {listed(wrong)}; copy the checkpoint again")
+        raise UserError(f"{folder / INDEX} and its files disagree about {listed(wrong)}; copy the checkpoint again")
 
 
 def listed(names: list[str], shown: int = 5) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...errors import UserError
 from ..engine.stream import Worker
 from .hf_config import read_json
 
@@ -101,7 +102,7 @@ class StoredTensor:
         wanted, held = math.prod(high - low), int((last[hits] - first[hits]).prod(axis=1).sum())
         if held != wanted or _overlap(first[hits], last[hits]):
             problem = f"hold {held} of the {wanted} numbers" if held < wanted else "overlap in the numbers"
-            raise ValueError(
+            raise UserError(
                 f"The chunks of {self.key} {problem} from {low.tolist()} to {high.tolist()}; save it again."
             )
         return [_part(self.chunks[hit], first[hit], last[hit], low) for hit in hits]
@@ -151,7 +152,7 @@ def open_checkpoint(path: Path) -> TorchDistCheckpoint:
     form = folder / "metadata.json"
     backend = read_json(form).get("sharded_backend") if form.is_file() else "torch_dist"
     if backend != "torch_dist":
-        raise ValueError(f"{folder} was saved as {backend!r}; save it with ckpt_format='torch_dist'")
+        raise UserError(f"{folder} was saved as {backend!r}; save it with ckpt_format='torch_dist'")
     tensors = _tensors(folder, read_metadata(folder / ".metadata"))
     _check_files(folder, [chunk for tensor in tensors.values() for chunk in tensor.chunks])
     return TorchDistCheckpoint(folder, folder.parent if (folder.parent / LATEST).is_file() else folder, tensors)
@@ -184,7 +185,7 @@ def _check_files(folder: Path, chunks: list[Chunk]) -> None:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; copy the checkpoint again")
     for file, end in ends.items():
         if file.stat().st_size < end:
-            raise ValueError(f"{file} has {file.stat().st_size} of at least {end} bytes; copy it again")
+            raise UserError(f"{file} has {file.stat().st_size} of at least {end} bytes; copy it again")
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def read_metadata(file: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[int
         places = {(at.state["fqn"], at.state.get("offset")): info.state for at, info in table["storage_data"].items()}
     except Exception as error:  # a damaged pickle may raise anything, and nothing that is admitted does anything
         said = str(error) or type(error).__name__
-        raise ValueError(f"{file} was refused: {said}; it is not the table of a checkpoint, or damaged") from error
+        raise UserError(f"{file} was refused: {said}; it is not the table of a checkpoint, or damaged") from error
     return entries, places
 
 
@@ -258,9 +259,9 @@ def _tensors(folder: Path, metadata: tuple[dict[str, Any], dict]) -> dict[str, S
             if "chunks" in entry and not NOT_WEIGHTS.match(key)
         }
     except KeyError as error:
-        raise ValueError(f"{folder / '.metadata'} does not say where {error} is; copy the checkpoint again") from error
+        raise UserError(f"{folder / '.metadata'} does not say where {error} is; copy the checkpoint again") from error
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"{folder / '.metadata'} is damaged ({error}); copy it again") from error
+        raise UserError(f"{folder / '.metadata'} is damaged ({error}); copy it again") from error
 
 
 def _tensor(folder: Path, key: str, entry: dict[str, Any], places: dict) -> StoredTensor:
@@ -269,10 +270,10 @@ def _tensor(folder: Path, key: str, entry: dict[str, Any], places: dict) -> Stor
         offsets, sizes = stored.state["offsets"], stored.state["sizes"]
         place = places[key, offsets]
         if Path(place["relative_path"]).name != place["relative_path"] or place.get("transform_descriptors"):
-            raise ValueError(f"{folder / '.metadata'} puts {key} into {place}, which is no plain file of the folder")
+            raise UserError(f"{folder / '.metadata'} puts {key} into {place}, which is no plain file of the folder")
         numbers = (*entry["size"], *offsets, *sizes, place["offset"], place["length"])
         if not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise ValueError(f"{folder / '.metadata'} does not say in numbers where {key} is; copy it again")
+            raise UserError(f"{folder / '.metadata'} does not say in numbers where {key} is; copy it again")
         chunks.append(Chunk(offsets, sizes, folder / place["relative_path"], place["offset"], place["length"]))
     return StoredTensor(key, entry["properties"].state[0], entry["size"], chunks)
 
@@ -365,12 +366,12 @@ def find_payload(peek: Callable[[Path, int, int], bytes], chunk: Chunk, dtype: t
     except OSError:
         raise
     except Exception as error:  # zip and pickle each raise a dozen types
-        raise ValueError(f"{chunk.file} is damaged at byte {chunk.position} ({error}); copy it again") from error
+        raise UserError(f"{chunk.file} is damaged at byte {chunk.position} ({error}); copy it again") from error
     nbytes = math.prod(chunk.sizes) * dtype.itemsize
     found = (tensor, data.compress_type, data.file_size, byteorder)
     expected = (_Pickled(0, chunk.sizes, _row_major(chunk.sizes)), zipfile.ZIP_STORED, nbytes, b"little")
     if found != expected:
-        raise ValueError(f"{chunk.file} holds {found} at byte {chunk.position}, not {expected} as .metadata says")
+        raise UserError(f"{chunk.file} holds {found} at byte {chunk.position}, not {expected} as .metadata says")
     return Payload(chunk.position + data.header_offset + 30 + name + extra, nbytes, data.CRC)
 
 
@@ -381,7 +382,7 @@ def check_sum(numbers: torch.Tensor, payload: Payload, chunk: Chunk) -> None:
         ValueError: when they differ.
     """
     if payload.crc32 and zlib.crc32(numbers.numpy()) != payload.crc32:
-        raise ValueError(f"{chunk.file} has other bytes at {payload.position} than were written; copy it again")
+        raise UserError(f"{chunk.file} has other bytes at {payload.position} than were written; copy it again")
 
 
 def place(part: Part, numbers: torch.Tensor, region: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ...bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProcessor
+from ...errors import UserError
 
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -126,9 +127,9 @@ class ChatDataset(Dataset[Sample]):
 
     def _refuse_too_many(self, rows: int, max_skipped: float) -> None:
         if not rows:
-            raise ValueError(f"{self.path} has no rows.")
+            raise UserError(f"{self.path} has no rows.")
         if len(self.skipped) == rows or len(self.skipped) > max_skipped * rows:
-            raise ValueError(
+            raise UserError(
                 f"{describe_skipped(self.path, self.skipped, rows)} At most {max_skipped:.1%} may be skipped."
             )
 
@@ -293,7 +294,7 @@ def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype
     """
     longest = max(len(sample["input_ids"]) for sample in samples)
     if longest > seq_length:
-        raise ValueError(f"A sample of {longest} tokens doesn't fit a batch of {seq_length}, and rows are never cut.")
+        raise UserError(f"A sample of {longest} tokens doesn't fit a batch of {seq_length}, and rows are never cut.")
     images = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
 
     def padded(rows: list[torch.Tensor], value: float) -> torch.Tensor:

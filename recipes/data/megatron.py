@@ -14,6 +14,7 @@ from megatron.bridge.data import DatasetBuildContext, DatasetProvider
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ...errors import UserError
 from .dataset import ChatDataset, Sample, ShuffledEpochs, Skipped, collate, describe_skipped, find_unusable
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class ChatDatasetProvider(DatasetProvider):
         if self.dataloader_type != "single":
             # «cyclic» orders by a seed of its own and by the number of data-parallel ranks; «batch» cuts a global batch
             # into micro-batches and gives each of them the images of all.
-            raise ValueError(
+            raise UserError(
                 f"dataloader_type={self.dataloader_type!r}: chat data is shuffled by its dataset and read with 'single'"
             )
 

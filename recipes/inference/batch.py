@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ...errors import UserError
 from ...terminal import Stage
 from ..data.dataset import Skipped, check_image, describe_skipped, numbered_lines, parse_row, refuse_control_tokens
 from .generate import Chat, Sampling, answers_to, parts_of
@@ -48,7 +49,7 @@ def answer_file(
     """
     total = sum(1 for _ in numbered_lines(questions))
     if not total:
-        raise ValueError(f"{questions} has no questions.")
+        raise UserError(f"{questions} has no questions.")
     skipped: list[Skipped] = []
     torch.manual_seed(sampling.seed)
     with (
@@ -61,7 +62,7 @@ def answer_file(
             skipped += [row for row in rows if isinstance(row, Skipped)]
             stage.advance()
         if len(skipped) == total:
-            raise ValueError(describe_skipped(questions, skipped, total))
+            raise UserError(describe_skipped(questions, skipped, total))
     said = f"{total - len(skipped):,} of {total:,} answers are in {answers}."
     return f"{said} {describe_skipped(questions, skipped, total)}" if skipped else said
 
@@ -90,7 +91,7 @@ def _parse_question(content: bytes, folder: Path) -> Chat:
     while chat and chat[-1]["role"] == "assistant":
         chat.pop()
     if not chat:
-        raise ValueError("a chat that asks nothing")
+        raise UserError("a chat that asks nothing")
     return chat
 
 

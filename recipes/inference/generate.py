@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProcessor
+from ...errors import UserError
 
 Chat = list[dict[str, Any]]
 """Messages as a chat template takes them: a role and content each."""
@@ -154,12 +155,12 @@ def parts_of(prompt: str, images: Sequence[Path]) -> list[dict[str, str]]:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"The prompt is not in UTF-8 ({error}).") from error
+        raise UserError(f"The prompt is not in UTF-8 ({error}).") from error
     texts = prompt.split(IMAGE_MARK)
     if len(texts) == 1:
         texts = [""] * len(images) + texts
     if len(texts) != len(images) + 1:
-        raise ValueError(f"The prompt has {len(texts) - 1} {IMAGE_MARK} for {len(images)} images.")
+        raise UserError(f"The prompt has {len(texts) - 1} {IMAGE_MARK} for {len(images)} images.")
     parts = [{"type": "text", "text": texts[0]}]
     for image, text in zip(images, texts[1:], strict=True):
         parts += [{"type": "image", "path": str(image)}, {"type": "text", "text": text}]

@@ -25,9 +25,9 @@ from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.verify import verify
+from gpt_oss_vision.recipes.quickstart.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import Settings, training_config, write_checkpoint
 from gpt_oss_vision.recipes.quickstart.run import export_checkpoint as export_by_bridge
-from gpt_oss_vision.recipes.quickstart.run.digits import write_digits
 from gpt_oss_vision.recipes.training.train import train
 from layouts import Layout
 from tiny import tiny_batch, tiny_vision_config

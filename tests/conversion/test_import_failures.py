@@ -18,6 +18,7 @@ from checkpoints import OBLONG, change, edit_config, files_of, save_tiny
 from gpt_oss_vision.conversion.engine.progress import Progress
 from gpt_oss_vision.conversion.engine.stream import File
 from gpt_oss_vision.conversion.importing import import_checkpoint
+from gpt_oss_vision.errors import UserError
 
 KILLS = 50
 
@@ -232,8 +233,9 @@ def test_a_source_that_changed_is_not_continued(hf: Path, tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (ValueError("no"), ValueError),
-        (UnicodeDecodeError("utf-8", b"a", 0, 1, "no"), ValueError),
+        (ValueError("no"), RuntimeError),
+        (UnicodeDecodeError("utf-8", b"a", 0, 1, "no"), RuntimeError),
+        (UserError("no"), UserError),
         (ModuleNotFoundError("no"), ImportError),
         (PermissionError(errno.EACCES, "no", "file"), PermissionError),
         (OSError(errno.ENOSPC, "No space left on device"), OSError),

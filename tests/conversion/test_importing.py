@@ -251,8 +251,8 @@ def test_a_dry_run_writes_nothing_and_says_how_much(both: Path, tmp_path: Path, 
 
 def losses(out: Path, start: Path, checkpoint: Path) -> list[float]:
     """Of two steps of training at TP2·EP2 from an imported checkpoint, as the last rank sees them."""
+    from gpt_oss_vision.recipes.quickstart.digits import write_digits
     from gpt_oss_vision.recipes.quickstart.run import Settings, fine_tune
-    from gpt_oss_vision.recipes.quickstart.run.digits import write_digits
 
     out.mkdir()
     (out / "hf_start").symlink_to(start)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
-from gpt_oss_vision.recipes.quickstart.run.digits import all_texts
+from gpt_oss_vision.recipes.quickstart.digits import all_texts
 from tiny import tiny_config
 
 
@@ -31,8 +31,8 @@ def folder(tmp_path: Path) -> Path:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the digits and the two checkpoints that the quickstart trains from."""
     from gpt_oss_vision.bridge.mcore import cpu
+    from gpt_oss_vision.recipes.quickstart.digits import write_digits
     from gpt_oss_vision.recipes.quickstart.run import Settings, import_checkpoint, write_checkpoint
-    from gpt_oss_vision.recipes.quickstart.run.digits import write_digits
 
     out = tmp_path_factory.mktemp("start")
     write_digits(out / "digits", Settings().seed)

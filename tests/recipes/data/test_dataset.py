@@ -24,7 +24,7 @@ from gpt_oss_vision.recipes.data.dataset import (
     parse_row,
     resolve_image,
 )
-from gpt_oss_vision.recipes.quickstart.run.digits import write_digits
+from gpt_oss_vision.recipes.quickstart.digits import write_digits
 
 SEQ_LENGTH = 64
 

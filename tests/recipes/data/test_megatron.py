@@ -26,7 +26,7 @@ from megatron.bridge.training.vlm_step import get_batch_from_iterator
 
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.recipes.data.dataset import IGNORE_INDEX
-from gpt_oss_vision.recipes.data.dataset.megatron import ChatBatches, ChatDatasetProvider
+from gpt_oss_vision.recipes.data.megatron import ChatBatches, ChatDatasetProvider
 
 SEQ_LENGTH = 40
 ROWS = 6

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from gpt_oss_vision.recipes.quickstart.run.figures import experts_figure, loss_figure, predictions_figure
+from gpt_oss_vision.recipes.quickstart.figures import experts_figure, loss_figure, predictions_figure
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

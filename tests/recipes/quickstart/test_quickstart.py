@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gpt_oss_vision.recipes.quickstart.run.digits import NO_IMAGE, WORDS
+from gpt_oss_vision.recipes.quickstart.digits import NO_IMAGE, WORDS
 
 
 def command(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
+from gpt_oss_vision.recipes.quickstart.digits import DigitsSplit, write_digits
 from gpt_oss_vision.recipes.quickstart.run import Callback, CallbackContext, CheckpointConfig, Settings, training_config
-from gpt_oss_vision.recipes.quickstart.run.digits import DigitsSplit, write_digits
+from gpt_oss_vision.recipes.training.checkpoints import resume
 from gpt_oss_vision.recipes.training.train import train
-from gpt_oss_vision.recipes.training.train.checkpoints import resume
 from layouts import Layout
 
 STEPS = 4

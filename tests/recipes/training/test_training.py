@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
+from gpt_oss_vision.recipes.quickstart.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import Callback, CallbackContext, Settings, fine_tune, training_config
-from gpt_oss_vision.recipes.quickstart.run.digits import write_digits
 from gpt_oss_vision.recipes.training.train import train
 
 STEPS = 3

@@ -13,8 +13,8 @@ from tensorboard.util.tensor_util import make_ndarray
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.mcore.cost import image_operations, text_operations
 from gpt_oss_vision.bridge.mcore.groups import GROUPS, LearningRateFactors, group_of
+from gpt_oss_vision.recipes.quickstart.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import Callback, CallbackContext, ConfigContainer, Settings, training_config
-from gpt_oss_vision.recipes.quickstart.run.digits import write_digits
 from gpt_oss_vision.recipes.training.train import train
 
 
