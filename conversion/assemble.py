@@ -23,8 +23,8 @@ from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from ..errors import UserError
 from .engine import report as reports
-from .engine.job import ShardedWork, carry_out
-from .engine.stream import BLOCK, STEP, Unit, Worker, room_for
+from .engine.job import ShardedWork, run_conversion
+from .engine.stream import BLOCK, STEP, Task, Worker, room_for
 from .formats.hf_config import config_fields
 from .formats.hf_files import skeleton, write_files
 from .formats.hf_source import TEXT_MODEL_TYPE, buildable, open_source
@@ -73,7 +73,7 @@ def assemble(
     text, vision, out = (Path(path).absolute() for path in (text, vision, out))
     work = plan_assembly(text, vision, seed, fields)
     plan = {"seed": seed, "fields": fields, "folders": [str(text), str(vision)]}
-    return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
+    return run_conversion(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,11 @@ class Assembly(ShardedWork):
         """Bytes of the tensors that are taken."""
         return sum(stored.nbytes for stored in self.copied.values())
 
-    def tensor_units(self) -> Iterable[Unit]:
+    def tensor_tasks(self) -> Iterable[Task]:
         """The largest tensors first."""
-        return map(self._unit, sorted(self.tensors, key=lambda tensor: -tensor.nbytes))
+        return map(self._task, sorted(self.tensors, key=lambda tensor: -tensor.nbytes))
 
-    def _unit(self, tensor: Tensor) -> Unit:
+    def _task(self, tensor: Tensor) -> Task:
         stored, place = self.copied.get(tensor.name), self.shards.places[tensor.name]
         step = STEP // tensor.dtype.itemsize
         inbox = room_for(step * stored.dtype.itemsize) if stored else 0
@@ -138,7 +138,7 @@ class Assembly(ShardedWork):
             return digest.entry([stored.name] if stored else [], tensor.shape, tensor.dtype)
 
         nbytes = tensor.nbytes + (stored.nbytes if stored else 0)
-        return Unit(tensor.name, (place.file,), run, inbox, STEP + BLOCK, 0, nbytes)
+        return Task(tensor.name, (place.file,), run, inbox, STEP + BLOCK, 0, nbytes)
 
     def write_files(self, output: Path) -> None:
         """Config, index, code, tokenizer and processor."""

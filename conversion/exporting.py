@@ -15,15 +15,15 @@ from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import Quantizer
 from ..errors import UserError
 from .engine import report as reports
-from .engine.job import ShardedWork, carry_out
-from .engine.stream import STEP, Unit, Worker, room_for
+from .engine.job import ShardedWork, run_conversion
+from .engine.stream import STEP, Task, Worker, room_for
 from .formats.hf_files import DTYPES, reference_folder, skeleton, tensors_of, write_files
 from .formats.hf_source import read_config, refuse_mismatch, shapes_of
 from .formats.run_config import check_config
 from .formats.safetensors_writer import SHARD_BYTES, ShardPlan, Tensor, plan_shards
 from .formats.torch_dist_reader import Region, TorchDistCheckpoint, open_checkpoint, read_region, whole
 from .lora import Adapters, check_adapters, is_adapter_checkpoint, open_base, read_adapters
-from .parameters import KEPT_WHOLE, MXFP4_PARTS, Parameter, pack, parameters, to_hf
+from .parameters import KEPT_WHOLE, MXFP4_PARTS, MegatronParameter, pack, parameters, to_hf
 
 OF_VISION = ("vision_adapter.", "mlp.router.vision_bias")
 """In the names of what a stock gpt-oss has not, in Megatron's parameters and checkpoints alike."""
@@ -47,7 +47,7 @@ class Export(ShardedWork):
     checkpoint: TorchDistCheckpoint
     reference: Path
     model: PreTrainedModel
-    parameters: list[Parameter]
+    parameters: list[MegatronParameter]
     targets: dict[str, Tensor]
     shards: ShardPlan
     dtype: str
@@ -83,18 +83,18 @@ class Export(ShardedWork):
         entries = {parameter.name: results[parameter.name] for parameter in self.parameters}
         return {"source": str(self.checkpoint.folder), **adapters, "written_as": self.dtype, "tensors": entries}
 
-    def tensor_units(self) -> Iterable[Unit]:
+    def tensor_tasks(self) -> Iterable[Task]:
         """The largest parameters first, so that none is left alone at the end."""
-        return map(self._unit, sorted(self.parameters, key=lambda parameter: -prod(parameter.shape)))
+        return map(self._task, sorted(self.parameters, key=lambda parameter: -prod(parameter.shape)))
 
-    def _unit(self, parameter: Parameter) -> Unit:
+    def _task(self, parameter: MegatronParameter) -> Task:
         stored, places = self.checkpoint.tensors[parameter.key], self._places(parameter)
         blocks = blocks_of(parameter, stored.dtype)
         (rows, count), read = (blocks[0].stop, blocks[-1].stop), prod(parameter.shape) * stored.dtype.itemsize
         written = [nbytes * rows // count for _, _, nbytes in places]
         parts = [part for block in blocks for part in stored.parts(region_of(parameter, block))]
         turned = sum(written) if parameter.layout not in KEPT_WHOLE and not self._is_packed(parameter) else 0
-        return Unit(
+        return Task(
             parameter.name,
             tuple(sorted({file for file, _, _ in places})),
             partial(self._write, parameter),
@@ -104,17 +104,17 @@ class Export(ShardedWork):
             read + sum(nbytes for _, _, nbytes in places),
         )
 
-    def _room_to_merge(self, parameter: Parameter, rows: int) -> int:
+    def _room_to_merge(self, parameter: MegatronParameter, rows: int) -> int:
         """Bytes of scratch for rows of a parameter with its adapter, at the scratch's end; 0 where it has none."""
         return 4 * rows * prod(parameter.shape[1:]) if self._adapters_of(parameter) else 0
 
-    def _adapters_of(self, parameter: Parameter) -> Adapters | None:
+    def _adapters_of(self, parameter: MegatronParameter) -> Adapters | None:
         return self.adapters if self.adapters and parameter.key in self.adapters.pairs else None
 
-    def _is_packed(self, parameter: Parameter) -> bool:
+    def _is_packed(self, parameter: MegatronParameter) -> bool:
         return parameter.hf[0] not in self.targets
 
-    def _places(self, parameter: Parameter) -> list[tuple[str, int, int]]:
+    def _places(self, parameter: MegatronParameter) -> list[tuple[str, int, int]]:
         """File, offset and bytes of everything that a parameter becomes."""
         places = []
         for name in parameter.hf:
@@ -125,7 +125,7 @@ class Export(ShardedWork):
                 places.append((place.file, place.offset + nbytes * (parameter.expert or 0), nbytes))
         return places
 
-    def _write(self, parameter: Parameter, worker: Worker) -> dict[str, Any]:
+    def _write(self, parameter: MegatronParameter, worker: Worker) -> dict[str, Any]:
         """Read a parameter, lay it out and write it, a block of rows after the other."""
         stored, digest = self.checkpoint.tensors[parameter.key], reports.Digest()
         blocks = blocks_of(parameter, stored.dtype)
@@ -140,7 +140,11 @@ class Export(ShardedWork):
         return digest.entry(parameter.hf, parameter.shape, numbers.dtype)
 
     def _lay_out(
-        self, worker: Worker, parameter: Parameter, numbers: torch.Tensor, places: Sequence[tuple[str, int, int]]
+        self,
+        worker: Worker,
+        parameter: MegatronParameter,
+        numbers: torch.Tensor,
+        places: Sequence[tuple[str, int, int]],
     ) -> None:
         starts = [sum(room_for(nbytes) for _, _, nbytes in places[:i]) for i in range(len(places))]
         rooms = [
@@ -154,7 +158,9 @@ class Export(ShardedWork):
         for (file, offset, nbytes), start in zip(places, starts, strict=True):
             worker.write(file, offset, nbytes, at=start)
 
-    def _turn(self, worker: Worker, parameter: Parameter, numbers: torch.Tensor, rooms: Sequence[torch.Tensor]) -> None:
+    def _turn(
+        self, worker: Worker, parameter: MegatronParameter, numbers: torch.Tensor, rooms: Sequence[torch.Tensor]
+    ) -> None:
         if parameter.layout in KEPT_WHOLE:
             rooms[0].copy_(numbers.view(-1))
             return
@@ -167,7 +173,7 @@ class Export(ShardedWork):
 
 
 def _pack(
-    worker: Worker, parameter: Parameter, numbers: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor
+    worker: Worker, parameter: MegatronParameter, numbers: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor
 ) -> None:
     shape = len(numbers), numbers.shape[1] // VALUES_PER_SCALE
     try:
@@ -177,13 +183,13 @@ def _pack(
         raise UserError(f"{parameter.name}: {error} Export it with --dtype bf16.") from error
 
 
-def region_of(parameter: Parameter, block: slice | None = None) -> Region:
+def region_of(parameter: MegatronParameter, block: slice | None = None) -> Region:
     """Where a parameter, or a block of its rows, lies in the checkpoint's tensor."""
     rows = () if block is None or not parameter.shape else (block,)
     return (*(slice(i, i + 1) for i in parameter.index), *rows, *whole(parameter.shape[len(rows) :]))
 
 
-def blocks_of(parameter: Parameter, dtype: torch.dtype) -> list[slice]:
+def blocks_of(parameter: MegatronParameter, dtype: torch.dtype) -> list[slice]:
     """The rows to handle at a time: all of them, unless the parameter is large and keeps its layout."""
     count = parameter.shape[0] if parameter.shape else 1
     nbytes = prod(parameter.shape) * dtype.itemsize // count
@@ -240,7 +246,7 @@ def is_of_vision(name: str) -> bool:
     return any(word in name for word in OF_VISION)
 
 
-def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[Parameter]) -> None:
+def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[MegatronParameter]) -> None:
     """Whether a checkpoint holds every tensor of the model in its shape, and no other.
 
     Raises:
@@ -309,4 +315,4 @@ def export_checkpoint(
     elif base:
         raise UserError(f"{checkpoint.folder} holds weights, no adapters; call without --base")
     work = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)
-    return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
+    return run_conversion(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)

@@ -13,13 +13,13 @@ from rich.console import Console
 from ..bridge.config_map import megatron_fields
 from ..bridge.ops.mxfp4 import Dequantizer
 from .engine import report as reports
-from .engine.job import Work, carry_out
+from .engine.job import Work, run_conversion
 from .engine.journal import Journal
-from .engine.stream import BLOCK, STEP, Unit, Worker, constant, room_for
+from .engine.stream import BLOCK, STEP, Task, Worker, room_for, write_header_task
 from .formats.hf_source import Source, open_source
 from .formats.megatron_metadata import ITERATION, Describing
 from .formats.torch_dist_writer import Group, Piece, TorchDistPlan
-from .parameters import KEPT_WHOLE, Parameter, to_megatron, unpack
+from .parameters import KEPT_WHOLE, MegatronParameter, to_megatron, unpack
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
@@ -62,7 +62,7 @@ def import_checkpoint(
     number_type = DTYPES[dtype] if dtype else source.dtype
     work = Import(source, TorchDistPlan(source.parameters, number_type))
     plan = {"hf": str(hf), "dtype": str(number_type), "assets": [file.name for file in work.assets]}
-    return carry_out(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
+    return run_conversion(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ class Import(Work):
             raise FileNotFoundError(f"{lost[0]} is a link to a file that is not there; copy the checkpoint again")
         return [file for file in found if file.is_file() and not file.name.endswith(".index.json")]
 
-    def units(self) -> list[Unit]:
+    def tasks(self) -> list[Task]:
         """The work, the largest tensors first, so that none is left alone at the end."""
         groups = sorted(self.layout.groups, key=lambda group: group.start - group.end)
-        objects = constant(f"{ITERATION}/{TorchDistPlan.OBJECTS_FILE}", self.layout.objects)
-        return [objects, *map(self._unit, groups)]
+        objects = write_header_task(f"{ITERATION}/{TorchDistPlan.OBJECTS_FILE}", self.layout.objects)
+        return [objects, *map(self._task, groups)]
 
-    def _unit(self, group: Group) -> Unit:
+    def _task(self, group: Group) -> Task:
         reads = [self.source.nbytes(parameter) for parameter in group.parameters]
         written, first = group.end - group.start, group.parameters[0]
         nbytes = sum(map(sum, reads)) + written
@@ -137,15 +137,15 @@ class Import(Work):
         if written > 2 * STEP and first.layout in KEPT_WHOLE:
             size = self.source.stored(first.hf[0])[0].dtype.itemsize
             inbox = room_for(STEP // self.layout.dtype.itemsize * size)
-            return Unit(group.name, files, partial(self._write_in_steps, group), inbox, STEP + 2 * BLOCK, 0, nbytes)
+            return Task(group.name, files, partial(self._write_in_steps, group), inbox, STEP + 2 * BLOCK, 0, nbytes)
         inbox = max(sum(map(room_for, each)) for each in reads)
         turned = [
             pieces for parameter, pieces in zip(group.parameters, group.pieces, strict=True) if self._turns(parameter)
         ]
         scratch = max((sum(piece.nbytes for piece in pieces) for pieces in turned), default=0)
-        return Unit(group.name, files, partial(self._write_at_once, group), inbox, written, scratch, nbytes)
+        return Task(group.name, files, partial(self._write_at_once, group), inbox, written, scratch, nbytes)
 
-    def _turns(self, parameter: Parameter) -> bool:
+    def _turns(self, parameter: MegatronParameter) -> bool:
         """Whether the numbers of an expert have to be transposed: packed ones are stored the other way round."""
         return parameter.expert is not None and len(self.source.stored(parameter.hf[0])) == 1
 
@@ -192,7 +192,7 @@ class Import(Work):
             first, begin = first + count, end
         return self._entry(parameter, digest)
 
-    def _fill(self, worker: Worker, parameter: Parameter, pieces: Sequence[torch.Tensor]) -> bool:
+    def _fill(self, worker: Worker, parameter: MegatronParameter, pieces: Sequence[torch.Tensor]) -> bool:
         """Compute the numbers of a parameter into the places where they will be written from.
 
         Returns:
@@ -211,7 +211,7 @@ class Import(Work):
             to_megatron(parameter, parts, pieces, scratch.view(pieces[0].dtype).view(-1, *pieces[0].shape[1:]))
         return not parts
 
-    def _entry(self, parameter: Parameter, digest: reports.Digest) -> dict[str, Any]:
+    def _entry(self, parameter: MegatronParameter, digest: reports.Digest) -> dict[str, Any]:
         names = [stored.name for name in parameter.hf for stored in self.source.stored(name)]
         return {parameter.name: digest.entry(names, parameter.shape, self.layout.dtype_of(parameter))}
 
@@ -221,6 +221,6 @@ def _put(room: torch.Tensor, at: int, data: bytes) -> None:
         room[at : at + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _numbers(room: torch.Tensor, piece: Piece, at: int, parameter: Parameter) -> torch.Tensor:
+def _numbers(room: torch.Tensor, piece: Piece, at: int, parameter: MegatronParameter) -> torch.Tensor:
     """The place of a piece's numbers, without the axes of layers and experts."""
     return room[at : at + piece.nbytes].view(piece.dtype).view(piece.shape[len(parameter.axes) :])

@@ -19,9 +19,9 @@ from rich.console import Console
 from ..bridge.weight_map import Layout
 from ..errors import UserError
 from .engine import report as reports
-from .engine.job import ShardedWork, carry_out
+from .engine.job import ShardedWork, run_conversion
 from .engine.progress import Progress
-from .engine.stream import Memory, Unit, Worker, room_for, stream
+from .engine.stream import InMemoryJournal, Task, Worker, room_for, stream
 from .formats import run_config
 from .formats.hf_files import reference_folder
 from .formats.hf_source import read_config, shapes_of
@@ -29,7 +29,7 @@ from .formats.run_config import check_config
 from .formats.safetensors_reader import listed
 from .formats.safetensors_writer import ShardPlan, Tensor, plan_shards
 from .formats.torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
-from .parameters import Parameter, parameters, to_hf
+from .parameters import MegatronParameter, parameters, to_hf
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -71,7 +71,9 @@ class Adapters:
         """What they take in memory."""
         return sum(tensor.nbytes for pair in self.pairs.values() for tensor in pair)
 
-    def merge(self, parameter: Parameter, rows: slice, numbers: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+    def merge(
+        self, parameter: MegatronParameter, rows: slice, numbers: torch.Tensor, merged: torch.Tensor
+    ) -> torch.Tensor:
         """Add its adapter to some rows of a parameter.
 
         Args:
@@ -87,7 +89,7 @@ class Adapters:
             .addmm_(b[rows], a, alpha=self.alpha / len(a))
         )
 
-    def of(self, parameter: Parameter) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, parameter: MegatronParameter) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r, in]`` and B ``[out, r]`` of a parameter that is adapted."""
         a, b = (tensor[parameter.index] for tensor in self.pairs[parameter.key])
         return a, b
@@ -150,15 +152,15 @@ def _read_all(tensors: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     """Whole tensors in fp32: adapters are small."""
     found: dict[str, torch.Tensor] = {}
 
-    def unit(key: str, tensor: StoredTensor) -> Unit:
+    def task(key: str, tensor: StoredTensor) -> Task:
         def run(worker: Worker) -> None:
             found[key] = read_region(worker, tensor, whole(tensor.shape)).to(torch.float32, copy=True)
 
         nbytes = room_for(math.prod(tensor.shape) * tensor.dtype.itemsize)
-        return Unit(key, (), run, nbytes, 0, nbytes, 0)
+        return Task(key, (), run, nbytes, 0, nbytes, 0)
 
-    units = [unit(key, tensor) for key, tensor in tensors.items()]
-    stream(units, Memory(), {}, jobs=1, progress=Progress("", 0))
+    tasks = [task(key, tensor) for key, tensor in tensors.items()]
+    stream(tasks, InMemoryJournal(), {}, jobs=1, progress=Progress("", 0))
     return found
 
 
@@ -194,7 +196,7 @@ def export_adapters(
         raise UserError(f"{checkpoint.folder} holds no adapters; export it without --adapter")
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
     work, plan = plan_adapter_export(read_adapters(checkpoint), folder), {"megatron": str(checkpoint.folder)}
-    return carry_out(work, out, plan, jobs=1, overwrite=overwrite, dry_run=dry_run, console=console)
+    return run_conversion(work, out, plan, jobs=1, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
 @dataclass(frozen=True)
@@ -232,11 +234,11 @@ class AdapterExport(ShardedWork):
         """Bytes of the adapters, in both forms."""
         return self.adapters.nbytes + sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def tensor_units(self) -> Iterable[Unit]:
+    def tensor_tasks(self) -> Iterable[Task]:
         """One for every tensor."""
-        return map(self._unit, self.tensors)
+        return map(self._task, self.tensors)
 
-    def _unit(self, name: str) -> Unit:
+    def _task(self, name: str) -> Task:
         numbers, place = self.tensors[name], self.shards.places[name]
 
         def run(worker: Worker) -> dict[str, Any]:
@@ -245,7 +247,7 @@ class AdapterExport(ShardedWork):
             worker.write(place.file, place.offset, numbers.nbytes)
             return digest.entry([], numbers.shape, numbers.dtype)
 
-        return Unit(name, (place.file,), run, 0, room_for(numbers.nbytes), 0, numbers.nbytes)
+        return Task(name, (place.file,), run, 0, room_for(numbers.nbytes), 0, numbers.nbytes)
 
     def write_files(self, output: Path) -> None:
         """The config."""
@@ -277,7 +279,7 @@ def plan_adapter_export(adapters: Adapters, folder: Path) -> AdapterExport:
     return AdapterExport(folder, adapters, tensors, described, plan_shards(planned, "adapter_model", sys.maxsize))
 
 
-def check_adapters(adapters: Adapters, wanted: Sequence[Parameter]) -> None:
+def check_adapters(adapters: Adapters, wanted: Sequence[MegatronParameter]) -> None:
     """Whether every adapter fits a weight of the model.
 
     Raises:
@@ -298,7 +300,7 @@ def check_adapters(adapters: Adapters, wanted: Sequence[Parameter]) -> None:
 
 
 def _peft_tensors(
-    adapters: Adapters, adapted: Sequence[Parameter], shapes: Mapping[str, Sequence[int]]
+    adapters: Adapters, adapted: Sequence[MegatronParameter], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, torch.Tensor]:
     """Every A and B under PEFT's name; those of experts side by side, as PEFT keeps them."""
     tensors: dict[str, torch.Tensor] = {}
@@ -327,7 +329,7 @@ def _named(module: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Ten
     return {f"base_model.model.{module}.lora_{letter}.weight": each for letter, each in (("A", a), ("B", b))}
 
 
-def _laid_out(parameter: Parameter, b: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+def _laid_out(parameter: MegatronParameter, b: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
     """B cut, or its rows ordered, as transformers has those of the weight: ``[out, r]`` as ``[out, in]`` is."""
     if parameter.layout is Layout.EXPERT_GATE_UP:
         for half, start in zip(b.chunk(2), (0, 1), strict=True):
@@ -339,7 +341,7 @@ def _laid_out(parameter: Parameter, b: torch.Tensor, parts: list[torch.Tensor]) 
     return parts
 
 
-def _peft_config(adapters: Adapters, adapted: Sequence[Parameter]) -> "LoraConfig":
+def _peft_config(adapters: Adapters, adapted: Sequence[MegatronParameter]) -> "LoraConfig":
     """What PEFT has to know.
 
     Raises:

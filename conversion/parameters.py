@@ -22,7 +22,7 @@ KEPT_WHOLE = (Layout.REPLICATED, Layout.COLUMN, Layout.ROW)
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class MegatronParameter:
     """One parameter of the Megatron model, as a checkpoint has it.
 
     Attributes:
@@ -66,7 +66,7 @@ class Parameter:
         return [((*self.index, i * rows, *(0 for _ in rest)), (*ones, rows, *rest)) for i in range(pieces)]
 
 
-def parameters(shapes: Mapping[str, Sequence[int]], groups: int) -> list[Parameter]:
+def parameters(shapes: Mapping[str, Sequence[int]], groups: int) -> list[MegatronParameter]:
     """Every parameter of the Megatron model, in the order of the table, then of layers and experts.
 
     Args:
@@ -76,7 +76,7 @@ def parameters(shapes: Mapping[str, Sequence[int]], groups: int) -> list[Paramet
     Raises:
         ValueError: listing the tensors that no row of the table names.
     """
-    found: list[Parameter] = []
+    found: list[MegatronParameter] = []
     taken: set[str] = set()
     for row in ROWS:
         names = list(row.hf.values()) if isinstance(row.hf, dict) else [row.hf]
@@ -94,18 +94,18 @@ def parameters(shapes: Mapping[str, Sequence[int]], groups: int) -> list[Paramet
 
 def _at(
     row: Row, numbers: tuple[str, ...], count: int, hf: tuple[str, ...], shapes: list[tuple[int, ...]], groups: int
-) -> list[Parameter]:
+) -> list[MegatronParameter]:
     """The parameters of a row with its numbers filled in: one, or one per expert."""
     of_layer = row.megatron.startswith("decoder.layers.")
     index, axes = ((int(numbers[0]),), (count,)) if of_layer else ((), ())
     shape = _megatron_shape(row.layout, shapes)
     if row.layout not in MADE_OF_EXPERTS:
         name = _fill(row.megatron, numbers)
-        return [Parameter(name, checkpoint_key(name), index, axes, shape, hf, row.layout, groups)]
+        return [MegatronParameter(name, checkpoint_key(name), index, axes, shape, hf, row.layout, groups)]
     experts = shapes[0][0]
     names = [_fill(row.megatron, (*numbers, str(expert))) for expert in range(experts)]
     return [
-        Parameter(name, checkpoint_key(name), (*index, expert), (*axes, experts), shape, hf, row.layout, groups)
+        MegatronParameter(name, checkpoint_key(name), (*index, expert), (*axes, experts), shape, hf, row.layout, groups)
         for expert, name in enumerate(names)
     ]
 
@@ -132,7 +132,7 @@ def _megatron_shape(layout: Layout, shapes: list[tuple[int, ...]]) -> tuple[int,
 
 
 def to_megatron(
-    parameter: Parameter, parts: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor], scratch: torch.Tensor
+    parameter: MegatronParameter, parts: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor], scratch: torch.Tensor
 ) -> None:
     """Lay transformers' numbers out as Megatron has them.
 
@@ -155,7 +155,9 @@ def to_megatron(
         pieces[0].copy_(parts[0].mT if _is_turned(parameter) else parts[0].view(pieces[0].shape))
 
 
-def to_hf(parameter: Parameter, megatron: torch.Tensor, parts: Sequence[torch.Tensor], scratch: torch.Tensor) -> None:
+def to_hf(
+    parameter: MegatronParameter, megatron: torch.Tensor, parts: Sequence[torch.Tensor], scratch: torch.Tensor
+) -> None:
     """Lay Megatron's numbers out as transformers has them: the inverse of `to_megatron`, never packed.
 
     Args:
@@ -178,7 +180,7 @@ def to_hf(parameter: Parameter, megatron: torch.Tensor, parts: Sequence[torch.Te
 
 
 def unpack(
-    parameter: Parameter,
+    parameter: MegatronParameter,
     blocks: torch.Tensor,
     scales: torch.Tensor,
     pieces: Sequence[torch.Tensor],
@@ -203,7 +205,11 @@ def unpack(
 
 
 def pack(
-    parameter: Parameter, megatron: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, quantizer: Quantizer
+    parameter: MegatronParameter,
+    megatron: torch.Tensor,
+    blocks: torch.Tensor,
+    scales: torch.Tensor,
+    quantizer: Quantizer,
 ) -> None:
     """Pack an expert's weight as MXFP4: the inverse of `unpack`, up to rounding.
 
@@ -224,11 +230,11 @@ def pack(
         quantizer.into(blocks[start::2], scales[start::2], half)
 
 
-def _is_turned(parameter: Parameter) -> bool:
+def _is_turned(parameter: MegatronParameter) -> bool:
     return parameter.layout is Layout.EXPERT_DOWN and len(parameter.shape) == 2
 
 
-def _slots(parameter: Parameter, fused: torch.Tensor, parts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def _slots(parameter: MegatronParameter, fused: torch.Tensor, parts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Where q, k and v lie in ``[g (q + 2) d, …]``: ``[g, q d, …]``, ``[g, d, …]`` and ``[g, d, …]``."""
     rows = [len(part) // parameter.groups for part in parts]
     return fused.view(parameter.groups, sum(rows), *fused.shape[1:]).split(rows, dim=1)

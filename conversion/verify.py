@@ -21,13 +21,13 @@ from ..bridge.ops.mxfp4 import Dequantizer
 from .comparison.difference import Difference
 from .engine import report as reports
 from .engine.progress import Progress
-from .engine.stream import Memory, Unit, Worker, room_for, stream
+from .engine.stream import InMemoryJournal, Task, Worker, room_for, stream
 from .exporting import blocks_of, check_tensors, is_of_vision, region_of
 from .formats.hf_source import Source, open_source
 from .formats.run_config import check_config, model_fields
 from .formats.safetensors_reader import listed
 from .formats.torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region
-from .parameters import KEPT_WHOLE, Parameter, to_hf
+from .parameters import KEPT_WHOLE, MegatronParameter, to_hf
 
 VISION_FIELDS = ("use_vision", "vision_pool_token", "image_token_id", "num_image_tokens", "vision_config")
 """Of a config, in both its spellings: what a stock gpt-oss does not say."""
@@ -45,15 +45,15 @@ class Comparison:
 
     source: Source
     stored: Mapping[str, StoredTensor]
-    parameters: list[Parameter]
+    parameters: list[MegatronParameter]
 
     def run(self, jobs: int, console: Console) -> dict[str, Any]:
         """The report's entries of all tensors."""
-        units = [self._unit(parameter) for parameter in self.parameters]
-        with Progress("Comparing", sum(unit.nbytes for unit in units), console) as progress:
-            return stream(units, Memory(), {}, jobs=jobs, progress=progress)
+        tasks = [self._task(parameter) for parameter in self.parameters]
+        with Progress("Comparing", sum(task.nbytes for task in tasks), console) as progress:
+            return stream(tasks, InMemoryJournal(), {}, jobs=jobs, progress=progress)
 
-    def _unit(self, parameter: Parameter) -> Unit:
+    def _task(self, parameter: MegatronParameter) -> Task:
         stored, reads = self.stored[parameter.key], self.source.nbytes(parameter)
         blocks = blocks_of(parameter, stored.dtype)
         rows, count = blocks[0].stop, blocks[-1].stop
@@ -64,9 +64,9 @@ class Comparison:
         turned = nbytes if parameter.layout not in KEPT_WHOLE else 0
         mine = room_for(nbytes * rows // count)
         run = partial(self._compare, parameter)
-        return Unit(parameter.name, (), run, max(inbox, theirs), turned, mine + turned, nbytes + sum(reads))
+        return Task(parameter.name, (), run, max(inbox, theirs), turned, mine + turned, nbytes + sum(reads))
 
-    def _compare(self, parameter: Parameter, worker: Worker) -> dict[str, Any]:
+    def _compare(self, parameter: MegatronParameter, worker: Worker) -> dict[str, Any]:
         stored, digest, found = self.stored[parameter.key], reports.Digest(), Difference()
         for block in blocks_of(parameter, stored.dtype):
             numbers = read_region(worker, stored, region_of(parameter, block))
@@ -79,14 +79,18 @@ class Comparison:
         names = [part.name for name in parameter.hf for part in self.source.stored(name)]
         return digest.entry(names, parameter.shape, stored.dtype) | found.entry()
 
-    def _same_rows(self, worker: Worker, parameter: Parameter, numbers: torch.Tensor, start: int) -> torch.Tensor:
+    def _same_rows(
+        self, worker: Worker, parameter: MegatronParameter, numbers: torch.Tensor, start: int
+    ) -> torch.Tensor:
         stored = self.source.stored(parameter.hf[0])
         if not stored:  # a stock gpt-oss has no vision bias; it counts as zeros
             return torch.zeros_like(numbers)
         first = start * prod(parameter.shape[1:])
         return stored[0].read(worker, first, numbers.numel()).view(numbers.shape)
 
-    def _add_turned(self, worker: Worker, parameter: Parameter, numbers: torch.Tensor, found: Difference) -> None:
+    def _add_turned(
+        self, worker: Worker, parameter: MegatronParameter, numbers: torch.Tensor, found: Difference
+    ) -> None:
         """Compare what lies differently on the two sides: as the source has it, each tensor in its own type."""
         parts = self.source.read(worker, parameter)
         if parts[0].dtype == torch.uint8:
@@ -103,7 +107,7 @@ class Comparison:
 
 
 def _halves(
-    parameter: Parameter, numbers: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor
+    parameter: MegatronParameter, numbers: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Rows of an expert as Megatron has them, with the packed rows that they became: gate and up in turns."""
     pieces = len(parameter.chunks)

@@ -13,7 +13,7 @@ from ..formats.safetensors_writer import ShardPlan
 from . import report as reports
 from .journal import Journal, check_space, exists, fingerprint, open_output, partial_of, refuse_foreign
 from .progress import Progress
-from .stream import Unit, constant, peak_memory, stream
+from .stream import Task, peak_memory, stream, write_header_task
 
 
 class Work(ABC):
@@ -35,7 +35,7 @@ class Work(ABC):
     @property
     @abstractmethod
     def sizes(self) -> Mapping[str, int]:
-        """Bytes of every file that the units write, by its name within the output."""
+        """Bytes of every file that the tasks write, by its name within the output."""
 
     @property
     @abstractmethod
@@ -48,21 +48,21 @@ class Work(ABC):
         return 0
 
     @abstractmethod
-    def units(self) -> list[Unit]:
+    def tasks(self) -> list[Task]:
         """What is done, in the order in which it is begun."""
 
     def beside(self, journal: Journal) -> AbstractContextManager[object]:
-        """What goes on while the units are done."""
+        """What goes on while the tasks are done."""
         del journal
         return nullcontext()
 
     @abstractmethod
     def write_files(self, output: Path) -> None:
-        """Write the files that no unit writes, into the folder of the others."""
+        """Write the files that no task writes, into the folder of the others."""
 
     @abstractmethod
     def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """What the report says of this conversion, its ``tensors`` above all, given what the units returned."""
+        """What the report says of this conversion, its ``tensors`` above all, given what the tasks returned."""
 
 
 class ShardedWork(Work):
@@ -79,16 +79,16 @@ class ShardedWork(Work):
         """Bytes of the files of weights."""
         return self.shards.sizes
 
-    def units(self) -> list[Unit]:
+    def tasks(self) -> list[Task]:
         """The headers, then the tensors."""
-        return [*(constant(*header) for header in self.shards.headers.items()), *self.tensor_units()]
+        return [*(write_header_task(*header) for header in self.shards.headers.items()), *self.tensor_tasks()]
 
     @abstractmethod
-    def tensor_units(self) -> Iterable[Unit]:
+    def tensor_tasks(self) -> Iterable[Task]:
         """What writes the tensors, in the order in which it is begun."""
 
 
-def carry_out(
+def run_conversion(
     work: Work,
     out: Path,
     plan: Mapping[str, Any],
@@ -118,7 +118,7 @@ def carry_out(
         FileExistsError: `out` exists, or holds another conversion's beginning, or is no folder to be replaced.
         OSError: the disk is too small, or fails.
     """
-    units, console = work.units(), console or Console(quiet=True)
+    tasks, console = work.tasks(), console or Console(quiet=True)
     totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.sizes.values())}
     refuse_to_lose(out, work.sources.values(), overwrite=overwrite)
     if dry_run:
@@ -126,14 +126,14 @@ def carry_out(
         if os.path.lexists(out) and not overwrite:
             raise exists(out)
         free = check_space(out, totals["bytes_written"])
-        return totals | {"peak_memory": peak_memory(units, jobs) + work.held, "free": free, "files": len(work.sizes)}
+        return totals | {"peak_memory": peak_memory(tasks, jobs) + work.held, "free": free, "files": len(work.sizes)}
     read = {name: fingerprint(folder, apart_from=out) for name, folder in work.sources.items()}
     plan = {"action": work.action, "versions": reports.versions(), "out": str(out), **plan, **read}
     with open_output(out, plan, overwrite=overwrite) as journal:
         if not journal.is_complete:
             check_space(journal.out, totals["bytes_written"])
-            with work.beside(journal), Progress(work.title, sum(unit.nbytes for unit in units), console) as progress:
-                results = stream(units, journal, work.sizes, jobs=jobs, progress=progress)
+            with work.beside(journal), Progress(work.title, sum(task.nbytes for task in tasks), console) as progress:
+                results = stream(tasks, journal, work.sizes, jobs=jobs, progress=progress)
             work.write_files(journal.output)
             told = work.report(results)
             report = reports.build(work.action, told.pop("tensors"), **told, **totals)

@@ -1,7 +1,7 @@
 """An output folder that appears under its name only when it is complete, and that a killed run can continue.
 
 Everything is written into ``OUT.partial/output``, beside ``OUT``, and renamed at the end. ``OUT.partial/journal`` says
-what is provably on the disk: a line per unit of work, appended after the unit's bytes have been synced. A call with the
+what is provably on the disk: a line per task, appended after the task's bytes have been synced. A call with the
 same plan goes on from there; one with another plan is refused. An flock on ``OUT.partial/lock`` keeps a second call
 out: on a file that is open for writing, as network file systems know no other between machines.
 """
@@ -28,7 +28,7 @@ COMPLETE = "complete"
 """Name of the last line: all files are written and synced, only renaming is left."""
 
 FORGOTTEN = "forgotten"
-"""Name of a line with the units that earlier lines call done and that are not any more."""
+"""Name of a line with the tasks that earlier lines call done and that are not any more."""
 
 OURS = {"lock", "journal", "output", "replaced", "rubbish"}
 """What a partial output's folder may hold."""
@@ -42,7 +42,7 @@ class Journal:
 
     Attributes:
         output: the folder to write into.
-        results: what `record` was given for every unit that is done, also by earlier runs.
+        results: what `record` was given for every task that is done, also by earlier runs.
     """
 
     def __init__(self, out: Path, partial: Path, lock: int):
@@ -62,10 +62,10 @@ class Journal:
         return COMPLETE in self.results
 
     def record(self, results: Mapping[str, Any], files: Iterable[Path | str] = ()) -> None:
-        """Remember units as done, when `files` and their names in the folders up to the output's are on the disk.
+        """Remember tasks as done, when `files` and their names in the folders up to the output's are on the disk.
 
         Args:
-            results: what the units returned, by their names.
+            results: what the tasks returned, by their names.
             files: what they have written, as paths or by names within the output; none if that was synced before.
         """
         paths = [self.output / file for file in files]
@@ -74,9 +74,9 @@ class Journal:
         self._append(results)
         self.results |= results
 
-    def forget(self, units: Iterable[str]) -> None:
-        """Remember units as not done: what they had written is lost."""
-        names = sorted(units)
+    def forget(self, tasks: Iterable[str]) -> None:
+        """Remember tasks as not done: what they had written is lost."""
+        names = sorted(tasks)
         self._append({FORGOTTEN: names})
         for name in names:
             del self.results[name]

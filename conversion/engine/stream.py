@@ -1,8 +1,8 @@
-"""Moving bytes at the speed of the disk: units of work that read, compute and write, several at once.
+"""Moving bytes at the speed of the disk: tasks of work that read, compute and write, several at once.
 
-A unit is done by one thread from beginning to end; torch, xxhash and the kernel let go of the interpreter, so the
+A task is done by one thread from beginning to end; torch, xxhash and the kernel let go of the interpreter, so the
 threads' reading, computing and writing overlap. Each thread has two buffers, made once and as large as the largest
-unit asks for, so the memory of a run is known before it starts. Files are read and written around the page cache where
+task asks for, so the memory of a run is known before it starts. Files are read and written around the page cache where
 the file system allows it; what the page cache holds of them, a fresh download for example, is read from there.
 """
 
@@ -29,7 +29,7 @@ BLOCK = 4096
 """What direct input and output are aligned to, in the file and in memory: a page, the largest sector in use."""
 
 STEP = 16 * 2**20
-"""Bytes that a unit handles at a time where it is free to choose."""
+"""Bytes that a task handles at a time where it is free to choose."""
 
 SECONDS_BETWEEN_SYNCS = 2.0
 
@@ -132,7 +132,7 @@ class File:
         os.close(self.plain)
 
 
-class Memory:
+class InMemoryJournal:
     """Stands for a journal where nothing is written, so that nothing has to outlive a kill."""
 
     output = Path()
@@ -141,12 +141,12 @@ class Memory:
         self.results: dict[str, Any] = {}
 
     def record(self, results: Mapping[str, Any]) -> None:
-        """Remember what units returned."""
+        """Remember what tasks returned."""
         self.results |= results
 
-    def forget(self, units: Iterable[str]) -> None:
-        """Remember units as not done."""
-        for name in units:
+    def forget(self, tasks: Iterable[str]) -> None:
+        """Remember tasks as not done."""
+        for name in tasks:
             del self.results[name]
 
 
@@ -165,7 +165,7 @@ class Worker:
         self._run.progress.advance(nbytes)
         return data
 
-    def peek(self, path: Path, offset: int, nbytes: int) -> bytes:
+    def read_small(self, path: Path, offset: int, nbytes: int) -> bytes:
         """A few bytes of a source file, through the page cache."""
         return os.pread(self._run.source(path).plain, nbytes, offset)
 
@@ -189,7 +189,7 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class Task:
     """Work that is done or not done.
 
     Attributes:
@@ -216,20 +216,20 @@ def room_for(nbytes: int) -> int:
     return _round_up(nbytes) + BLOCK
 
 
-def constant(file: str, data: bytes) -> Unit:
-    """A unit that begins a file with given bytes."""
+def write_header_task(file: str, data: bytes) -> Task:
+    """A task that begins a file with given bytes."""
 
     def run(worker: Worker) -> None:
         worker.room(0, len(data)).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         worker.write(file, 0, len(data))
 
-    return Unit(f"the beginning of {file}", (file,), run, 0, len(data), 0, len(data))
+    return Task(f"the beginning of {file}", (file,), run, 0, len(data), 0, len(data))
 
 
-def peak_memory(units: Iterable[Unit], jobs: int) -> int:
+def peak_memory(tasks: Iterable[Task], jobs: int) -> int:
     """Bytes of buffers that a run will hold: what it needs beyond the interpreter and its libraries."""
-    units = list(units)
-    return jobs * sum(max((getattr(unit, name) for unit in units), default=0) for name in CAPACITIES)
+    tasks = list(tasks)
+    return jobs * sum(max((getattr(task, name) for task in tasks), default=0) for name in CAPACITIES)
 
 
 CAPACITIES = ("read_capacity", "write_capacity", "scratch_capacity")
@@ -240,8 +240,8 @@ class Run:
 
     def __init__(self, progress: Progress):
         self.progress, self.outputs = progress, dict[str, File]()
-        self.todo: queue.SimpleQueue[Unit] = queue.SimpleQueue()
-        self.done: queue.SimpleQueue[tuple[Unit, Any] | BaseException | None] = queue.SimpleQueue()
+        self.todo: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[tuple[Task, Any] | BaseException | None] = queue.SimpleQueue()
         self._sources: dict[Path, File] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
 
@@ -267,12 +267,12 @@ class Run:
             file.close()
 
     def work(self, capacities: Sequence[int]) -> None:
-        """What a thread does: units until there are none. An error is handed to the caller, who ends the others."""
+        """What a thread does: tasks until there are none. An error is handed to the caller, who ends the others."""
         try:
             worker = Worker(self, *capacities)
             while not self._stop.is_set():
-                unit = self.todo.get_nowait()
-                self.done.put((unit, unit.run(worker)))
+                task = self.todo.get_nowait()
+                self.done.put((task, task.run(worker)))
         except (queue.Empty, Stopped):
             pass
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
@@ -286,33 +286,38 @@ class Stopped(Exception):
 
 
 def stream(
-    units: Sequence[Unit], journal: Journal | Memory, sizes: Mapping[str, int], *, jobs: int, progress: Progress
+    tasks: Sequence[Task],
+    journal: Journal | InMemoryJournal,
+    sizes: Mapping[str, int],
+    *,
+    jobs: int,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Do the units that are not done yet, and record them as they become durable.
+    """Do the tasks that are not done yet, and record them as they become durable.
 
     Those that wrote into a file that has vanished since, or has another size, are done again.
 
     Args:
-        units: in the order in which to begin them.
+        tasks: in the order in which to begin them.
         journal: the output to write into.
         sizes: bytes of every output file, by its name within the output.
         jobs: threads.
         progress: told of every byte read and written.
 
     Returns:
-        What every unit returned, by its name, units of earlier runs included.
+        What every task returned, by its name, tasks of earlier runs included.
 
     Raises:
-        Exception: what the first unit that failed raised.
+        Exception: what the first task that failed raised.
     """
-    _forget_lost(units, journal, sizes)
-    left = [unit for unit in units if unit.name not in journal.results]
-    progress.skip(sum(unit.nbytes for unit in units) - sum(unit.nbytes for unit in left))
-    names = sorted({name for unit in left for name in unit.files})
+    _forget_lost(tasks, journal, sizes)
+    left = [task for task in tasks if task.name not in journal.results]
+    progress.skip(sum(task.nbytes for task in tasks) - sum(task.nbytes for task in left))
+    names = sorted({name for task in left for name in task.files})
     run = Run(progress)
-    for unit in left:
-        run.todo.put(unit)
-    capacities = [max((getattr(unit, name) for unit in left), default=0) for name in CAPACITIES]
+    for task in left:
+        run.todo.put(task)
+    capacities = [max((getattr(task, name) for task in left), default=0) for name in CAPACITIES]
     threads = [threading.Thread(target=run.work, args=(capacities,), daemon=True) for _ in range(jobs)]
     with _one_thread_per_operation(), _as_many_files_as_allowed():
         try:
@@ -329,12 +334,12 @@ def stream(
                 if thread.ident:
                     thread.join()
             run.close()
-    return {unit.name: journal.results[unit.name] for unit in units}
+    return {task.name: journal.results[task.name] for task in tasks}
 
 
-def _collect(run: Run, journal: Journal | Memory, jobs: int) -> None:
+def _collect(run: Run, journal: Journal | InMemoryJournal, jobs: int) -> None:
     """Take the threads' results until all have ended, and record them, several at a time, after their bytes."""
-    finished: dict[Unit, Any] = {}
+    finished: dict[Task, Any] = {}
     last, error, running = time.monotonic(), None, jobs
     while running:
         item = run.done.get()
@@ -344,24 +349,24 @@ def _collect(run: Run, journal: Journal | Memory, jobs: int) -> None:
         elif item is None:
             running -= 1
         else:
-            unit, result = item
-            finished[unit] = result
+            task, result = item
+            finished[task] = result
         if finished and (not running or time.monotonic() - last > SECONDS_BETWEEN_SYNCS):
-            for name in sorted({name for unit in finished for name in unit.files}):
+            for name in sorted({name for task in finished for name in task.files}):
                 os.fdatasync(run.outputs[name].plain)
-            journal.record({unit.name: result for unit, result in finished.items()})
+            journal.record({task.name: result for task, result in finished.items()})
             finished, last = {}, time.monotonic()
     if error is not None:
         raise error
 
 
-def _forget_lost(units: Iterable[Unit], journal: Journal | Memory, sizes: Mapping[str, int]) -> None:
-    """Take back, before any file is made anew, that units are done whose bytes are not there."""
-    recorded = [unit for unit in units if unit.name in journal.results]
-    names = {name for unit in recorded for name in unit.files}
+def _forget_lost(tasks: Iterable[Task], journal: Journal | InMemoryJournal, sizes: Mapping[str, int]) -> None:
+    """Take back, before any file is made anew, that tasks are done whose bytes are not there."""
+    recorded = [task for task in tasks if task.name in journal.results]
+    names = {name for task in recorded for name in task.files}
     lost = {name for name in names if not _has_size(journal.output / name, sizes[name])}
     if lost:
-        journal.forget(unit.name for unit in recorded if not lost.isdisjoint(unit.files))
+        journal.forget(task.name for task in recorded if not lost.isdisjoint(task.files))
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -386,7 +391,7 @@ def _as_many_files_as_allowed() -> Iterator[None]:
 
 @contextmanager
 def _one_thread_per_operation():
-    """Parallel units, not parallel operations: each of our threads would start an OpenMP pool of its own."""
+    """Parallel tasks, not parallel operations: each of our threads would start an OpenMP pool of its own."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -12,7 +12,7 @@ import torch
 
 from ...errors import UserError
 from ..engine.stream import Worker, room_for
-from ..parameters import MXFP4_PARTS, Parameter, parameters
+from ..parameters import MXFP4_PARTS, MegatronParameter, parameters
 from .hf_config import MODEL_TYPE, config_fields
 from .safetensors_reader import Stored, listed, read_index
 
@@ -65,7 +65,7 @@ class Source:
         return numbers.most_common(1)[0][0]
 
     @cached_property
-    def parameters(self) -> list[Parameter]:
+    def parameters(self) -> list[MegatronParameter]:
         """Of the Megatron model."""
         return parameters(shapes_of(self.config), self.config.num_key_value_heads)
 
@@ -75,12 +75,12 @@ class Source:
             return (self.tensors[name],)
         return tuple(self.tensors[name + part] for part in MXFP4_PARTS if name + part in self.tensors)
 
-    def nbytes(self, parameter: Parameter) -> list[int]:
+    def nbytes(self, parameter: MegatronParameter) -> list[int]:
         """Bytes to read for a parameter, for each tensor that it is read from."""
         whole = [stored for name in parameter.hf for stored in self.stored(name)]
         return [stored.nbytes // (1 if parameter.expert is None else stored.shape[0]) for stored in whole]
 
-    def read(self, worker: Worker, parameter: Parameter) -> list[torch.Tensor]:
+    def read(self, worker: Worker, parameter: MegatronParameter) -> list[torch.Tensor]:
         """The tensors of a parameter, or its expert's parts of them, side by side in the inbox."""
         parts, at = [], 0
         for name in parameter.hf:

@@ -21,7 +21,7 @@ from ..engine.journal import Journal
 from .hf_source import Source
 from .run_config import NAME as RUN_CONFIG
 
-UNIT = "Megatron's files"
+TASK = "Megatron's files"
 ITERATION = "iter_0000000"
 FILES = (
     *(f"{ITERATION}/{name}" for name in (RUN_CONFIG, "metadata.json", "train_state.pt")),
@@ -39,9 +39,9 @@ class Describing:
 
     def __init__(self, source: Source, dtype: torch.dtype, journal: Journal):
         context = multiprocessing.get_context("fork")
-        if UNIT in journal.results and not all((journal.output / file).is_file() for file in FILES):
-            journal.forget([UNIT])
-        self._journal, self._is_done = journal, UNIT in journal.results
+        if TASK in journal.results and not all((journal.output / file).is_file() for file in FILES):
+            journal.forget([TASK])
+        self._journal, self._is_done = journal, TASK in journal.results
         self._answer, self._sender = context.Pipe(duplex=False)
         arguments = os.getpid(), source, dtype, journal, self._sender
         self._process = context.Process(target=_answer, args=arguments, daemon=True)
@@ -76,7 +76,7 @@ class Describing:
         self._process.join()
         if error is not None:
             raise error
-        self._journal.record({UNIT: None}, FILES)
+        self._journal.record({TASK: None}, FILES)
 
 
 def _answer(parent: int, source: Source, dtype: torch.dtype, journal: Journal, sender: Connection) -> None:

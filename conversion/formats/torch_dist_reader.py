@@ -406,7 +406,7 @@ def read_region(worker: Worker, tensor: StoredTensor, region: Region) -> torch.T
     size = tensor.dtype.itemsize
     numbers = worker.scratch[: math.prod(shape) * size].view(tensor.dtype).view(shape)
     for part in tensor.parts(region):
-        payload = find_payload(worker.peek, part.chunk, tensor.dtype)
+        payload = find_payload(worker.read_small, part.chunk, tensor.dtype)
         data = worker.read(part.chunk.file, payload.position + part.start * size, part.count * size)
         if part.is_whole:
             check_sum(data, payload, part.chunk)

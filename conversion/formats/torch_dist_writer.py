@@ -31,13 +31,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from ..engine.stream import BLOCK
-from ..parameters import Parameter
+from ..parameters import MegatronParameter
 
 ALIGNMENT = 64
 """Of an archive's place in its file; torch aligns the numbers so within the archive."""
 
 GROUP = 2**20
-"""Bytes up to which parameters that follow one another are written as one unit."""
+"""Bytes up to which parameters that follow one another are written as one task."""
 
 COMMON_STATE = {
     "checkpoint_version": 3.0,
@@ -93,7 +93,7 @@ class Group:
     file: str
     start: int
     end: int
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[MegatronParameter, ...]
     pieces: tuple[tuple[Piece, ...], ...]
 
     @property
@@ -114,7 +114,7 @@ class TorchDistPlan:
 
     OBJECTS_FILE = "__0_0.distcp"
 
-    def __init__(self, parameters: Sequence[Parameter], dtype: torch.dtype):
+    def __init__(self, parameters: Sequence[MegatronParameter], dtype: torch.dtype):
         self.dtype = dtype
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self.objects = self._place_objects(parameters)
@@ -128,11 +128,11 @@ class TorchDistPlan:
             self.sizes[file] = end
         self.metadata = self._metadata(parameters)
 
-    def dtype_of(self, parameter: Parameter) -> torch.dtype:
+    def dtype_of(self, parameter: MegatronParameter) -> torch.dtype:
         """What a parameter is stored as."""
         return torch.float32 if parameter.stays_fp32 else self.dtype
 
-    def _place_objects(self, parameters: Sequence[Parameter]) -> bytes:
+    def _place_objects(self, parameters: Sequence[MegatronParameter]) -> bytes:
         """Archives of everything that is no tensor."""
         layers, experts = next(parameter.axes for parameter in parameters if parameter.expert is not None)
         names = [
@@ -151,7 +151,7 @@ class TorchDistPlan:
             stored += data + bytes(-len(data) % ALIGNMENT)
         return bytes(stored + bytes(-len(stored) % BLOCK))
 
-    def _place(self, file: str, parameters: Iterable[Parameter], start: int) -> Iterator[Group]:
+    def _place(self, file: str, parameters: Iterable[MegatronParameter], start: int) -> Iterator[Group]:
         for members in _together(parameters, self.dtype_of):
             end, pieces = start, []
             for parameter in members:
@@ -168,7 +168,7 @@ class TorchDistPlan:
             yield Group(file, start, end, tuple(members), tuple(pieces))
             start = end
 
-    def _metadata(self, parameters: Sequence[Parameter]) -> bytes:
+    def _metadata(self, parameters: Sequence[MegatronParameter]) -> bytes:
         state: dict[str, Any] = {}
         for parameter in parameters:
             size = torch.Size(parameter.axes + parameter.shape)
@@ -206,18 +206,18 @@ def _archive(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def _by_file(parameters: Sequence[Parameter]) -> Iterator[tuple[str, list[Parameter]]]:
+def _by_file(parameters: Sequence[MegatronParameter]) -> Iterator[tuple[str, list[MegatronParameter]]]:
     """The files in order: one for what is in no layer, one for each layer."""
-    files: dict[str, list[Parameter]] = {TorchDistPlan.OBJECTS_FILE: []}
+    files: dict[str, list[MegatronParameter]] = {TorchDistPlan.OBJECTS_FILE: []}
     for parameter in sorted(parameters, key=lambda parameter: parameter.index[:1]):
         number = parameter.index[0] + 1 if parameter.index else 0
         files.setdefault(f"__0_{number}.distcp", []).append(parameter)
     return iter(files.items())
 
 
-def _together(parameters: Iterable[Parameter], dtype_of: Any) -> Iterator[list[Parameter]]:
+def _together(parameters: Iterable[MegatronParameter], dtype_of: Any) -> Iterator[list[MegatronParameter]]:
     """Parameters that follow one another, up to `GROUP` bytes of them."""
-    group: list[Parameter] = []
+    group: list[MegatronParameter] = []
     total = 0
     for parameter in parameters:
         nbytes = prod(parameter.shape) * dtype_of(parameter).itemsize

@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 
 from gpt_oss_vision.conversion.engine.progress import Progress
-from gpt_oss_vision.conversion.engine.stream import CAPACITIES, STEP, Memory, Run, Unit, Worker, stream
+from gpt_oss_vision.conversion.engine.stream import CAPACITIES, STEP, InMemoryJournal, Run, Task, Worker, stream
 from gpt_oss_vision.conversion.formats.hf_source import open_source
 from gpt_oss_vision.conversion.formats.safetensors_reader import Stored
 from gpt_oss_vision.conversion.formats.torch_dist_writer import TorchDistPlan
@@ -83,7 +83,7 @@ def copy_seconds(reads: Iterable[tuple[Path, int, int]], total: int, scratch: Pa
     size = min(total, MOST_SCRATCH) // STEP * STEP
     pieces = sorted(reads)
     share = total / sum(nbytes for _, _, nbytes in pieces)
-    units, written = [], 0
+    tasks, written = [], 0
     for file, offset, nbytes in pieces:
         begin, written = int(written), written + nbytes * share
 
@@ -94,11 +94,11 @@ def copy_seconds(reads: Iterable[tuple[Path, int, int]], total: int, scratch: Pa
             for place in range(begin // STEP * STEP, end // STEP * STEP, STEP):
                 worker.write("scratch", place % size, STEP)
 
-        units.append(Unit(f"{file} {offset}", ("scratch",), run, STEP, STEP, 0, 0))
-    memory = Memory()
+        tasks.append(Task(f"{file} {offset}", ("scratch",), run, STEP, STEP, 0, 0))
+    memory = InMemoryJournal()
     memory.output = scratch.parent
     begun = time.perf_counter()
-    stream(units, memory, {"scratch": size}, jobs=jobs, progress=Progress("", 0))
+    stream(tasks, memory, {"scratch": size}, jobs=jobs, progress=Progress("", 0))
     seconds = time.perf_counter() - begun
     (scratch.parent / "scratch").unlink()
     return seconds
@@ -123,12 +123,12 @@ def our_layer(work: Import, jobs: int) -> float:
     """Seconds to read a layer's experts and lay them out in buffers, by the import's own threads."""
     repeats = work.source.config.num_hidden_layers
     names = {group.name for group in work.layout.groups if "layers.0.mlp.experts" in group.name}
-    units = [unit for unit in work.units() if unit.name in names]
+    tasks = [task for task in work.tasks() if task.name in names]
     run = Run(Progress("", 0))
     run.outputs = Nowhere()
-    for unit in units * repeats:
-        run.todo.put(unit)
-    capacities = [max(getattr(unit, name) for unit in units) for name in CAPACITIES]
+    for task in tasks * repeats:
+        run.todo.put(task)
+    capacities = [max(getattr(task, name) for task in tasks) for name in CAPACITIES]
     threads = [Thread(target=run.work, args=(capacities,)) for _ in range(jobs)]
     begun = time.perf_counter()
     for thread in threads:
@@ -136,7 +136,7 @@ def our_layer(work: Import, jobs: int) -> float:
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - begun
-    assert run.done.qsize() == len(units) * repeats + len(threads)
+    assert run.done.qsize() == len(tasks) * repeats + len(threads)
     run.close()
     return seconds / repeats
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.conversion.engine.journal import check_space, open_output
 from gpt_oss_vision.conversion.engine.progress import Progress
-from gpt_oss_vision.conversion.engine.stream import STEP, Unit, Worker, constant, stream
+from gpt_oss_vision.conversion.engine.stream import STEP, Task, Worker, stream, write_header_task
 from gpt_oss_vision.conversion.formats.hf_source import shapes_of
 from gpt_oss_vision.conversion.formats.safetensors_writer import ShardPlan, Tensor, plan_shards
 from gpt_oss_vision.conversion.parameters import MXFP4_PARTS
@@ -66,7 +66,7 @@ def random_bytes(tensor: Tensor, nbytes: int, generator: np.random.Generator) ->
     return raw
 
 
-def unit_of(tensor: Tensor, plan: ShardPlan) -> Unit:
+def task_of(tensor: Tensor, plan: ShardPlan) -> Task:
     """Writing one tensor, in steps."""
     place = plan.places[tensor.name]
 
@@ -77,19 +77,19 @@ def unit_of(tensor: Tensor, plan: ShardPlan) -> Unit:
             worker.room(place.offset + done, nbytes).numpy()[:] = random_bytes(tensor, nbytes, generator)
             worker.write(place.file, place.offset + done, nbytes)
 
-    return Unit(tensor.name, (place.file,), run, 0, STEP, 0, tensor.nbytes)
+    return Task(tensor.name, (place.file,), run, 0, STEP, 0, tensor.nbytes)
 
 
 def make(folder: Path, config: GPTOSSVisionConfig, **options: Any) -> int:
     """Write a checkpoint of a config; the bytes of its weights."""
     tensors = tensors_of(config)
     plan = plan_shards(tensors)
-    units = [constant(*item) for item in plan.headers.items()] + [unit_of(tensor, plan) for tensor in tensors]
+    tasks = [write_header_task(*item) for item in plan.headers.items()] + [task_of(tensor, plan) for tensor in tensors]
     total = sum(plan.sizes.values())
     with open_output(folder, {"config": config.to_dict() | {"dtype": "bfloat16"}}, **options) as journal:
         check_space(journal.out, total)
         with Progress("Making", total, Console(stderr=True)) as progress:
-            stream(units, journal, plan.sizes, jobs=3, progress=progress)
+            stream(tasks, journal, plan.sizes, jobs=3, progress=progress)
         config.save_pretrained(journal.output)
         if plan.index:
             (journal.output / "model.safetensors.index.json").write_text(plan.index)

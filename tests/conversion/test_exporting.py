@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import fork, many_small_units, survives_kills
+from crashes import fork, many_small_tasks, survives_kills
 from torch.distributed import checkpoint
 from transformers import GptOssForCausalLM
 
@@ -348,7 +348,7 @@ def test_an_output_that_exists_is_replaced_only_when_asked(megatron: Path, tmp_p
 
 
 def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(megatron: Path, tmp_path: Path, monkeypatch):
-    many_small_units(monkeypatch)
+    many_small_tasks(monkeypatch)
     out = tmp_path / "out"
     work = partial(export_checkpoint, megatron, out, dtype="mxfp4")
     continued, completed = survives_kills(work, out, KILLS, seed=time.time_ns() % 10**6)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import many_small_units, survives_kills
+from crashes import many_small_tasks, survives_kills
 from rich.console import Console
 
 import gpt_oss_vision
@@ -44,7 +44,7 @@ def undisturbed(hf: Path, out: Path) -> dict[str, bytes]:
 def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    many_small_units(monkeypatch)
+    many_small_tasks(monkeypatch)
     seed = time.time_ns() % 10**6
     out = tmp_path / "out"
     continued, completed = survives_kills(lambda: import_checkpoint(hf, out), out, KILLS, seed)
@@ -172,7 +172,7 @@ def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, d
 def test_a_write_that_fails_half_way_is_continued_from_what_is_on_the_disk(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    many_small_units(monkeypatch)
+    many_small_tasks(monkeypatch)
     out = tmp_path / "out"
     expected = undisturbed(hf, out)
     original, left = File.write, iter(range(40))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from crashes import many_small_units, survives_kills
+from crashes import many_small_tasks, survives_kills
 from peft import PeftModel
 from rich.console import Console
 
@@ -355,7 +355,7 @@ def test_a_dry_run_writes_nothing_and_counts_the_adapters(everything: Path, star
 def test_an_export_for_peft_that_is_killed_is_continued_to_the_same_bytes(
     everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    many_small_units(monkeypatch)
+    many_small_tasks(monkeypatch)
     import peft  # noqa: F401 - so that the forks need not
 
     out = tmp_path / "out"

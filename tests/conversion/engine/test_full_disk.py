@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import fork, many_small_units
+from crashes import fork, many_small_tasks
 
 import gpt_oss_vision
 from checkpoints import OBLONG, files_of, save_pair
@@ -132,7 +132,7 @@ def before_it_is_reserved(disk: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def while_it_is_written(disk: Path, patch: pytest.MonkeyPatch) -> None:
-    """Another program takes all that is left when the first unit of work has been recorded."""
+    """Another program takes all that is left when the first task has been recorded."""
     record = Journal.record
 
     def record_and_fill(journal: Journal, results: dict, files: Iterable[Path] = ()) -> None:
@@ -153,7 +153,7 @@ def test_filled_by_another_program_it_is_told_and_continued_to_the_same_bytes_wh
     monkeypatch: pytest.MonkeyPatch,
     on_disk: Disk,
 ):
-    many_small_units(monkeypatch)
+    many_small_tasks(monkeypatch)
     out = tmp_path / "out"
 
     def run() -> None:

@@ -22,17 +22,17 @@ PLAN = {"action": "test", "source": {"a": [1, 2]}}
 
 
 def write(out: Path, plan: dict = PLAN, **options: bool) -> None:
-    """An output of two units."""
+    """An output of two tasks."""
     with open_output(out, plan, **options) as journal:
-        for unit in ("one", "two"):
-            if unit not in journal.results:
-                (journal.output / unit).write_text(plan["action"])
-                journal.record({unit: None})
+        for task in ("one", "two"):
+            if task not in journal.results:
+                (journal.output / task).write_text(plan["action"])
+                journal.record({task: None})
         journal.finish()
 
 
 def interrupted(out: Path, plan: dict = PLAN, **options: bool) -> None:
-    """The same, given up after one unit."""
+    """The same, given up after one task."""
     with pytest.raises(OSError, match="disk"), open_output(out, plan, **options) as journal:
         (journal.output / "one").write_text("from the first call")
         journal.record({"one": {"kept": 1}})
@@ -270,7 +270,7 @@ def test_files_and_their_folders_are_synced_before_they_are_recorded(tmp_path: P
         monkeypatch.setattr("gpt_oss_vision.conversion.engine.journal.sync", synced.append)
         append = Journal._append
         monkeypatch.setattr(Journal, "_append", lambda *args: (append(*args), synced.append(Path("recorded"))))
-        journal.record({"unit": None}, ["a/b/file"])
+        journal.record({"task": None}, ["a/b/file"])
     assert synced.pop() == Path("recorded")
     assert set(synced) == {journal.output / name for name in (".", "a", "a/b", "a/b/file")}
 

@@ -1,4 +1,4 @@
-"""Reading around the page cache, and from it; units of work that outlive what happens to their files."""
+"""Reading around the page cache, and from it; tasks of work that outlive what happens to their files."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ import torch
 
 from gpt_oss_vision.conversion.engine.journal import Journal, open_output
 from gpt_oss_vision.conversion.engine.progress import Progress
-from gpt_oss_vision.conversion.engine.stream import BLOCK, Buffer, File, Memory, Unit, Worker, stream
+from gpt_oss_vision.conversion.engine.stream import BLOCK, Buffer, File, InMemoryJournal, Task, Worker, stream
 
 SIZE = 300 * BLOCK + 77
 CONTENT = random.Random(0).randbytes(SIZE)
@@ -97,15 +97,15 @@ def test_a_buffer_is_memory_of_this_process():
 
 
 SIZES = {"a/b/one": 2 * BLOCK, "c/two": 2 * BLOCK, "a/b/three": 100}
-"""Of an output; the first two files have a unit for each half, another unit writes into the first and the third."""
+"""Of an output; the first two files have a task for each half, another task writes into the first and the third."""
 
 EXPECTED = {"a/b/one": b"1" * BLOCK + b"2" * BLOCK, "c/two": b"1" * BLOCK + b"2" * BLOCK, "a/b/three": b"3" * 100}
 
 
-def units(done: list[str], failing: str = "") -> list[Unit]:
-    """Units that write EXPECTED and tell their names; one fails in its place."""
+def tasks(done: list[str], failing: str = "") -> list[Task]:
+    """Tasks that write EXPECTED and tell their names; one fails in its place."""
 
-    def unit(name: str, places: Mapping[str, tuple[int, int]]) -> Unit:
+    def task(name: str, places: Mapping[str, tuple[int, int]]) -> Task:
         def run(worker: Worker) -> None:
             if name == failing:
                 raise OSError("the disk fails")
@@ -115,21 +115,21 @@ def units(done: list[str], failing: str = "") -> list[Unit]:
                 worker.write(file, offset, nbytes)
             done.append(name)
 
-        return Unit(name, tuple(places), run, 0, 2 * BLOCK, 0, 0)
+        return Task(name, tuple(places), run, 0, 2 * BLOCK, 0, 0)
 
     return [
-        unit("one, first half", {"a/b/one": (0, BLOCK)}),
-        unit("two, first half", {"c/two": (0, BLOCK)}),
-        unit("one, second half, and three", {"a/b/one": (BLOCK, BLOCK), "a/b/three": (0, 100)}),
-        unit("two, second half", {"c/two": (BLOCK, BLOCK)}),
+        task("one, first half", {"a/b/one": (0, BLOCK)}),
+        task("two, first half", {"c/two": (0, BLOCK)}),
+        task("one, second half, and three", {"a/b/one": (BLOCK, BLOCK), "a/b/three": (0, 100)}),
+        task("two, second half", {"c/two": (BLOCK, BLOCK)}),
     ]
 
 
 def call(out: Path, failing: str = "") -> list[str]:
-    """Do the units of an output that is not finished; the names of those that were done in this call."""
+    """Do the tasks of an output that is not finished; the names of those that were done in this call."""
     done: list[str] = []
     with pytest.raises(OSError, match="the disk fails"), open_output(out, {}) as journal:
-        stream(units(done, failing), journal, SIZES, jobs=1, progress=Progress("", 0))
+        stream(tasks(done, failing), journal, SIZES, jobs=1, progress=Progress("", 0))
         raise OSError("the disk fails")
     return done
 
@@ -159,7 +159,7 @@ def test_all_that_wrote_into_a_lost_file_is_done_again(
     lose: Callable[[Path], object], name: str, again: list[str], tmp_path: Path
 ):
     out = tmp_path / "out"
-    assert call(out) == [unit.name for unit in units([])]
+    assert call(out) == [task.name for task in tasks([])]
     assert call(out) == []
     lose(tmp_path / "out.partial" / "output" / name)
     assert call(out) == again
@@ -169,7 +169,7 @@ def test_all_that_wrote_into_a_lost_file_is_done_again(
 
 def test_a_lost_file_of_a_run_that_was_not_through_is_made_again(tmp_path: Path):
     out = tmp_path / "out"
-    assert call(out, failing="two, second half") == [unit.name for unit in units([])][:3]
+    assert call(out, failing="two, second half") == [task.name for task in tasks([])][:3]
     (tmp_path / "out.partial" / "output" / "a" / "b" / "one").unlink()
     assert call(out) == ["one, first half", "one, second half, and three", "two, second half"]
     assert written(out) == EXPECTED
@@ -210,9 +210,9 @@ def test_before_a_unit_is_recorded_its_files_and_their_folders_are_on_the_disk(
     monkeypatch.setattr(Journal, "_append", telling_append)
     call(tmp_path / "out")
     output = tmp_path / "out.partial" / "output"
-    for unit in units([]):
-        before = happened[: happened.index(unit.name)]
-        for file in (output / name for name in unit.files):
+    for task in tasks([]):
+        before = happened[: happened.index(task.name)]
+        for file in (output / name for name in task.files):
             folders = [folder for folder in file.parents if folder.is_relative_to(output)]
             assert output in folders
             assert {file, *folders} <= set(before)
@@ -235,14 +235,14 @@ def test_more_files_are_read_than_the_soft_limit_lets_be_open(tmp_path: Path):
     for file in files:
         file.write_bytes(file.name.encode())
 
-    def unit(file: Path) -> Unit:
+    def task(file: Path) -> Task:
         def run(worker: Worker) -> str:
             return bytes(worker.read(file, 0, len(file.name)).numpy()).decode()
 
-        return Unit(file.name, (), run, 2 * BLOCK, 0, 0, 0)
+        return Task(file.name, (), run, 2 * BLOCK, 0, 0, 0)
 
     with at_most(256):
-        results = stream([unit(file) for file in files], Memory(), {}, jobs=2, progress=Progress("", 0))
+        results = stream([task(file) for file in files], InMemoryJournal(), {}, jobs=2, progress=Progress("", 0))
     assert list(results.items()) == [(file.name, file.name) for file in files]
 
 

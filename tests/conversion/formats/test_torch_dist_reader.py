@@ -13,7 +13,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
 from gpt_oss_vision.conversion.engine.progress import Progress
-from gpt_oss_vision.conversion.engine.stream import Memory, Unit, stream
+from gpt_oss_vision.conversion.engine.stream import InMemoryJournal, Task, stream
 from gpt_oss_vision.conversion.formats.torch_dist_reader import (
     Chunk,
     StoredTensor,
@@ -37,10 +37,10 @@ def save(folder: Path, **extra: torch.Tensor) -> Path:
 
 def read(tensor: StoredTensor, region: tuple[slice, ...]) -> torch.Tensor:
     found = []
-    unit = Unit(
+    task = Task(
         "region", (), lambda worker: found.append(read_region(worker, tensor, region).clone()), 4096, 0, 4096, 0
     )
-    stream([unit], Memory(), {}, jobs=1, progress=Progress("", 0))  # pyright: ignore[reportArgumentType]
+    stream([task], InMemoryJournal(), {}, jobs=1, progress=Progress("", 0))  # pyright: ignore[reportArgumentType]
     return found[0]
 
 
