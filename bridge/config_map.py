@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
 # One row, one number: the name in the transformers config, and in Megatron's.
-SAME_MEANING = {
+HF_TO_MEGATRON = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
     "intermediate_size": "moe_ffn_hidden_size",
@@ -42,7 +42,7 @@ YARN = {
     "mscale_all_dim": "yarn_mscale_all_dim",
 }
 
-OF_TRAINING = ("vocab_size", "seq_length", "init_method_std", "attention_dropout", "moe_aux_loss_coeff")
+TRAINING_ONLY = ("vocab_size", "seq_length", "init_method_std", "attention_dropout", "moe_aux_loss_coeff")
 """Fields that a training run may choose without making another model: the same weights give the same logits."""
 
 
@@ -53,7 +53,7 @@ def megatron_fields(config: "GPTOSSVisionConfig") -> dict[str, Any]:
         ValueError: for a kind of rotary embedding that Megatron-Core cannot express.
     """
     values: Any = config  # transformers' annotations allow None where a value always stands
-    return {megatron: getattr(values, name) for name, megatron in SAME_MEANING.items()} | {
+    return {megatron: getattr(values, name) for name, megatron in HF_TO_MEGATRON.items()} | {
         **_rotary_fields(values.rope_parameters, values.max_position_embeddings),
         "window_size": (values.sliding_window - 1, 0) if values.sliding_window else None,
         "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in values.layer_types],

@@ -39,7 +39,7 @@ def int8_config() -> TorchAoConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
+class WeightUsage:
     """How the parameters of one name, over all layers, are held."""
 
     name: str  # «N» for the number of a layer
@@ -48,13 +48,13 @@ class Held:
     is_quantized: bool
 
 
-def held_weights(model: nn.Module) -> list[Held]:
+def weight_usage(model: nn.Module) -> list[WeightUsage]:
     """Every kind of parameter in a model, the largest first."""
     kinds = defaultdict(list)
     for name, parameter in model.named_parameters():
         kinds[re.sub(r"\.\d+\.", ".N.", name)].append(parameter)
     rows = [
-        Held(
+        WeightUsage(
             name=name,
             weights=sum(parameter.numel() for parameter in parameters),
             bytes=sum(_bytes_of(parameter) for parameter in parameters),
@@ -67,7 +67,7 @@ def held_weights(model: nn.Module) -> list[Held]:
 
 def describe_weights(model: nn.Module, *, named_at_most: int = 3) -> str:
     """A sentence: how many weights in how much memory, and which are not quantised, with their share."""
-    rows = held_weights(model)
+    rows = weight_usage(model)
     total = sum(row.weights for row in rows)
     left = [row for row in rows if not row.is_quantized]
     shares = [f"{row.name} {row.weights / total:.2%}" for row in left[:named_at_most]]

@@ -59,7 +59,7 @@ RULES = {
     "__init__.py": Rule(("bridge",), frozenset()),
     "bridge/__init__.py": Rule((), frozenset()),
 }
-UPSTREAM = {"bridge/mcore/upstream.py", "bridge/mcore/cpu.py"}
+UPSTREAM = {"bridge/mcore/upstream.py", *(f"bridge/mcore/cpu/{name}.py" for name in ("stand_ins", "runtime", "ranks"))}
 # Set on providers and mappings by Megatron-Bridge for their subclasses to read; its own do.
 HANDED_DOWN = {"_pg_collection"}
 

@@ -19,7 +19,7 @@ from ...errors import UserError
 from ..ops.mxfp4 import dequantize
 from ..weight_map import ROWS, Layout, Row
 from . import upstream
-from .model import GPTOSSVisionModel
+from .model import MCoreGPTOSSVisionModel
 from .provider import GPTOSSVisionProvider, provider_from_config
 
 MXFP4_PARTS = ("_blocks", "_scales")
@@ -130,7 +130,7 @@ def mapping_of(row: Row) -> MegatronParamMapping:
 
 @MegatronModelBridge.register_bridge(
     source="GPTOSSVisionForCausalLM",
-    target=GPTOSSVisionModel,
+    target=MCoreGPTOSSVisionModel,
     provider=GPTOSSVisionProvider,
     model_type="gpt_oss_vision",
 )

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from ...errors import UserError
 
 
-def this_ranks_part(tensor: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
+def slice_for_context_parallel(tensor: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
     """Of a tensor with the whole sequence along ``dim``, the two pieces that this rank holds; a copy.
 
     Raises:

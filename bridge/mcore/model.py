@@ -9,12 +9,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from ...errors import UserError
-from .context_parallel import this_ranks_part
+from .context_parallel import slice_for_context_parallel
 from .packing import check_packing
 from .vision import VisionStage
 
 
-class GPTOSSVisionModel(GPTModel):
+class MCoreGPTOSSVisionModel(GPTModel):
     """Megatron-Core's `GPTModel` with a vision stage on the first pipeline stage.
 
     The decoder keeps GPTModel's parameter names, so a text-only gpt-oss checkpoint is this model's without
@@ -61,14 +61,14 @@ class GPTOSSVisionModel(GPTModel):
         """
         if packed_seq_params is not None:
             check_packing(input_ids, packed_seq_params, self.pg_collection.cp.size(), self.config.transformer_impl)
-        is_visual = self.modality(input_ids)
+        is_visual = self.visual_mask(input_ids)
         if self.pre_process and decoder_input is None:
             decoder_input = self.embed(input_ids, position_ids, is_visual, pixel_values)
         cp_group = self.pg_collection.cp
         if labels is not None:
-            labels = this_ranks_part(labels, 1, cp_group)
+            labels = slice_for_context_parallel(labels, 1, cp_group)
         if loss_mask is not None:
-            loss_mask = this_ranks_part(loss_mask, 1, cp_group)
+            loss_mask = slice_for_context_parallel(loss_mask, 1, cp_group)
         output = super().forward(
             input_ids,
             position_ids,
@@ -76,7 +76,7 @@ class GPTOSSVisionModel(GPTModel):
             decoder_input,
             labels,
             *args,
-            padding_mask=self.on_this_rank(is_visual),
+            padding_mask=self.local_visual_mask(is_visual),
             loss_mask=loss_mask,
             packed_seq_params=packed_seq_params,
             **kwargs,
@@ -84,7 +84,7 @@ class GPTOSSVisionModel(GPTModel):
         is_loss = self.post_process and labels is not None and loss_mask is not None
         return (output, loss_mask) if is_loss and cp_group.size() > 1 else output
 
-    def modality(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``[b, s]`` bool, true where a token stands for a piece of an image."""
         if not self.config.use_vision:
             return torch.zeros_like(input_ids, dtype=torch.bool)
@@ -107,7 +107,7 @@ class GPTOSSVisionModel(GPTModel):
             # Everything before the decoder is frozen. Megatron's checkpoint gives gradients only to the parameters of
             # a block whose input wants one.
             embeddings.requires_grad_()
-        embeddings = this_ranks_part(embeddings, 0, self.pg_collection.cp)
+        embeddings = slice_for_context_parallel(embeddings, 0, self.pg_collection.cp)
         if self.config.sequence_parallel:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         return embeddings
@@ -127,13 +127,13 @@ class GPTOSSVisionModel(GPTModel):
         placed = image_tokens.index_select(0, nth.mT.flatten().clamp(0, len(image_tokens) - 1)).view_as(embeddings)
         return torch.where(is_visual.mT.unsqueeze(-1), placed, embeddings).contiguous()
 
-    def on_this_rank(self, is_visual: torch.Tensor) -> torch.Tensor:
+    def local_visual_mask(self, is_visual: torch.Tensor) -> torch.Tensor:
         """The modality of the tokens that this rank's layers see: of ``[b, s]`` its part under CP, of that under SP.
 
         Megatron-Core 0.19.2 scatters what it calls ``padding_mask`` on the first pipeline stage only, and there only
         when it embeds the tokens itself; here every stage takes its own part.
         """
-        is_visual = this_ranks_part(is_visual, 1, self.pg_collection.cp)
+        is_visual = slice_for_context_parallel(is_visual, 1, self.pg_collection.cp)
         if not self.config.sequence_parallel:
             return is_visual
         group = self.pg_collection.tp

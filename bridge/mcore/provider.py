@@ -21,13 +21,13 @@ from ...errors import UserError
 from ..config_map import megatron_fields
 from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from . import cpu, upstream
-from .cost import text_operations
-from .features import check_features
-from .groups import GROUPS, freeze
+from .flops import decoder_flops
 from .layer_spec import block_spec
-from .model import GPTOSSVisionModel
+from .model import MCoreGPTOSSVisionModel
 from .packing import CUDNN_WITH_SINKS, check_cudnn
+from .param_groups import PARAM_GROUPS, freeze
 from .router import PER_MODALITY
+from .unsupported import check_supported
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class GPTOSSVisionProvider(GPTModelProvider):
     freeze_vision_model: bool = False
     freeze_vision_projection: bool = False
     freeze_vision_bias: bool = False
-    """Which groups of parameters (`groups.py`) are left as they are, without gradients and optimizer states."""
+    """Which groups of parameters (`param_groups.py`) are left as they are, without gradients and optimizer states."""
 
     # gpt-oss itself: not a choice, hence not arguments.
     normalization: str = field(default="RMSNorm", init=False)
@@ -94,18 +94,18 @@ class GPTOSSVisionProvider(GPTModelProvider):
         # Megatron-Core wants the dense FFN size even where every layer is a mixture of experts.
         self.ffn_hidden_size = self.moe_ffn_hidden_size
         check_layout(self)
-        check_features(self, resolve_backend(self.backend))
+        check_supported(self, resolve_backend(self.backend))
         # Megatron-Core trains a mixture of experts with tensor parallelism only so.
         self.sequence_parallel = self.tensor_model_parallel_size > 1
         if self.context_parallel_size > 1:
             self.cp_comm_type = "a2a"
-        cpu.settle_model(self)
+        cpu.adapt_model_for_cpu(self)
         with upstream.biased_experts_allowed(self):
             super().finalize()
 
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
-    ) -> GPTOSSVisionModel:
+    ) -> MCoreGPTOSSVisionModel:
         """Build this rank's part of the model; None for a flag means «as the pipeline rank says»."""
         groups, vp_size = self._pg_collection, self.virtual_pipeline_model_parallel_size
         if pre_process is None:
@@ -114,7 +114,7 @@ class GPTOSSVisionProvider(GPTModelProvider):
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp)
         backend = resolve_backend(self.backend)
         log_single_rank(logger, logging.INFO, f"GPT-OSS-Vision runs on the `{backend}` back end.")
-        model = GPTOSSVisionModel(
+        model = MCoreGPTOSSVisionModel(
             self,
             transformer_layer_spec=block_spec(self, backend, vp_stage, groups),
             vocab_size=self.vocab_size,
@@ -137,13 +137,13 @@ class GPTOSSVisionProvider(GPTModelProvider):
     ) -> float:
         """Operations of a step on text, which Megatron-Bridge's loop asks a provider for under this name."""
         tokens = batch_size * self.seq_length if seqlen_sum is None else seqlen_sum
-        operations = text_operations(self, tokens, seqlen_squared_sum)
+        operations = decoder_flops(self, tokens, seqlen_squared_sum)
         return operations.training(weight_gradients=not self.freeze_language_model)
 
     @property
     def frozen_groups(self) -> list[str]:
         """The groups that ``freeze_*`` names."""
-        return [group for group in GROUPS if getattr(self, f"freeze_{group}")]
+        return [group for group in PARAM_GROUPS if getattr(self, f"freeze_{group}")]
 
 
 # What only one of the two can do. Both say everything, so that a checkpoint's config can change sides; `torch` keeps to
@@ -215,8 +215,8 @@ def check_layout(provider: GPTOSSVisionProvider) -> None:
             raise UserError(f"{name}={size} does not divide the {count} {what} of this model.")
     check_pipeline(provider)
     check_balance(provider)
-    if len(provider.frozen_groups) == len(GROUPS):
-        raise UserError(f"All {len(GROUPS)} groups of parameters are frozen, so there is nothing to train.")
+    if len(provider.frozen_groups) == len(PARAM_GROUPS):
+        raise UserError(f"All {len(PARAM_GROUPS)} groups of parameters are frozen, so there is nothing to train.")
     if provider.attention_dropout:
         raise UserError(f"attention_dropout={provider.attention_dropout} is not supported; gpt-oss has 0.")
     if resolve_backend(provider.backend) == "transformer_engine":

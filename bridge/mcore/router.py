@@ -22,7 +22,7 @@ class VisionBiasedTopKRouter(TopKRouter):
     which keeps its gradient defined on batches without an image and needs no look at the data.
 
     ``tokens_per_expert [2, experts]`` counts the choices of training for text and for visual tokens, on the device,
-    until a reader (`router_statistics.take_counts`) sets it to zero.
+    until a reader (`router_statistics.pop_expert_counts`) sets it to zero.
     """
 
     def __init__(self, *args, **kwargs):
@@ -41,7 +41,7 @@ class VisionBiasedTopKRouter(TopKRouter):
             logits: ``[s, b, experts]``.
             padding_mask: ``[s, b]`` bool, true where the token is visual. Megatron-Core 0.19 carries exactly one
                 per-token argument from the model through blocks, recomputation and CUDA graphs to the router,
-                and calls it so; `GPTOSSVisionModel` sends the modality along this road.
+                and calls it so; `MCoreGPTOSSVisionModel` sends the modality along this road.
 
         Returns:
             Routing weights and routing map, each ``[s * b, experts]``.

@@ -7,7 +7,7 @@ from .router import VisionBiasedTopKRouter
 MODALITIES = ("text", "visual")
 
 
-def take_counts(model: list[torch.nn.Module], num_layers: int, num_experts: int) -> torch.Tensor:
+def pop_expert_counts(model: list[torch.nn.Module], num_layers: int, num_experts: int) -> torch.Tensor:
     """Choices since the last call, on every rank those of all: ``[layers, 2, experts]``, text before visual.
 
     Args:
@@ -41,7 +41,7 @@ def _shares(counts: torch.Tensor) -> torch.Tensor:
     return counts / counts.sum(-1, keepdim=True)
 
 
-def write(writer, counts: torch.Tensor, step: int) -> None:
+def write_router_statistics(writer, counts: torch.Tensor, step: int) -> None:
     """Write ``[layers, 2, experts]`` counts to TensorBoard; nothing of a modality without tokens.
 
     Entropy and overlap per layer are scalars. The counts are a tensor and, to look at, a picture of each modality's

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ...bridge.config_map import OF_TRAINING, megatron_fields
+from ...bridge.config_map import TRAINING_ONLY, megatron_fields
 from ...errors import UserError
 from .safetensors_reader import listed
 
@@ -75,7 +75,7 @@ def check_config(folder: Path, config: "GPTOSSVisionConfig") -> None:
     trained = model_fields(folder)
     wanted = json.loads(json.dumps(megatron_fields(config)))  # lists for tuples, as a file gives them back
     towers = [section(folder, fields, "vision_config") for fields in (trained, wanted)]
-    asked = wanted.keys() & trained.keys() - {*OF_TRAINING, "vision_config"}
+    asked = wanted.keys() & trained.keys() - {*TRAINING_ONLY, "vision_config"}
     pairs = {name: (trained[name], wanted[name]) for name in asked}
     of_tower = towers[0].keys() & towers[1].keys() & {*OF_TOWER}
     pairs |= {f"vision_config.{name}": (towers[0][name], towers[1][name]) for name in of_tower}

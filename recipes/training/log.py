@@ -14,8 +14,9 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.common_utils import print_rank_0, print_rank_last
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from ...bridge.mcore.cost import image_operations, memory_per_rank, text_operations
-from ...bridge.mcore.router_statistics import take_counts, write
+from ...bridge.mcore.flops import decoder_flops, image_flops
+from ...bridge.mcore.memory import memory_per_rank
+from ...bridge.mcore.router_statistics import pop_expert_counts, write_router_statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Stretch:
 @dataclass
 class TrainingLog(Callback):
     """The estimate of memory at the start; with every line of Megatron-Bridge's, tokens per second and operations per
-    second with the tower's; with everything that it writes to TensorBoard, these and `router_statistics.write`.
+    second with the tower's; with everything that it writes to TensorBoard, these and `write_router_statistics`.
 
     Times are those of training: evaluations and saving are left out.
 
@@ -71,7 +72,7 @@ class TrainingLog(Callback):
         writes = step % config.logger.tensorboard_log_interval == 0
         counts = 0
         if prints or writes:
-            counts = take_counts(context.model, config.model.num_layers, config.model.num_moe_experts).cpu()
+            counts = pop_expert_counts(context.model, config.model.num_layers, config.model.num_moe_experts).cpu()
             state.train_state.floating_point_operations_so_far += self._tower_operations(config, counts)
         seconds = time.perf_counter() - self.started
         self.line, self.board = self.line.longer(seconds, counts), self.board.longer(seconds, counts)
@@ -81,7 +82,7 @@ class TrainingLog(Callback):
             self.line = Stretch()
         if writes:
             if state.tensorboard_logger is not None:  # on the last rank
-                write(state.tensorboard_logger, self.board.counts, step)
+                write_router_statistics(state.tensorboard_logger, self.board.counts, step)
                 for name, value in self._throughput(config, self.board).items():
                     state.tensorboard_logger.add_scalar(f"throughput/{name}", value, step)
             self.board = Stretch()
@@ -91,7 +92,7 @@ class TrainingLog(Callback):
         provider = config.model
         tokens, images = _tokens_and_images(provider, stretch.counts)
         learns = config.peft is None and not provider.freeze_language_model
-        text = text_operations(provider, tokens).training(weight_gradients=learns)
+        text = decoder_flops(provider, tokens).training(weight_gradients=learns)
         seconds = stretch.seconds * torch.distributed.get_world_size()
         return {
             "tokens_per_second_per_GPU": tokens / seconds,
@@ -103,7 +104,7 @@ class TrainingLog(Callback):
         _, images = _tokens_and_images(config.model, counts)
         if not images:
             return 0.0
-        operations = image_operations(config.model)
+        operations = image_flops(config.model)
         trains = config.peft is None and not config.model.freeze_vision_model
         return images * (operations.training() if trains else operations.forward)
 

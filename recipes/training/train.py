@@ -27,10 +27,10 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
     checkpoint when it is started again, with the data, random numbers and losses of a run that was never stopped.
 
     Args:
-        config: complete; on a machine without CUDA its communication settings are adapted (`cpu.settle`).
+        config: complete; on a machine without CUDA its communication settings are adapted (`cpu.adapt_config_for_cpu`).
         callbacks: told of every step by Megatron-Bridge, before our own.
     """
-    cpu.settle(config)
+    cpu.adapt_config_for_cpu(config)
     config.checkpoint.custom_manager_class = f"{MarkedCheckpoints.__module__}.{MarkedCheckpoints.__qualname__}"
     # The queue of Megatron-Core's checkpoint writer is a process. Made now, it is a fork of this one; made by the
     # writer, it is a new one that imports everything again, which takes every rank some seconds and 320 MB.

@@ -12,7 +12,7 @@ from transformers.integrations import mxfp4
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from gpt_oss_vision.bridge.hf_int8 import EXPERT_WEIGHTS, LINEAR_WEIGHTS, describe_weights, held_weights, int8_config
+from gpt_oss_vision.bridge.hf_int8 import EXPERT_WEIGHTS, LINEAR_WEIGHTS, describe_weights, int8_config, weight_usage
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
 from tiny import tiny_batch, tiny_config, tiny_model
 
@@ -44,7 +44,7 @@ def logits_of(model: GPTOSSVisionForCausalLM) -> torch.Tensor:
 
 
 def bytes_of(model: nn.Module) -> int:
-    return sum(row.bytes for row in held_weights(model))
+    return sum(row.bytes for row in weight_usage(model))
 
 
 # INT8
@@ -56,7 +56,7 @@ def int8(checkpoint) -> GPTOSSVisionForCausalLM:
 
 
 def test_int8_holds_experts_attention_tower_and_head(int8):
-    names = {row.name for row in held_weights(int8) if row.is_quantized}
+    names = {row.name for row in weight_usage(int8) if row.is_quantized}
     layer, tower = "model.layers.N", "model.vision_adapter.vit.layers.N"
     assert names == {
         *(f"{layer}.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")),
@@ -98,7 +98,7 @@ def test_a_saved_int8_model_loads_as_it_is_and_can_be_printed(int8, tmp_path):
 
 def test_what_is_not_quantised_is_named_with_its_share(int8):
     said = describe_weights(int8)
-    left = sum(row.weights for row in held_weights(int8) if not row.is_quantized)
+    left = sum(row.weights for row in weight_usage(int8) if not row.is_quantized)
     total = sum(parameter.numel() for parameter in int8.parameters())
     assert said.startswith(f"{total:,} weights in ")
     assert f"; {left / total:.2%} of them not quantised: model.embed_tokens.weight " in said

@@ -17,6 +17,12 @@ def test_what_is_redirected_still_exists(owner: object, name: str):
     assert hasattr(owner, name), f"{owner}.{name} has moved"
 
 
+def test_the_store_of_env_rendezvous_is_still_made_under_this_name():
+    from gpt_oss_vision.bridge.mcore.cpu import ranks
+
+    assert hasattr(importlib.import_module("torch.distributed.rendezvous"), ranks.STORE_FACTORY)
+
+
 @without_cuda
 def test_inside_there_is_a_device_and_outside_there_is_none():
     before = [getattr(owner, name) for owner, name, _ in cpu.redirections()]
@@ -80,6 +86,15 @@ def test_what_a_rank_raises_is_raised_here():
     assert note.startswith("On rank 1 of 2:\nTraceback")
 
 
+def test_many_calls_side_by_side_do_not_meet():
+    expected = [[2 * number] * 2 for number in range(5)]
+    assert cpu.run_ranks(3, sums_of_pairs, range(5), timeout=120) == [expected] * 3
+
+
+def test_a_process_group_may_be_made_again_by_the_same_ranks():
+    assert cpu.run_ranks(2, sums_of, range(10), timeout=60) == [[2 * number for number in range(10)]] * 2
+
+
 def test_a_rank_that_dies_is_named():
     with pytest.raises(RuntimeError, match="Rank 0 of 1 ended with exit code 7"):
         cpu.run_ranks(1, dies)
@@ -109,6 +124,25 @@ def starts_a_worker_and_hangs(file: Path) -> None:
 def rank_and_size() -> tuple[int, int]:
     torch.distributed.init_process_group("gloo")
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def sums_of_pairs(numbers: range) -> list[list[int]]:
+    return [cpu.run_ranks(2, sum_of, number, timeout=60) for number in numbers]
+
+
+def sums_of(numbers: range) -> list[int]:
+    sums = []
+    for number in numbers:
+        sums.append(sum_of(number))
+        torch.distributed.destroy_process_group()
+    return sums
+
+
+def sum_of(number: int) -> int:
+    torch.distributed.init_process_group("gloo")
+    total = torch.tensor(number)
+    torch.distributed.all_reduce(total)
+    return int(total)
 
 
 def only_the_first_works() -> None:

@@ -14,7 +14,7 @@ from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import (
 )
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.mcore.provider import provider_from_config
-from gpt_oss_vision.bridge.mcore.router_statistics import entropy, overlap, take_counts
+from gpt_oss_vision.bridge.mcore.router_statistics import entropy, overlap, pop_expert_counts
 from layouts import Layout
 from tiny import tiny_batch, tiny_config, tiny_model
 
@@ -93,7 +93,7 @@ def balanced_step(path: Path, layout: Layout, inputs: dict[str, torch.Tensor]) -
         torch.distributed.all_reduce(tensor)
     # The schedule gives each context-parallel rank cp times its part, for data parallelism to take the mean.
     gradients /= parallel_state.get_context_parallel_world_size()
-    return losses, gradients, take_counts(model, LAYERS, EXPERTS)
+    return losses, gradients, pop_expert_counts(model, LAYERS, EXPERTS)
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from gpt_oss_vision.bridge.mcore import cpu
-from gpt_oss_vision.bridge.mcore.cost import image_operations, text_operations
-from gpt_oss_vision.bridge.mcore.groups import GROUPS, LearningRateFactors, group_of
+from gpt_oss_vision.bridge.mcore.flops import decoder_flops, image_flops
+from gpt_oss_vision.bridge.mcore.param_groups import PARAM_GROUPS, LearningRateFactors, group_of
 from gpt_oss_vision.recipes.quickstart.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import Callback, CallbackContext, ConfigContainer, Settings, training_config
 from gpt_oss_vision.recipes.training.train import train
@@ -46,7 +46,7 @@ def run(out: Path, settings: Settings, model: dict[str, Any], factors: dict[str,
 
 
 def by_group(moved: dict[str, float]) -> dict[str, list[float]]:
-    return {group: [value for name, value in moved.items() if group_of(name) == group] for group in GROUPS}
+    return {group: [value for name, value in moved.items() if group_of(name) == group] for group in PARAM_GROUPS}
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -104,7 +104,7 @@ def counted_run(out: Path, settings: Settings) -> tuple[float, float, float]:
     total = Total()
     train(config, callbacks=[total])
     tokens = settings.steps * settings.batch_size * settings.seq_length
-    return total.operations, text_operations(config.model, tokens).training(), image_operations(config.model).training()
+    return total.operations, decoder_flops(config.model, tokens).training(), image_flops(config.model).training()
 
 
 @pytest.mark.parametrize("sizes", [{}, {"pipeline_parallel": 2}], ids=str)

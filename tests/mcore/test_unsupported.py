@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gpt_oss_vision.bridge.mcore import cpu
-from gpt_oss_vision.bridge.mcore.features import REFUSALS, check_features
-from gpt_oss_vision.bridge.mcore.groups import GROUPS
+from gpt_oss_vision.bridge.mcore.param_groups import PARAM_GROUPS
 from gpt_oss_vision.bridge.mcore.provider import provider_from_config
+from gpt_oss_vision.bridge.mcore.unsupported import UNSUPPORTED, check_supported
 from layouts import Layout, Microbatch, Run, megatron_run, reference_run, with_labels
 from tiny import tiny_batch, tiny_config, tiny_model
 
@@ -88,7 +88,7 @@ def test_what_works_trains_to_the_losses_of_transformers(row: Row, path: Path, r
 def refused(row: Row, backend: str) -> str:
     provider = provider_from_config(CONFIG, **row.model)
     with pytest.raises(ValueError, match="is not supported") as caught:
-        check_features(provider, backend)
+        check_supported(provider, backend)
     return str(caught.value)
 
 
@@ -109,7 +109,7 @@ def test_what_is_refused_on_transformer_engine_has_its_reason(row: Row):
 
 @pytest.mark.parametrize("row", rows(transformer_engine="written"))
 def test_what_is_written_for_transformer_engine_is_not_refused(row: Row):
-    check_features(provider_from_config(CONFIG, **row.model), "transformer_engine")
+    check_supported(provider_from_config(CONFIG, **row.model), "transformer_engine")
 
 
 def fused_gradient() -> torch.Tensor:
@@ -130,16 +130,16 @@ def test_megatron_cores_fused_cross_entropy_still_rounds_its_gradient():
 
 def test_every_refusal_is_on_the_page():
     on_page = {name for row in ROWS if "refused" in (row.torch, row.transformer_engine) for name in row.model}
-    assert {refusal.field for refusal in REFUSALS} <= on_page
+    assert {setting.field for setting in UNSUPPORTED} <= on_page
 
 
 def test_a_model_with_nothing_to_train_is_refused():
-    provider = provider_from_config(CONFIG, **{f"freeze_{group}": True for group in GROUPS})
+    provider = provider_from_config(CONFIG, **{f"freeze_{group}": True for group in PARAM_GROUPS})
     with cpu.runtime(), pytest.raises(ValueError, match="All 4 groups of parameters are frozen"):
         provider.finalize()
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", PARAM_GROUPS)
 def test_every_group_is_on_the_page(group: str):
     assert f"`{group}`" in PAGE.read_text()
     assert f"model.freeze_{group}=True" in PAGE.read_text()

@@ -15,7 +15,7 @@ from torch import nn
 from ...errors import UserError
 
 # A parameter belongs to the first group whose mark is in its name; the last mark is in all of them.
-GROUPS = {
+PARAM_GROUPS = {
     "vision_model": "vision_adapter.vit.",
     "vision_projection": "vision_adapter.",
     "vision_bias": ".router.vision_bias",
@@ -25,7 +25,7 @@ GROUPS = {
 
 def group_of(name: str) -> str:
     """The group of a parameter of the Megatron model, wrapped or not."""
-    return next(group for group, mark in GROUPS.items() if mark in name)
+    return next(group for group, mark in PARAM_GROUPS.items() if mark in name)
 
 
 def freeze(model: nn.Module, groups: Iterable[str]) -> None:

@@ -1,17 +1,14 @@
 """Operations against published counts, parameters against the built model, memory against what a step allocates."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.mcore import cpu
-from gpt_oss_vision.bridge.mcore.cost import (
-    image_operations,
-    memory_of_stage,
-    memory_per_rank,
-    parameters_of_stage,
-    text_operations,
-)
+from gpt_oss_vision.bridge.mcore.flops import decoder_flops, image_flops
+from gpt_oss_vision.bridge.mcore.memory import chunks_in_flight, memory_of_stage, memory_per_rank, parameters_of_stage
 from gpt_oss_vision.bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
 from layouts import Layout
 from tiny import tiny_config, tiny_vision_config
@@ -34,14 +31,14 @@ def provider_of(size: str, **overrides: object) -> GPTOSSVisionProvider:
     ],
 )
 def test_operations_per_token_are_those_of_gpt_oss(size, length, forward, training, lora):
-    operations = text_operations(provider_of(size, seq_length=length), tokens=1)
+    operations = decoder_flops(provider_of(size, seq_length=length), tokens=1)
     assert operations.forward / 1e9 == pytest.approx(forward, rel=0.005)
     assert operations.training() / 1e9 == pytest.approx(training, rel=0.005)
     assert operations.training(weight_gradients=False) / 1e9 == pytest.approx(lora, rel=0.005)
 
 
 def test_operations_per_image_are_those_of_a_vit_l():
-    operations = image_operations(provider_of("20B"))
+    operations = image_flops(provider_of("20B"))
     projection = 2 * 258 * 1024 * 2880
     assert (operations.forward - projection) / 1e9 == pytest.approx(162, rel=0.002)
     assert (operations.training() - 3 * projection) / 1e9 == pytest.approx(485, rel=0.003)
@@ -49,10 +46,10 @@ def test_operations_per_image_are_those_of_a_vit_l():
 
 def test_packed_samples_cost_less_attention_than_one_long_one():
     provider = provider_of("20B", seq_length=4096)
-    packed = text_operations(provider, tokens=4096, squared=4 * 1024**2)
-    apart = text_operations(provider_of("20B", seq_length=1024), tokens=4096)
+    packed = decoder_flops(provider, tokens=4096, squared=4 * 1024**2)
+    apart = decoder_flops(provider_of("20B", seq_length=1024), tokens=4096)
     assert packed == apart
-    assert packed.attention < text_operations(provider, tokens=4096).attention / 3
+    assert packed.attention < decoder_flops(provider, tokens=4096).attention / 3
 
 
 def numbers(config: dict, layout: Layout) -> tuple[int, int]:
@@ -134,6 +131,34 @@ def test_the_first_stage_holds_a_microbatch_for_every_later_stage():
         for stage in range(3)
     ]
     assert held == pytest.approx([held[2] * 2, held[2] * 1.5, held[2]])
+
+
+@pytest.mark.parametrize("microbatches", [1, 4, 8])
+@pytest.mark.parametrize("vpp", [None, 2, 3])
+def test_the_microbatches_in_flight_are_those_of_megatrons_schedule(vpp: int | None, microbatches: int):
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    provider = finalized(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=vpp)
+    for stage in range(4):
+        group = SimpleNamespace(size=lambda: 4, rank=lambda stage=stage: stage)
+        schedule = SimpleNamespace(pp_group=group, virtual_pipeline_model_parallel_size=vpp)
+        _, _, warm_up, left = get_pp_rank_microbatches(microbatches, vpp or 1, 4, p2p_communicator=schedule)
+        assert chunks_in_flight(provider, stage, microbatches) == warm_up + (1 if left else 0)
+
+
+def test_interleaving_holds_more_activations():
+    held = {
+        vpp: memory_per_rank(
+            finalized(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=vpp),
+            world_size=4,
+            micro_batch_size=1,
+            microbatches=8,
+        ).activations
+        for vpp in (None, 2, 3)
+    }
+    # (2 (pp - 1) + (vpp - 1) pp + 1) / vpp stages' worth in place of pp.
+    assert held[2] == pytest.approx(held[None] * 11 / 8)
+    assert held[3] == pytest.approx(held[None] * 15 / 12)
 
 
 def kept_bytes() -> tuple[float, float]:
