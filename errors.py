@@ -1,4 +1,4 @@
-"""The one exception class for what a user can mend. Every package may import it, except what is uploaded to the Hub."""
+"""Exceptions for what a user can mend. Every package may import them, except what is uploaded to the Hub."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The command prints the sentence and exits with 1. OSError is treated alike: a missing file, a full disk. Any other
     exception that reaches the command is reported as a bug.
     """
+
+
+class UsageError(UserError):
+    """Options that don't go together. The command exits with 2, as for any other wrong usage."""

@@ -2,58 +2,94 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bar
 
-LINES_PER_STAGE = 10
+SECONDS_BETWEEN_LINES = 10.0
 
 
-class Stage:
-    """Progress of one stage of a run: ``advance`` after every step, with a few words about it."""
+class Progress:
+    """Progress of a long task, in steps or in bytes: a bar on a terminal, a line every ten seconds in a log.
 
-    def __init__(self, console: Console, title: str, total: int, *, shown: bool = True):
-        self.console, self.title, self.total, self.shown = console, title, total, shown
-        self.is_drawn = shown and console.is_terminal
-        self.done, self.started, self.every = 0, time.monotonic(), max(1, total // LINES_PER_STAGE)
-        self.bar = Progress(
+    Args:
+        title: name of the task.
+        total: steps or bytes of the whole task.
+        console: where it is shown; None shows nothing.
+        in_bytes: count bytes, and show GB and GB/s.
+    """
+
+    def __init__(self, title: str, total: int, console: Console | None = None, *, in_bytes: bool = False):
+        self.title, self.total, self.in_bytes = title, total, in_bytes
+        self.console = console or Console(quiet=True)
+        self.done = self.skipped = 0
+        self._lock, self._started = threading.Lock(), time.monotonic()
+        self._printed, self._draws = self._started, console is not None and console.is_terminal
+        steps = (MofNCompleteColumn(), TextColumn("{task.fields[words]}"))
+        self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[words]}"),
+            *((DownloadColumn(), TransferSpeedColumn()) if in_bytes else steps),
             TimeRemainingColumn(),
-            console=console,
-            redirect_stdout=False,  # what others print belongs into the log, not above the bar
+            console=self.console,
+            disable=not self._draws,
+            redirect_stdout=False,  # what libraries print belongs into the log, not above the bar
             redirect_stderr=False,
         )
-        self.task = self.bar.add_task(title, total=total, words="")
+        self._task = self._bar.add_task(title, total=total, words="")
 
-    def advance(self, words: str = "") -> None:
-        """One step further."""
-        self.done += 1
-        if self.is_drawn:
-            self.bar.update(self.task, completed=self.done, words=words)
-        elif self.shown and (self.done % self.every == 0 or self.done == self.total):
-            left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
-            self.console.print(f"{self.title}: {self.done}/{self.total} {words} {left:.0f} s left")
+    def skip(self, amount: int) -> None:
+        """Count what an earlier run has done; the rate leaves it out."""
+        self.done = self.skipped = amount
+        self._bar.reset(self._task, completed=amount)
+        if amount:
+            self.console.print(f"{self.title}: {self._counted()} were done before", soft_wrap=True)
 
-    def __enter__(self) -> "Stage":
-        if self.is_drawn:
-            self.bar.start()
+    def advance(self, amount: int = 1, words: str = "") -> None:
+        """Count steps or bytes that are done, from any thread, and show a few words about the last one."""
+        with self._lock:
+            self.done += amount
+            now = time.monotonic()
+            is_due = now - self._printed >= SECONDS_BETWEEN_LINES or self.done == self.total
+            self._printed = now if is_due else self._printed
+        self._bar.update(self._task, advance=amount, words=words)
+        if is_due and not self._draws:
+            rate = (self.done - self.skipped) / max(now - self._started, 1e-9)
+            left = f"{(self.total - self.done) / rate:.0f} s left" if rate else ""
+            said = f"{rate / 1e9:.2f} GB/s" if self.in_bytes else words
+            parts = (part for part in (self._counted(), said, left) if part)
+            self.console.print(f"{self.title}: {', '.join(parts)}", soft_wrap=True)
+
+    def _counted(self) -> str:
+        if self.in_bytes:
+            return f"{self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB"
+        return f"{self.done} of {self.total}"
+
+    def __enter__(self) -> "Progress":
+        self._started = time.monotonic()
+        self._bar.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.is_drawn:
-            self.bar.stop()
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
 
 
 @contextmanager
 def quiet(log: Path) -> Iterator[Console]:
-    """Send whatever this process and its libraries write to the terminal into ``log``; give a console that still shows.
+    """Append what this process and its libraries write to the terminal to `log`; yield a console that still shows.
 
     Works on file descriptors, because Megatron prints from every layer, forked workers included.
     """

@@ -18,9 +18,9 @@ from rich.console import Console
 
 from ..bridge.weight_map import Layout
 from ..errors import UserError
+from ..terminal import Progress
 from .engine import report as reports
 from .engine.job import ShardedWork, run_conversion
-from .engine.progress import Progress
 from .engine.stream import InMemoryJournal, Task, Worker, room_for, stream
 from .formats import run_config
 from .formats.hf_files import reference_folder

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 
 from ..bridge.ops.mxfp4 import Dequantizer
+from ..terminal import Progress
 from .comparison.difference import Difference
 from .engine import report as reports
-from .engine.progress import Progress
 from .engine.stream import InMemoryJournal, Task, Worker, room_for, stream
 from .exporting import blocks_of, check_tensors, is_of_vision, region_of
 from .formats.hf_source import Source, open_source
@@ -50,7 +50,7 @@ class Comparison:
     def run(self, jobs: int, console: Console) -> dict[str, Any]:
         """The report's entries of all tensors."""
         tasks = [self._task(parameter) for parameter in self.parameters]
-        with Progress("Comparing", sum(task.nbytes for task in tasks), console) as progress:
+        with Progress("Comparing", sum(task.nbytes for task in tasks), console, in_bytes=True) as progress:
             return stream(tasks, InMemoryJournal(), {}, jobs=jobs, progress=progress)
 
     def _task(self, parameter: MegatronParameter) -> Task:

@@ -48,14 +48,19 @@ RULES = {
     "bridge/config_map.py": Rule(("bridge.hf.configuration_gpt_oss_vision", "errors"), frozenset()),
     "bridge/hf_int8.py": Rule(("errors",), frozenset({"torch", "transformers", "torchao"})),
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
-    "conversion": Rule(("bridge", "errors")),
-    "recipes/quickstart": Rule(("recipes", "conversion", "bridge", "errors", "terminal")),
+    "conversion": Rule(("bridge", "errors", "arguments", "atomic", "terminal")),
+    "recipes/commands.py": Rule(
+        ("recipes", "conversion", "bridge", "errors", "arguments", "atomic", "terminal"), frozenset()
+    ),
+    "recipes/quickstart": Rule(("recipes", "conversion", "bridge", "errors", "atomic", "terminal")),
     "recipes/training": Rule(("recipes", "conversion.formats.hf_files", "bridge", "errors")),
-    "recipes": Rule(("bridge", "errors", "terminal")),
+    "recipes": Rule(("bridge", "errors", "atomic", "terminal")),
     "errors.py": Rule((), frozenset()),
+    "arguments.py": Rule((), frozenset()),
+    "atomic.py": Rule((), frozenset()),
     "terminal.py": Rule((), frozenset({"rich"})),
     "doctor.py": Rule((), frozenset({"torch"})),
-    "cli.py": Rule(("", "doctor", "errors", "terminal", *ROOMS)),
+    "cli.py": Rule(("", "arguments", "doctor", "errors", "conversion.commands", "recipes.commands"), frozenset()),
     "__init__.py": Rule(("bridge",), frozenset()),
     "bridge/__init__.py": Rule((), frozenset()),
 }
@@ -161,6 +166,16 @@ def test_importing_the_package_loads_no_framework():
     script = "import gpt_oss_vision, json, sys; print(json.dumps([name.partition('.')[0] for name in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "megatron", "numpy"} & set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("name", ["cli.py", "conversion/commands.py", "recipes/commands.py", "arguments.py"])
+def test_parsers_import_the_standard_library_alone(name: str):
+    """At module level: `--help` and a usage error answer within half a second."""
+    top = [node for node in tree_of(ROOT / name).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    lines = {node.lineno for node in top}
+    modules = {module for line, module in imports_of(ROOT / name) if line in lines}
+    light = {".", ".arguments", ".errors", ".conversion.commands", ".recipes.commands"}
+    assert {module for module in modules - light if module.partition(".")[0] not in sys.stdlib_module_names} == set()
 
 
 def test_every_public_name_is_listed_and_defined_in_its_home():

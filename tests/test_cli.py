@@ -7,10 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import gpt_oss_vision
-from gpt_oss_vision.cli import attempt, output_folder
+from gpt_oss_vision.cli import attempt
 from gpt_oss_vision.errors import UserError
+from gpt_oss_vision.recipes import commands
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -39,10 +41,11 @@ def contents(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def earlier(tmp_path: Path) -> Path:
     """A folder that an earlier run made, with a note of the user's own in it."""
-    (tmp_path / "hf").mkdir()
+    out = tmp_path / "out"
+    (out / "hf").mkdir(parents=True)
     for name in ("report.json", "note.txt", "hf/config.json"):
-        (tmp_path / name).write_text("earlier")
-    return tmp_path
+        (out / name).write_text("earlier")
+    return out
 
 
 def test_help_names_each_subcommand_and_exits_0():
@@ -104,7 +107,7 @@ def test_an_out_that_is_a_file_is_refused_in_one_sentence(tmp_path: Path):
     (tmp_path / "out").write_text("mine")
     done = command("quickstart", "--out", "out", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "gpt-oss-vision: --out out cannot be written (File exists); name another folder\n"
+    assert done.stderr == "gpt-oss-vision: --out out cannot be written (Not a directory); name another folder\n"
     assert contents(tmp_path) == {"out": "mine"}
 
 
@@ -112,7 +115,7 @@ def test_an_out_below_a_file_is_refused_in_one_sentence(tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     done = command("quickstart", "--out", "file/out", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "gpt-oss-vision: --out file/out cannot be written (Not a directory); name another folder\n"
+    assert done.stderr == "gpt-oss-vision: --out file/out cannot be written (File exists); name another folder\n"
     assert contents(tmp_path) == {"file": "mine"}
 
 
@@ -132,40 +135,99 @@ def test_overwrite_spares_a_folder_that_no_run_made(tmp_path: Path):
     assert contents(tmp_path) == {"thesis.tex": "mine"}
 
 
-def test_a_run_finds_its_folder_empty_and_replaces_what_it_makes(earlier: Path):
-    with output_folder(earlier, overwrite=True, proof="report.json"):
-        assert not contents(earlier).keys() & {"report.json", "hf/config.json"}
-        (earlier / "hf").mkdir()
-        (earlier / "hf" / "new.json").write_text("new")
-        (earlier / "report.json").write_text("new")
-    assert contents(earlier) == {"hf/new.json": "new", "report.json": "new", "note.txt": "earlier"}
+@pytest.fixture
+def run_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the quickstart in a folder, with `work` in place of the work."""
+
+    def run_in(out: Path, work: Callable[[Path], None] = lambda _: None, *, overwrite: bool = False) -> int:
+        def run(folder: Path, _: object) -> dict[str, float]:
+            (folder / "log.txt").write_text("chatter")
+            work(folder)
+            (folder / "report.json").write_text("new")
+            return dict.fromkeys(("accuracy_right_image", "accuracy_wrong_image", "accuracy_no_image"), 1.0)
+
+        monkeypatch.setattr(commands, "_run_quickstart", run)
+        return attempt(lambda: commands.quickstart(out, overwrite), debug=False)
+
+    return run_in
 
 
-def test_a_failed_run_gives_back_what_was_there(earlier: Path):
-    before = contents(earlier)
-    with pytest.raises(KeyboardInterrupt), output_folder(earlier, overwrite=True, proof="report.json"):
-        (earlier / "hf").mkdir()
-        (earlier / "report.json").write_text("half")
-        raise KeyboardInterrupt
-    assert contents(earlier) == before
+def test_overwrite_replaces_what_a_run_makes_and_keeps_the_rest(earlier: Path, run_in: Callable[..., int]):
+    def work(folder: Path) -> None:
+        (folder / "hf").mkdir()
+        (folder / "hf" / "new.json").write_text("new")
+
+    (earlier / "mine").mkdir()
+    (earlier / "mine" / "note.txt").write_text("mine")
+    assert run_in(earlier, work, overwrite=True) == 0
+    assert contents(earlier.parent) == {
+        "out/hf/new.json": "new",
+        "out/report.json": "new",
+        "out/log.txt": "chatter",
+        "out/note.txt": "earlier",
+        "out/mine/note.txt": "mine",
+    }
 
 
-def test_a_failed_run_gives_back_what_was_there_under_a_relative_path(earlier: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_a_failed_run_leaves_its_log_and_what_was_there(
+    earlier: Path,
+    run_in: Callable[..., int],
+    is_relative: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def work(_: Path) -> None:
+        raise UserError("stop")
+
     before = contents(earlier)
     monkeypatch.chdir(earlier.parent)
-    with (
-        pytest.raises(ValueError, match="stop"),
-        output_folder(Path(earlier.name), overwrite=True, proof="report.json"),
-    ):
-        (earlier / "report.json").write_text("half")
-        raise ValueError("stop")
+    out = Path("out") if is_relative else earlier
+    assert run_in(out, work, overwrite=True) == 1
     assert contents(earlier) == before
+    log = out.with_name("out.failed.log")
+    assert capsys.readouterr().err == f"gpt-oss-vision: stop ({log} holds what the libraries printed)\n"
+    assert log.read_text() == "chatter"
+    assert {entry.name for entry in earlier.parent.iterdir()} == {"out", "out.failed.log"}
 
 
-def test_a_failed_run_leaves_no_new_folder(tmp_path: Path):
-    with pytest.raises(ValueError, match="stop"), output_folder(tmp_path / "a", overwrite=False, proof="report.json"):
-        (tmp_path / "a" / "half.json").write_text("half")
-        raise ValueError("stop")
+def test_an_interrupted_run_leaves_no_new_folder(tmp_path: Path, run_in: Callable[..., int]):
+    def work(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    assert run_in(tmp_path / "a", work) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_name_the_final_folder(tmp_path: Path, run_in: Callable[..., int]):
+    def work(folder: Path) -> None:
+        (folder / "megatron").mkdir()
+        (folder / "megatron" / "run_config.yaml").write_text(f"save: {folder}/megatron")
+
+    assert run_in(tmp_path / "a", work) == 0
+    assert (tmp_path / "a" / "megatron" / "run_config.yaml").read_text() == f"save: {tmp_path}/a/megatron"
+
+
+def test_the_working_folder_is_refused(tmp_path: Path):
+    (tmp_path / "below").mkdir()
+    for out in (".", ".."):
+        done = command("quickstart", "--out", out, cwd=tmp_path / "below")
+        assert done.returncode == 1
+        assert done.stderr == (f"gpt-oss-vision: --out {out} is the working folder, or holds it; name another folder\n")
+
+
+def test_a_layout_that_cannot_work_is_refused_before_anything_is_imported_or_written(tmp_path: Path):
+    script = """
+import sys
+from gpt_oss_vision.cli import main
+assert main(["quickstart", "--out", sys.argv[1], "--tensor-parallel", "4"]) == 1
+assert not {"torch", "numpy"} & sys.modules.keys()
+"""
+    line = [sys.executable, "-c", script, str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert done.stderr == (
+        "gpt-oss-vision: tensor_model_parallel_size=4 does not divide the 2 key/value groups of this model.\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -189,6 +251,16 @@ def test_any_other_exception_is_called_a_bug(kind: type[Exception], capsys: pyte
     assert failure(kind("sinks"), capsys) == f"gpt-oss-vision: {bug}\n"
 
 
+def test_memory_that_ran_out_is_no_bug_and_comes_with_advice(capsys: pytest.CaptureFixture[str]):
+    advice = "use fewer --jobs, a smaller --batch-size, --int8, or a machine with more"
+    assert failure(MemoryError(), capsys) == f"gpt-oss-vision: out of host memory: no message; {advice}\n"
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert failure(gpu, capsys).startswith("gpt-oss-vision: out of GPU memory: CUDA out of memory. Tried")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert failure(caught.value, capsys).startswith("gpt-oss-vision: out of host memory: ")
+
+
 @pytest.mark.parametrize("error", [UserError("yours"), KeyError("ours")])
 def test_debug_lets_the_traceback_through(error: Exception):
     with pytest.raises(type(error)):
@@ -205,4 +277,4 @@ def test_debug_shows_the_traceback(tmp_path: Path):
     done = command("quickstart", "--out", "out", "--debug", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert "FileExistsError" in done.stderr
+    assert "NotADirectoryError" in done.stderr

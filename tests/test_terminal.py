@@ -5,9 +5,11 @@ import subprocess
 from io import StringIO
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from gpt_oss_vision.terminal import LINES_PER_STAGE, Stage, quiet
+from gpt_oss_vision import terminal
+from gpt_oss_vision.terminal import Progress, quiet
 
 
 def test_what_others_write_goes_to_the_log_and_what_we_show_to_the_terminal(tmp_path: Path):
@@ -28,29 +30,63 @@ def test_what_others_write_goes_to_the_log_and_what_we_show_to_the_terminal(tmp_
     assert (tmp_path / "log").read_text() == "written below python\nfrom a worker\n"
 
 
-def test_a_log_gets_plain_lines_with_words_and_time_left():
+def shown_in_a_log(monkeypatch: pytest.MonkeyPatch, total: int, *, in_bytes: bool = False) -> tuple[Progress, StringIO]:
+    """A progress with a clock that stands still, and what it prints."""
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: 0.0)
     shown = StringIO()
-    with Stage(Console(file=shown, soft_wrap=True), "Training", 40) as stage:
-        for step in range(40):
-            stage.advance(f"loss {step}")
-    lines = shown.getvalue().splitlines()
-    assert len([line for line in lines if line]) == LINES_PER_STAGE
-    assert lines[0].startswith("Training: 4/40 loss 3 ")
-    assert lines[0].endswith(" s left")
+    return Progress("Task", total, Console(file=shown), in_bytes=in_bytes), shown
 
 
-def test_a_stage_that_is_not_shown_is_silent():
+def at(monkeypatch: pytest.MonkeyPatch, second: float) -> None:
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: second)
+
+
+def test_a_log_gets_a_line_every_ten_seconds_with_words_and_time_left_and_one_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    progress, shown = shown_in_a_log(monkeypatch, 40)
+    with progress:
+        for step in range(1, 41):
+            at(monkeypatch, step)
+            progress.advance(words=f"loss {step}")
+    assert shown.getvalue().splitlines() == [
+        "Task: 10 of 40, loss 10, 30 s left",
+        "Task: 20 of 40, loss 20, 20 s left",
+        "Task: 30 of 40, loss 30, 10 s left",
+        "Task: 40 of 40, loss 40, 0 s left",
+    ]
+
+
+def test_bytes_are_shown_with_their_rate_and_without_those_of_an_earlier_run(monkeypatch: pytest.MonkeyPatch):
+    progress, shown = shown_in_a_log(monkeypatch, 10 * 10**9, in_bytes=True)
+    with progress:
+        progress.skip(4 * 10**9)
+        at(monkeypatch, 10)
+        progress.advance(2 * 10**9)
+    assert shown.getvalue().splitlines() == [
+        "Task: 4.00 of 10.00 GB were done before",
+        "Task: 6.00 of 10.00 GB, 0.20 GB/s, 20 s left",
+    ]
+
+
+def test_a_bar_leaves_what_an_earlier_run_has_done_out_of_its_rate():
+    with Progress("Task", 10**10, Console(file=StringIO(), force_terminal=True), in_bytes=True) as progress:
+        progress.skip(4 * 10**9)
+        (task,) = progress._bar.tasks
+        assert (task.completed, task.speed) == (4 * 10**9, None)
+
+
+def test_without_a_console_nothing_is_shown(capfd: pytest.CaptureFixture[str]):
+    with Progress("Task", 1) as progress:
+        progress.advance()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar_and_nothing_that_others_print(capsys: pytest.CaptureFixture[str]):
     shown = StringIO()
-    with Stage(Console(file=shown), "Training", 4, shown=False) as stage:
-        stage.advance()
-    assert shown.getvalue() == ""
-
-
-def test_a_terminal_gets_a_bar_and_nothing_that_others_print(capsys):
-    shown = StringIO()
-    with Stage(Console(file=shown, force_terminal=True), "Training", 4) as stage:
+    with Progress("Training", 4, Console(file=shown, force_terminal=True)) as progress:
         print("chatter")
-        stage.advance("loss 1.000")
+        progress.advance(words="loss 1.000")
     assert "━" in shown.getvalue()
     assert "loss 1.000" in shown.getvalue()
     assert "chatter" not in shown.getvalue()

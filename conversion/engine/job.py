@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
+from ...terminal import Progress
 from ..formats.safetensors_writer import ShardPlan
 from . import report as reports
 from .journal import Journal, check_space, exists, fingerprint, open_output, partial_of, refuse_foreign
-from .progress import Progress
 from .stream import Task, peak_memory, stream, write_header_task
 
 
@@ -132,7 +132,10 @@ def run_conversion(
     with open_output(out, plan, overwrite=overwrite) as journal:
         if not journal.is_complete:
             check_space(journal.out, totals["bytes_written"])
-            with work.beside(journal), Progress(work.title, sum(task.nbytes for task in tasks), console) as progress:
+            with (
+                work.beside(journal),
+                Progress(work.title, sum(task.nbytes for task in tasks), console, in_bytes=True) as progress,
+            ):
                 results = stream(tasks, journal, work.sizes, jobs=jobs, progress=progress)
             work.write_files(journal.output)
             told = work.report(results)

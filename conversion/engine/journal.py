@@ -10,13 +10,14 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from ...atomic import remove, sync
 
 SECONDS_OF_PATIENCE = 1.0
 """How long a call asks for the lock of another."""
@@ -137,7 +138,7 @@ class Journal:
         sync(self.partial)
         for entry in self.partial.iterdir():
             if entry != lock_file(self.partial) and not entry.name.startswith(NFS_KEEPS):
-                _remove(entry)
+                remove(entry)
 
     def _restore(self) -> None:
         """Give back what a run had moved away that was killed before it could put its own output there."""
@@ -149,10 +150,10 @@ class Journal:
     def _drop_replaced(self) -> None:
         """Remove what was replaced, by another name first: what bears this one is whole, and can be given back."""
         rubbish = self.partial / "rubbish"
-        _remove(rubbish)
+        remove(rubbish)
         if os.path.lexists(self._replaced):
             self._replaced.rename(rubbish)
-            _remove(rubbish)
+            remove(rubbish)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         with self._file.open("ab") as file:
@@ -292,15 +293,6 @@ def folders_of(paths: Iterable[Path], top: Path) -> set[Path]:
     return {folder for path in paths for folder in path.parents if folder.is_relative_to(top)}
 
 
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def lock_file(partial: Path) -> Path:
     """What is locked for as long as a call writes."""
     return partial / "lock"
@@ -372,11 +364,3 @@ def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
         if line[:9] != b"%08x " % zlib.crc32(line[9:-1]) or line[-1:] != b"\n":
             return
         yield json.loads(line[9:])
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or a folder if it is there; of a symlink never what it points at."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from .journal import Journal, folders_of, sync
-from .progress import Progress
+from ...atomic import sync
+from ...terminal import Progress
+from .journal import Journal, folders_of
 
 BLOCK = 4096
 """What direct input and output are aligned to, in the file and in memory: a page, the largest sector in use."""

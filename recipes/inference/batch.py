@@ -5,21 +5,19 @@ with the assistant, that answer is left out and asked for, so that a file made f
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import batched
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
+from ...atomic import atomic_file
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
-from ...terminal import Stage
+from ...terminal import Progress
 from ..data.dataset import Skipped, check_image, describe_skipped, numbered_lines, parse_row, refuse_control_tokens
 from .generate import Chat, Sampling, answers_to, parts_of
 
@@ -53,14 +51,14 @@ def answer_file(
     skipped: list[Skipped] = []
     torch.manual_seed(sampling.seed)
     with (
-        written_whole(answers) as file,
-        Stage(Console(stderr=True, highlight=False), "Batches answered", -(-total // batch_size)) as stage,
+        atomic_file(answers) as file,
+        Progress("Batches answered", -(-total // batch_size), Console(stderr=True, highlight=False)) as progress,
     ):
         for rows in batched(read_questions(questions, processor), batch_size):
             for line in _answered(model, processor, rows, sampling):
                 print(json.dumps(line, ensure_ascii=False), file=file)
             skipped += [row for row in rows if isinstance(row, Skipped)]
-            stage.advance()
+            progress.advance()
         if len(skipped) == total:
             raise UserError(describe_skipped(questions, skipped, total))
     said = f"{total - len(skipped):,} of {total:,} answers are in {answers}."
@@ -106,16 +104,3 @@ def _answered(
     for row in rows:
         outcome = {"error": row.reason} if isinstance(row, Skipped) else {"answer": next(answers)}
         yield {"line": row.line} | outcome
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under its name when it is complete, and not at all when writing it fails."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield file
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

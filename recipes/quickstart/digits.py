@@ -5,16 +5,16 @@ The scans ship inside scikit-learn, so nothing is downloaded. They are 8×8 pixe
 """
 
 import json
-import os
 import random
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from ...atomic import atomic_folder
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NO_IMAGE = "no image"
@@ -107,7 +107,8 @@ def write_digits(folder: str | Path, seed: int = 0) -> DigitsSplit:
             raise FileExistsError(f"{folder} holds other files; name an empty or a new folder for the digits")
         if _holds(folder, scans=len(scans), train=train, test=test):
             return split
-    _replace(folder, lambda partial: _write(partial, split, scans, train, test))
+    with atomic_folder(folder, overwrite=True) as partial:
+        _write(partial, split, scans, train, test)
     return split
 
 
@@ -194,7 +195,7 @@ def _holds(folder: Path, *, scans: int, train: list[Message], test: list[Message
 
 
 def _write(folder: Path, split: DigitsSplit, scans: Any, train: list[Message], test: list[Message]) -> None:
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir()
     for i, scan in enumerate(scans):
         # 0 is paper and 16 is ink; the file shows dark ink on white paper.
         grey = np.rint(255 - scan * (255 / 16)).astype(np.uint8)
@@ -205,16 +206,3 @@ def _write(folder: Path, split: DigitsSplit, scans: Any, train: list[Message], t
     about = {name: value for name, value in asdict(split).items() if name != "folder"}
     about["source"] = "UCI Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998, CC BY 4.0"
     (folder / "digits.json").write_text(json.dumps(about, indent=2) + "\n")
-
-
-def _replace(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `folder`, then put it in its place: readers see the old one or the new one."""
-    partial, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
-    try:
-        write(partial)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -15,7 +15,7 @@ from megatron.bridge.training.model_load_save import temporary_distributed_conte
 
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from ...terminal import Stage
+from ...terminal import Progress
 from ..inference.generate import Chat, Sampling, answers_to, inputs_of
 from .digits import EvaluationRow
 
@@ -37,13 +37,13 @@ def ask(
     processor: GPTOSSVisionProcessor,
     rows: Sequence[EvaluationRow],
     image: str,
-    stage: Stage,
+    progress: Progress,
 ) -> list[str]:
     """What the model answers to each row, word for word."""
     answers = []
     for some in batched(rows, ASKED_AT_ONCE):
         answers += answers_to(model, processor, chats(some, image), Sampling(max_new_tokens=12))
-        stage.advance()
+        progress.advance()
     return answers
 
 

@@ -45,41 +45,15 @@ from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN, GPTOSSVisionTokenizer
 from ...bridge.mcore import cpu
 from ...bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
-from ...terminal import Stage, quiet
+from ...terminal import Progress, quiet
 from ..data.megatron import ChatDatasetProvider
 from ..training.train import train
 from . import figures
 from .digits import DigitsSplit, EvaluationRow, all_texts, evaluation_rows, write_digits
 from .evaluate import ASKED_AT_ONCE, accuracy, ask, expert_shares, largest_difference, load
+from .settings import EXPERTS, KEY_VALUE_HEADS, LAYERS, VOCABULARY, Settings
 
 VERSIONS = ("torch", "transformers", "megatron-core", "megatron-bridge", "gpt-oss-vision")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """What a run may change; the README's numbers come from the defaults."""
-
-    seed: int = 0
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    expert_parallel: int = 1
-    steps: int = 300
-    batch_size: int = 64
-    learning_rate: float = 3e-3
-    vocab_size: int = 448
-    seq_length: int = 32
-    max_questions: int | None = None
-    """How many of the held-out scans are asked about; None is all of them."""
-
-    @property
-    def ranks(self) -> int:
-        """Processes that the sizes ask for: expert parallelism lies over tensor and data parallelism."""
-        return self.pipeline_parallel * math.lcm(self.tensor_parallel, self.expert_parallel)
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Rows that a rank computes at once: a batch has one microbatch per pipeline stage."""
-        return max(1, self.batch_size * self.tensor_parallel // self.ranks)
 
 
 def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
@@ -101,7 +75,6 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
         console.print("Writing digits and a tiny checkpoint")
         digits = write_digits(out / "digits", settings.seed)
         write_checkpoint(out / "hf_start", settings)
-        provider_for(out / "hf_start", settings).finalize()  # refuses a layout that cannot work, before any work
         # Each Megatron station has processes of its own: Megatron keeps its state in globals.
         console.print("Hugging Face → Megatron")
         cpu.run_ranks(1, import_checkpoint, out / "hf_start", out / "megatron_start")
@@ -110,8 +83,8 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
         cpu.run_ranks(1, export_checkpoint, out / "hf_start", out / "megatron", out / "hf")
         model, processor = load(out / "hf")
         rows = list(evaluation_rows(digits))[: settings.max_questions]
-        with Stage(console, "Asking", 3 * math.ceil(len(rows) / ASKED_AT_ONCE)) as stage:
-            answers = {image: ask(model, processor, rows, image, stage) for image in ("right", "wrong", "no")}
+        with Progress("Asking", 3 * math.ceil(len(rows) / ASKED_AT_ONCE), console) as progress:
+            answers = {image: ask(model, processor, rows, image, progress) for image in ("right", "wrong", "no")}
         (difference,) = cpu.run_ranks(1, largest_difference, model, processor, rows, out / "megatron")
         draw(out, losses, rows, answers["right"], expert_shares(model, processor, rows))
     report = {f"accuracy_{image}_image": accuracy(rows, said) for image, said in answers.items()}
@@ -127,7 +100,7 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
 
 def write_checkpoint(folder: Path, settings: Settings) -> None:
     """A tiny random checkpoint in Hugging Face format with everything on, and a tokenizer made for the digits."""
-    tokenizer = GPTOSSVisionTokenizer.train_from_texts(all_texts(), vocab_size=settings.vocab_size)
+    tokenizer = GPTOSSVisionTokenizer.train_from_texts(all_texts(), vocab_size=VOCABULARY)
     torch.manual_seed(settings.seed)
     config = tiny_config(tokenizer)
     model = GPTOSSVisionForCausalLM(config)
@@ -139,13 +112,13 @@ def write_checkpoint(folder: Path, settings: Settings) -> None:
 def tiny_config(tokenizer: GPTOSSVisionTokenizer) -> GPTOSSVisionConfig:
     """gpt-oss's architecture at a size that learns in minutes on two cores: MoE, sinks, window, YaRN, NoPE, ViT."""
     return GPTOSSVisionConfig(
-        num_hidden_layers=4,
+        num_hidden_layers=LAYERS,
         hidden_size=64,
         intermediate_size=96,
         head_dim=16,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=8,
+        num_key_value_heads=KEY_VALUE_HEADS,
+        num_local_experts=EXPERTS,
         num_experts_per_tok=2,
         sliding_window=16,
         max_position_embeddings=512,
@@ -189,8 +162,8 @@ def fine_tune(out: Path, digits: DigitsSplit, settings: Settings, console: Conso
     """Train on the digits with Megatron-Bridge's own loop; the loss of every step, in nats per answer token."""
     config = training_config(out, digits, settings)
     is_last = int(os.environ["RANK"]) == settings.ranks - 1  # the last pipeline stage knows the loss
-    with Stage(console, "Training", settings.steps, shown=is_last) as stage:
-        history = LossHistory(stage)
+    with Progress("Training", settings.steps, console if is_last else None) as progress:
+        history = LossHistory(progress)
         train(config, callbacks=[history])
     return history.losses
 
@@ -199,14 +172,14 @@ def fine_tune(out: Path, digits: DigitsSplit, settings: Settings, console: Conso
 class LossHistory(Callback):
     """Keeps every step's loss and moves the progress bar."""
 
-    stage: Stage
+    progress: Progress
     losses: list[float] = field(default_factory=list)
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Called by Megatron-Bridge after each optimizer step."""
         if context.loss_dict:
             self.losses.append(float(context.loss_dict["lm loss"]))
-            self.stage.advance(f"loss {self.losses[-1]:.3f}")
+            self.progress.advance(words=f"loss {self.losses[-1]:.3f}")
 
 
 def provider_for(checkpoint: Path, settings: Settings) -> GPTOSSVisionProvider:

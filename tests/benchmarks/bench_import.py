@@ -26,12 +26,12 @@ from threading import Thread
 import torch
 from safetensors import safe_open
 
-from gpt_oss_vision.conversion.engine.progress import Progress
 from gpt_oss_vision.conversion.engine.stream import CAPACITIES, STEP, InMemoryJournal, Run, Task, Worker, stream
 from gpt_oss_vision.conversion.formats.hf_source import open_source
 from gpt_oss_vision.conversion.formats.safetensors_reader import Stored
 from gpt_oss_vision.conversion.formats.torch_dist_writer import TorchDistPlan
 from gpt_oss_vision.conversion.importing import Import
+from gpt_oss_vision.terminal import Progress
 
 LAYERS = {"20b": (24, 32), "120b": (36, 128)}
 MOST_SCRATCH = 4 * 10**9

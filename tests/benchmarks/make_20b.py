@@ -18,11 +18,11 @@ from rich.console import Console
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.conversion.engine.journal import check_space, open_output
-from gpt_oss_vision.conversion.engine.progress import Progress
 from gpt_oss_vision.conversion.engine.stream import STEP, Task, Worker, stream, write_header_task
 from gpt_oss_vision.conversion.formats.hf_source import shapes_of
 from gpt_oss_vision.conversion.formats.safetensors_writer import ShardPlan, Tensor, plan_shards
 from gpt_oss_vision.conversion.parameters import MXFP4_PARTS
+from gpt_oss_vision.terminal import Progress
 
 
 def config_20b(layers: int = 24, experts: int = 32) -> GPTOSSVisionConfig:
@@ -88,7 +88,7 @@ def make(folder: Path, config: GPTOSSVisionConfig, **options: Any) -> int:
     total = sum(plan.sizes.values())
     with open_output(folder, {"config": config.to_dict() | {"dtype": "bfloat16"}}, **options) as journal:
         check_space(journal.out, total)
-        with Progress("Making", total, Console(stderr=True)) as progress:
+        with Progress("Making", total, Console(stderr=True), in_bytes=True) as progress:
             stream(tasks, journal, plan.sizes, jobs=3, progress=progress)
         config.save_pretrained(journal.output)
         if plan.index:

@@ -15,10 +15,10 @@ from rich.console import Console
 
 import gpt_oss_vision
 from checkpoints import OBLONG, change, edit_config, files_of, save_tiny
-from gpt_oss_vision.conversion.engine.progress import Progress
 from gpt_oss_vision.conversion.engine.stream import File
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.errors import UserError
+from gpt_oss_vision.terminal import Progress
 
 KILLS = 50
 
@@ -202,7 +202,7 @@ def test_two_at_once_do_not_harm_each_other(hf: Path, tmp_path: Path):
     begun, go_on = threading.Event(), threading.Event()
 
     class Waiting(Progress):
-        def advance(self, nbytes: int) -> None:
+        def advance(self, amount: int = 1, words: str = "") -> None:
             begun.set()
             go_on.wait()
 

@@ -32,7 +32,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the digits and the two checkpoints that the quickstart trains from."""
     from gpt_oss_vision.bridge.mcore import cpu
     from gpt_oss_vision.recipes.quickstart.digits import write_digits
-    from gpt_oss_vision.recipes.quickstart.run import Settings, import_checkpoint, write_checkpoint
+    from gpt_oss_vision.recipes.quickstart.run import import_checkpoint, write_checkpoint
+    from gpt_oss_vision.recipes.quickstart.settings import Settings
 
     out = tmp_path_factory.mktemp("start")
     write_digits(out / "digits", Settings().seed)

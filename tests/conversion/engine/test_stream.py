@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from gpt_oss_vision.conversion.engine.journal import Journal, open_output
-from gpt_oss_vision.conversion.engine.progress import Progress
 from gpt_oss_vision.conversion.engine.stream import BLOCK, Buffer, File, InMemoryJournal, Task, Worker, stream
+from gpt_oss_vision.terminal import Progress
 
 SIZE = 300 * BLOCK + 77
 CONTENT = random.Random(0).randbytes(SIZE)

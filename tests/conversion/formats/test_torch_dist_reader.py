@@ -12,7 +12,6 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from gpt_oss_vision.conversion.engine.progress import Progress
 from gpt_oss_vision.conversion.engine.stream import InMemoryJournal, Task, stream
 from gpt_oss_vision.conversion.formats.torch_dist_reader import (
     Chunk,
@@ -23,6 +22,7 @@ from gpt_oss_vision.conversion.formats.torch_dist_reader import (
     read_region,
     whole,
 )
+from gpt_oss_vision.terminal import Progress
 
 TENSORS = {
     "weight": torch.arange(6 * 5 * 7, dtype=torch.float32).view(6, 5, 7),

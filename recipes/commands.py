@@ -1,0 +1,157 @@
+"""The subcommands of recipes: parsers, and one function each. At module level the standard library only."""
+
+import argparse
+import errno
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..arguments import add_command, at_least
+from ..errors import UsageError, UserError
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    """Add `quickstart` and `generate` to the command line."""
+    add = add_command(commands, quickstart).add_argument
+    add("--out", type=Path, default="out", metavar="DIR", help="folder for checkpoints, plots and report (%(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same result (%(default)s)")
+    add("--steps", type=at_least(1), metavar="N", help="optimizer steps; with few it learns little")
+    for kind in ("tensor", "pipeline", "expert"):
+        add(f"--{kind}-parallel", type=at_least(1), metavar="N", help=f"{kind}-parallel size of the training (1)")
+    add("--overwrite", action="store_true", help="replace an earlier quickstart in --out")
+
+    command = add_command(commands, generate)
+    add = command.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="folder of the checkpoint")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the question")
+    source.add_argument("--batch", type=Path, metavar="FILE", help="a JSONL file of questions")
+    add("--image", type=Path, action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    add("--out", type=Path, metavar="FILE", help="with --batch: the JSONL file for the answers")
+    add("--overwrite", action="store_true", help="replace an earlier --out")
+    add("--batch-size", type=at_least(1), default=8, metavar="N", help="questions answered at once (%(default)s)")
+    add("--max-new-tokens", type=at_least(1), default=256, metavar="N", help="longest answer (%(default)s)")
+    add("--temperature", type=at_least(0.0), default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same answer (%(default)s)")
+    add("--int8", action="store_true", help="hold the weights in 8 bits")
+
+
+def quickstart(out: Path, overwrite: bool, **options: int | None) -> int:
+    """Train, convert and answer on a CPU, in minutes.
+
+    A tiny model with everything on learns to read real handwritten digits: written in Hugging Face format, trained by
+    Megatron, exported, and asked about digits that it has not seen.
+    """
+    from .quickstart.settings import Settings
+
+    settings = Settings(**{name: value for name, value in options.items() if value is not None})
+    settings.check_layout()
+    _check_folder(out, overwrite)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same run on every machine
+    from ..atomic import atomic_folder
+
+    with atomic_folder(out, overwrite=out.exists()) as folder:
+        try:
+            report = _run_quickstart(folder, settings)
+        except Exception as error:
+            if (folder / "log.txt").is_file():
+                log = shutil.copy(folder / "log.txt", out.with_name(f"{out.name}.failed.log"))
+                error.add_note(f"{log} holds what the libraries printed")
+            raise
+        _name_final_folder(folder, out)
+        _keep_other_files(out, folder)
+    right, wrong, without = (report[f"accuracy_{image}_image"] for image in ("right", "wrong", "no"))
+    print(f"Digits named rightly: {right:.1%} with their image, {wrong:.1%} with another, {without:.1%} with none.")
+    print(f"Checkpoints, pictures and report.json are in {out}.")
+    return 0
+
+
+def _run_quickstart(folder: Path, settings: Any) -> dict[str, Any]:
+    from ..terminal import quiet
+
+    with quiet(folder / "log.txt") as console:
+        console.print("Loading torch, transformers and Megatron-Bridge")
+        from .quickstart import run
+    return run.run(folder, settings=settings)
+
+
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """Refuse an `--out` that cannot be made, or that may not be replaced. Its parents are made."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        held = {entry.name for entry in out.iterdir()} if os.path.lexists(out) else set()
+        if not os.access(out.resolve().parent, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as error:
+        raise type(error)(f"--out {out} cannot be written ({error.strerror}); name another folder") from error
+    if Path.cwd().is_relative_to(out.resolve()):  # it would be a removed folder after the renaming
+        raise FileExistsError(f"--out {out} is the working folder, or holds it; name another folder")
+    if held and not overwrite:
+        raise FileExistsError(
+            f"--out {out} is not empty; name another folder, or replace an earlier run with --overwrite"
+        )
+    if held and "report.json" not in held:
+        raise FileExistsError(f"--out {out} holds no report.json, so this command did not make it; name another folder")
+
+
+def _name_final_folder(folder: Path, out: Path) -> None:
+    """Write the final name of a temporary folder into the files that name its checkpoints."""
+    for name in ("run_config.yaml", "conversion.json"):
+        for file in folder.rglob(name):
+            file.write_text(file.read_text().replace(str(folder), str(out.absolute())))
+
+
+def _keep_other_files(out: Path, folder: Path) -> None:
+    """Copy from `out` to the folder that replaces it what no quickstart makes."""
+    for entry in out.iterdir() if out.is_dir() else ():
+        if entry.is_dir() and not (folder / entry.name).exists():
+            shutil.copytree(entry, folder / entry.name, symlinks=True)
+        elif not (folder / entry.name).exists():
+            shutil.copy2(entry, folder / entry.name, follow_symlinks=False)
+
+
+def generate(
+    model: Path,
+    prompt: str | None,
+    image: list[Path],
+    batch: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    batch_size: int,
+    int8: bool,
+    **sampling: Any,
+) -> int:
+    """Ask a checkpoint in Hugging Face format a question with images, or a file of questions.
+
+    The answer is written while the model generates it. Of a model that thinks, the final channel is shown.
+    """
+    if batch is None and out is not None:
+        raise UsageError("--out goes with --batch")
+    if batch is not None and (out is None or image):
+        raise UsageError("--batch needs --out for its answers, and names its images in its lines, not by --image")
+    if out is not None and out.exists() and not overwrite:
+        raise FileExistsError(f"--out {out} exists; name another file, or replace it with --overwrite")
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out} has no folder to be in; make {out.parent} first")
+    if batch is not None and not batch.is_file():
+        raise FileNotFoundError(f"--batch {batch} is no file")
+    from ..conversion.formats.hf_config import check_checkpoint
+
+    check_checkpoint(model)
+    from .inference import generate as recipe
+
+    choice = recipe.Sampling(**sampling)
+    asked = recipe.load(model, int8=int8)
+    if int8:
+        from ..bridge.hf_int8 import describe_weights
+
+        print(describe_weights(asked[0]), file=sys.stderr)
+    if batch is not None and out is not None:
+        from .inference.batch import answer_file
+
+        print(answer_file(*asked, batch, out, choice, batch_size))
+    elif not recipe.answer(*asked, prompt or "", image, choice, sys.stdout):
+        raise UserError(f"no answer in {choice.max_new_tokens} tokens; allow more with --max-new-tokens")
+    return 0
