@@ -22,14 +22,14 @@ from ..bridge.hf.configuration_gpt_oss_vision import VISION_CONFIGS, GPTOSSVisio
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from ..errors import UserError
-from .engine import report as reports
 from .engine.job import ShardedWork, run_conversion
+from .engine.report import Digest
 from .engine.stream import BLOCK, STEP, Task, Worker, room_for
-from .formats.hf_config import config_fields
-from .formats.hf_files import skeleton, write_files
-from .formats.hf_source import TEXT_MODEL_TYPE, buildable, open_source
-from .formats.safetensors_reader import Stored, listed, read_index
-from .formats.safetensors_writer import ShardPlan, Tensor, plan_shards
+from .formats.hf_config import TEXT_MODEL_TYPE, buildable, config_fields
+from .formats.hf_files import meta_model, write_files
+from .formats.hf_source import open_source
+from .formats.safetensors import ShardPlan, TensorInfo, TensorSpec, plan_shards, read_index
+from .messages import listed
 from .parameters import MXFP4_PARTS
 
 ADAPTER, TOWER = "model.vision_adapter.", "model.vision_adapter.vit."
@@ -98,8 +98,8 @@ class Assembly(ShardedWork):
     seed: int
     config: GPTOSSVisionConfig
     dtype: torch.dtype
-    tensors: list[Tensor]
-    copied: dict[str, Stored]
+    tensors: list[TensorSpec]
+    copied: dict[str, TensorInfo]
     new: dict[str, Callable[[], torch.Tensor]]
     left_out: list[str]
     shards: ShardPlan
@@ -120,13 +120,13 @@ class Assembly(ShardedWork):
         """The largest tensors first."""
         return map(self._task, sorted(self.tensors, key=lambda tensor: -tensor.nbytes))
 
-    def _task(self, tensor: Tensor) -> Task:
+    def _task(self, tensor: TensorSpec) -> Task:
         stored, place = self.copied.get(tensor.name), self.shards.places[tensor.name]
         step = STEP // tensor.dtype.itemsize
         inbox = room_for(step * stored.dtype.itemsize) if stored else 0
 
         def run(worker: Worker) -> dict[str, Any]:
-            digest, total = reports.Digest(), prod(tensor.shape)
+            digest, total = Digest(), prod(tensor.shape)
             values = torch.empty(0) if stored else self.new[tensor.name]().flatten()
             for first in range(0, total, step):
                 count = min(step, total - first)
@@ -142,7 +142,7 @@ class Assembly(ShardedWork):
 
     def write_files(self, output: Path) -> None:
         """Config, index, code, tokenizer and processor."""
-        model = skeleton(self.config, self.dtype)
+        model = meta_model(self.config, self.dtype)
         write_files(model, self.text, output, packed=any(name.endswith(MXFP4_PARTS) for name in self.copied))
         self.shards.write_index(output)
         if (self.text / "tokenizer.json").is_file():
@@ -168,15 +168,15 @@ def plan_assembly(text: Path, vision: Path, seed: int, fields: Mapping[str, Any]
         raise UserError(f"{text} is no stock {TEXT_MODEL_TYPE!r} checkpoint: it has vision biases already")
     config = config_of(text, vision, source.dtype, fields)
     with buildable(vision / "config.json"):
-        model = skeleton(config, source.dtype)
+        model = meta_model(config, source.dtype)
     tower, left_out = tower_tensors(vision, model.model.vision_adapter.vit)
     tensors, copied = [], {f"{TOWER}{name}": stored for name, stored in tower.items()}
     for name, tensor in model.state_dict().items():
         parts = source.stored(name)
         copied |= {part.name: part for part in parts}
-        tensors += [Tensor(part.name, part.dtype, part.shape) for part in parts]
+        tensors += [TensorSpec(part.name, part.dtype, part.shape) for part in parts]
         if not parts:
-            tensors.append(Tensor(name, tensor.dtype, tuple(tensor.shape)))
+            tensors.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape)))
     lacking = [tensor.name for tensor in tensors if tensor.name.startswith(TOWER) and tensor.name not in copied]
     if lacking:
         raise UserError(
@@ -205,17 +205,17 @@ def config_of(text: Path, vision: Path, dtype: torch.dtype, fields: Mapping[str,
     if kind not in [*VISION_CONFIGS]:
         raise UserError(f"{vision} is a checkpoint of {kind!r}, not of {', '.join(map(repr, VISION_CONFIGS))}")
     own = {name: value for name, value in tower.items() if name not in ("architectures", "torch_dtype", "dtype")}
-    base = {name: value for name, value in config_fields(text).items() if name not in OF_THE_TEXT}
+    base = {name: value for name, value in config_fields(text).items() if name not in REPLACED_FIELDS}
     new = {"vision_config": own | {"model_type": kind}, "dtype": dtype}
     with buildable(vision / "config.json"):
         VISION_CONFIGS[kind](**own)  # by itself, so that what else may be wrong is not taken for the tower's
     return GPTOSSVisionConfig.from_dict(base | new | dict(fields))
 
 
-OF_THE_TEXT = ("model_type", "architectures", "quantization_config", "dtype", "torch_dtype", "transformers_version")
+REPLACED_FIELDS = ("model_type", "architectures", "quantization_config", "dtype", "torch_dtype", "transformers_version")
 
 
-def tower_tensors(folder: Path, tower: PreTrainedModel) -> tuple[dict[str, Stored], list[str]]:
+def tower_tensors(folder: Path, tower: PreTrainedModel) -> tuple[dict[str, TensorInfo], list[str]]:
     """The tensors of a checkpoint that a tower takes, by the tower's own names, and the names of the others.
 
     Raises:
@@ -242,7 +242,7 @@ def tower_tensors(folder: Path, tower: PreTrainedModel) -> tuple[dict[str, Store
     return taken, left_out
 
 
-def _initialiser(tensor: Tensor, config: GPTOSSVisionConfig, seed: int) -> Callable[[], torch.Tensor]:
+def _initialiser(tensor: TensorSpec, config: GPTOSSVisionConfig, seed: int) -> Callable[[], torch.Tensor]:
     """What transformers would initialise a weight to: norms to one, the projector at random, the rest to zero."""
 
     def numbers() -> torch.Tensor:

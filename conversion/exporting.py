@@ -14,19 +14,24 @@ from transformers import PreTrainedModel
 from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import Quantizer
 from ..errors import UserError
-from .engine import report as reports
 from .engine.job import ShardedWork, run_conversion
-from .engine.stream import STEP, Task, Worker, room_for
-from .formats.hf_files import DTYPES, reference_folder, skeleton, tensors_of, write_files
-from .formats.hf_source import read_config, refuse_mismatch, shapes_of
+from .engine.report import Digest
+from .engine.stream import Task, Worker, room_for
+from .formats.hf_config import read_config
+from .formats.hf_files import DTYPES, meta_model, reference_folder, tensors_of, write_files
+from .formats.hf_source import shapes_of
 from .formats.run_config import check_config
-from .formats.safetensors_writer import SHARD_BYTES, ShardPlan, Tensor, plan_shards
-from .formats.torch_dist_reader import Region, TorchDistCheckpoint, open_checkpoint, read_region, whole
+from .formats.safetensors import SHARD_BYTES, ShardPlan, TensorSpec, plan_shards
+from .formats.torch_dist_reader import (
+    TorchDistCheckpoint,
+    blocks_of,
+    check_tensors,
+    open_checkpoint,
+    read_region,
+    region_of,
+)
 from .lora import Adapters, check_adapters, is_adapter_checkpoint, open_base, read_adapters
-from .parameters import KEPT_WHOLE, MXFP4_PARTS, MegatronParameter, pack, parameters, to_hf
-
-OF_VISION = ("vision_adapter.", "mlp.router.vision_bias")
-"""In the names of what a stock gpt-oss has not, in Megatron's parameters and checkpoints alike."""
+from .parameters import KEPT_WHOLE, MXFP4_PARTS, MegatronParameter, is_of_vision, pack, parameters, to_hf
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Export(ShardedWork):
     reference: Path
     model: PreTrainedModel
     parameters: list[MegatronParameter]
-    targets: dict[str, Tensor]
+    targets: dict[str, TensorSpec]
     shards: ShardPlan
     dtype: str
     adapters: Adapters | None = None
@@ -92,7 +97,7 @@ class Export(ShardedWork):
         blocks = blocks_of(parameter, stored.dtype)
         (rows, count), read = (blocks[0].stop, blocks[-1].stop), prod(parameter.shape) * stored.dtype.itemsize
         written = [nbytes * rows // count for _, _, nbytes in places]
-        parts = [part for block in blocks for part in stored.parts(region_of(parameter, block))]
+        parts = [part for block in blocks for part in stored.read_plan(region_of(parameter, block))]
         turned = sum(written) if parameter.layout not in KEPT_WHOLE and not self._is_packed(parameter) else 0
         return Task(
             parameter.name,
@@ -127,7 +132,7 @@ class Export(ShardedWork):
 
     def _write(self, parameter: MegatronParameter, worker: Worker) -> dict[str, Any]:
         """Read a parameter, lay it out and write it, a block of rows after the other."""
-        stored, digest = self.checkpoint.tensors[parameter.key], reports.Digest()
+        stored, digest = self.checkpoint.tensors[parameter.key], Digest()
         blocks = blocks_of(parameter, stored.dtype)
         for block in blocks:
             numbers = read_region(worker, stored, region_of(parameter, block))
@@ -183,20 +188,6 @@ def _pack(
         raise UserError(f"{parameter.name}: {error} Export it with --dtype bf16.") from error
 
 
-def region_of(parameter: MegatronParameter, block: slice | None = None) -> Region:
-    """Where a parameter, or a block of its rows, lies in the checkpoint's tensor."""
-    rows = () if block is None or not parameter.shape else (block,)
-    return (*(slice(i, i + 1) for i in parameter.index), *rows, *whole(parameter.shape[len(rows) :]))
-
-
-def blocks_of(parameter: MegatronParameter, dtype: torch.dtype) -> list[slice]:
-    """The rows to handle at a time: all of them, unless the parameter is large and keeps its layout."""
-    count = parameter.shape[0] if parameter.shape else 1
-    nbytes = prod(parameter.shape) * dtype.itemsize // count
-    rows = max(1, STEP // nbytes) if parameter.layout in KEPT_WHOLE else count
-    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
-
-
 def _rows_of(place: tuple[str, int, int], block: slice, count: int) -> tuple[str, int, int]:
     file, offset, nbytes = place
     start, stop = nbytes * block.start // count, nbytes * block.stop // count
@@ -233,38 +224,12 @@ def plan_export(
     if adapters:
         check_adapters(adapters, everything)
         check_config(adapters.folder, config)
-    model = skeleton(config, DTYPES[dtype], text_only=text_only)
+    model = meta_model(config, DTYPES[dtype], text_only=text_only)
     targets = tensors_of(model, packed=dtype == "mxfp4")
     written = [one for one in everything if not (text_only and is_of_vision(one.name))]
     shards = plan_shards(targets, shard_bytes=SHARD_BYTES)
     by_name = {target.name: target for target in targets}
     return Export(checkpoint, folder, model, written, by_name, shards, dtype, adapters)
-
-
-def is_of_vision(name: str) -> bool:
-    """Whether a stock gpt-oss has no such parameter."""
-    return any(word in name for word in OF_VISION)
-
-
-def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[MegatronParameter]) -> None:
-    """Whether a checkpoint holds every tensor of the model in its shape, and no other.
-
-    Raises:
-        ValueError: listing what is missing, foreign or of another shape.
-    """
-    shapes = {parameter.key: parameter.axes + parameter.shape for parameter in wanted}
-    found = checkpoint.tensors
-    wrong = [
-        f"{key} is {list(found[key].shape)}, not {list(shape)}"
-        for key, shape in shapes.items()
-        if key in found and found[key].shape != shape
-    ]
-    titles = {
-        "tensors missing in the checkpoint": sorted(shapes.keys() - found.keys()),
-        "tensors of another shape": wrong,
-        "tensors of the checkpoint that nothing reads": sorted(found.keys() - shapes.keys()),
-    }
-    refuse_mismatch(checkpoint.folder, titles)
 
 
 def export_checkpoint(

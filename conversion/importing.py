@@ -1,4 +1,4 @@
-"""Hugging Face → Megatron, streamed: a `torch_dist` checkpoint written piece by piece, without building a model."""
+"""Hugging Face → Megatron, streamed: a `torch_dist` checkpoint written tensor by tensor, without building a model."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from rich.console import Console
 
 from ..bridge.config_map import megatron_fields
 from ..bridge.ops.mxfp4 import Dequantizer
-from .engine import report as reports
 from .engine.job import Work, run_conversion
 from .engine.journal import Journal
+from .engine.report import Digest
 from .engine.stream import BLOCK, STEP, Task, Worker, room_for, write_header_task
 from .formats.hf_source import Source, open_source
 from .formats.megatron_metadata import ITERATION, Describing
-from .formats.torch_dist_writer import Group, Piece, TorchDistPlan
+from .formats.torch_dist_writer import TorchDistPlan, WriteBatch, WriteItem
 from .parameters import KEPT_WHOLE, MegatronParameter, to_megatron, unpack
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -125,74 +125,74 @@ class Import(Work):
 
     def tasks(self) -> list[Task]:
         """The work, the largest tensors first, so that none is left alone at the end."""
-        groups = sorted(self.layout.groups, key=lambda group: group.start - group.end)
+        groups = sorted(self.layout.batches, key=lambda batch: batch.start - batch.end)
         objects = write_header_task(f"{ITERATION}/{TorchDistPlan.OBJECTS_FILE}", self.layout.objects)
         return [objects, *map(self._task, groups)]
 
-    def _task(self, group: Group) -> Task:
-        reads = [self.source.nbytes(parameter) for parameter in group.parameters]
-        written, first = group.end - group.start, group.parameters[0]
+    def _task(self, batch: WriteBatch) -> Task:
+        reads = [self.source.nbytes(parameter) for parameter in batch.parameters]
+        written, first = batch.end - batch.start, batch.parameters[0]
         nbytes = sum(map(sum, reads)) + written
-        files = (f"{ITERATION}/{group.file}",)
+        files = (f"{ITERATION}/{batch.file}",)
         if written > 2 * STEP and first.layout in KEPT_WHOLE:
             size = self.source.stored(first.hf[0])[0].dtype.itemsize
             inbox = room_for(STEP // self.layout.dtype.itemsize * size)
-            return Task(group.name, files, partial(self._write_in_steps, group), inbox, STEP + 2 * BLOCK, 0, nbytes)
+            return Task(batch.name, files, partial(self._write_in_steps, batch), inbox, STEP + 2 * BLOCK, 0, nbytes)
         inbox = max(sum(map(room_for, each)) for each in reads)
         turned = [
-            pieces for parameter, pieces in zip(group.parameters, group.pieces, strict=True) if self._turns(parameter)
+            items for parameter, items in zip(batch.parameters, batch.items, strict=True) if self._turns(parameter)
         ]
-        scratch = max((sum(piece.nbytes for piece in pieces) for pieces in turned), default=0)
-        return Task(group.name, files, partial(self._write_at_once, group), inbox, written, scratch, nbytes)
+        scratch = max((sum(item.nbytes for item in items) for items in turned), default=0)
+        return Task(batch.name, files, partial(self._write_at_once, batch), inbox, written, scratch, nbytes)
 
     def _turns(self, parameter: MegatronParameter) -> bool:
         """Whether the numbers of an expert have to be transposed: packed ones are stored the other way round."""
         return parameter.expert is not None and len(self.source.stored(parameter.hf[0])) == 1
 
-    def _write_at_once(self, group: Group, worker: Worker) -> dict[str, Any]:
-        """Fill whole blocks with the archives of a group."""
-        room, done, entries = worker.room(group.start, group.end - group.start), group.start, {}
-        for parameter, pieces in zip(group.parameters, group.pieces, strict=True):
-            for piece in pieces:
-                _put(room, done - group.start, bytes(piece.offset - done) + piece.head)
-                _put(room, piece.start + piece.nbytes - group.start, piece.tail)
-                done = piece.end
-            numbers = [_numbers(room, piece, piece.start - group.start, parameter) for piece in pieces]
+    def _write_at_once(self, batch: WriteBatch, worker: Worker) -> dict[str, Any]:
+        """Fill whole blocks with the archives of a batch."""
+        room, done, entries = worker.room(batch.start, batch.end - batch.start), batch.start, {}
+        for parameter, items in zip(batch.parameters, batch.items, strict=True):
+            for item in items:
+                _put(room, done - batch.start, bytes(item.offset - done) + item.header)
+                _put(room, item.start + item.nbytes - batch.start, item.footer)
+                done = item.end
+            numbers = [_numbers(room, item, item.start - batch.start, parameter) for item in items]
             is_finite = self._fill(worker, parameter, numbers)
-            digest = reports.Digest()
+            digest = Digest()
             for part in numbers:
                 digest.update(part, is_finite=is_finite)
             entries |= self._entry(parameter, digest)
-        _put(room, done - group.start, bytes(group.end - done))
-        worker.write(f"{ITERATION}/{group.file}", group.start, group.end - group.start)
+        _put(room, done - batch.start, bytes(batch.end - done))
+        worker.write(f"{ITERATION}/{batch.file}", batch.start, batch.end - batch.start)
         return entries
 
-    def _write_in_steps(self, group: Group, worker: Worker) -> dict[str, Any]:
+    def _write_in_steps(self, batch: WriteBatch, worker: Worker) -> dict[str, Any]:
         """Write one large tensor, whose numbers keep their order, through a small buffer.
 
-        Every step ends between two blocks, where the next begins; head and tail go along with the first and the last.
+        Every step ends between two blocks, where the next begins; the first writes the header too, the last the footer.
         """
-        (parameter,), ((piece,),) = group.parameters, group.pieces
+        (parameter,), ((item,),) = batch.parameters, batch.items
         (stored,) = self.source.stored(parameter.hf[0])
-        size, total, digest = piece.dtype.itemsize, piece.nbytes // piece.dtype.itemsize, reports.Digest()
-        first, begin = 0, group.start
+        size, total, digest = item.dtype.itemsize, item.nbytes // item.dtype.itemsize, Digest()
+        first, begin = 0, batch.start
         while first < total:
-            count = min((begin + STEP - piece.start) // size - first, total - first)
+            count = min((begin + STEP - item.start) // size - first, total - first)
             is_last = first + count == total
-            end = group.end if is_last else piece.start + (first + count) * size
+            end = batch.end if is_last else item.start + (first + count) * size
             room = worker.room(begin, end - begin)
-            if begin == group.start:
-                _put(room, 0, bytes(piece.offset - begin) + piece.head)
-            numbers = room[piece.start + first * size - begin :][: count * size].view(piece.dtype)
+            if begin == batch.start:
+                _put(room, 0, bytes(item.offset - begin) + item.header)
+            numbers = room[item.start + first * size - begin :][: count * size].view(item.dtype)
             numbers.copy_(stored.read(worker, first, count))
             digest.update(numbers)
             if is_last:
-                _put(room, piece.start + piece.nbytes - begin, piece.tail + bytes(end - piece.end))
-            worker.write(f"{ITERATION}/{group.file}", begin, end - begin)
+                _put(room, item.start + item.nbytes - begin, item.footer + bytes(end - item.end))
+            worker.write(f"{ITERATION}/{batch.file}", begin, end - begin)
             first, begin = first + count, end
         return self._entry(parameter, digest)
 
-    def _fill(self, worker: Worker, parameter: MegatronParameter, pieces: Sequence[torch.Tensor]) -> bool:
+    def _fill(self, worker: Worker, parameter: MegatronParameter, items: Sequence[torch.Tensor]) -> bool:
         """Compute the numbers of a parameter into the places where they will be written from.
 
         Returns:
@@ -200,18 +200,18 @@ class Import(Work):
         """
         parts = self.source.read(worker, parameter)
         if not parts:
-            pieces[0].zero_()
+            items[0].zero_()
         elif parts[0].dtype == torch.uint8:
-            dequantizer = worker.tool(Dequantizer, pieces[0].dtype)
-            unpack(parameter, parts[0], parts[1], pieces, dequantizer)
+            dequantizer = worker.tool(Dequantizer, items[0].dtype)
+            unpack(parameter, parts[0], parts[1], items, dequantizer)
             return dequantizer.is_finite(parts[1])
         else:
-            nbytes = sum(piece.nbytes for piece in pieces) if self._turns(parameter) else 0
+            nbytes = sum(item.nbytes for item in items) if self._turns(parameter) else 0
             scratch = worker.scratch[:nbytes]
-            to_megatron(parameter, parts, pieces, scratch.view(pieces[0].dtype).view(-1, *pieces[0].shape[1:]))
+            to_megatron(parameter, parts, items, scratch.view(items[0].dtype).view(-1, *items[0].shape[1:]))
         return not parts
 
-    def _entry(self, parameter: MegatronParameter, digest: reports.Digest) -> dict[str, Any]:
+    def _entry(self, parameter: MegatronParameter, digest: Digest) -> dict[str, Any]:
         names = [stored.name for name in parameter.hf for stored in self.source.stored(name)]
         return {parameter.name: digest.entry(names, parameter.shape, self.layout.dtype_of(parameter))}
 
@@ -221,6 +221,6 @@ def _put(room: torch.Tensor, at: int, data: bytes) -> None:
         room[at : at + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _numbers(room: torch.Tensor, piece: Piece, at: int, parameter: MegatronParameter) -> torch.Tensor:
-    """The place of a piece's numbers, without the axes of layers and experts."""
-    return room[at : at + piece.nbytes].view(piece.dtype).view(piece.shape[len(parameter.axes) :])
+def _numbers(room: torch.Tensor, item: WriteItem, at: int, parameter: MegatronParameter) -> torch.Tensor:
+    """The place of an item's numbers, without the axes of layers and experts."""
+    return room[at : at + item.nbytes].view(item.dtype).view(item.shape[len(parameter.axes) :])

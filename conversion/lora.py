@@ -19,16 +19,17 @@ from rich.console import Console
 from ..bridge.weight_map import Layout
 from ..errors import UserError
 from ..terminal import Progress
-from .engine import report as reports
 from .engine.job import ShardedWork, run_conversion
+from .engine.report import Digest
 from .engine.stream import InMemoryJournal, Task, Worker, room_for, stream
 from .formats import run_config
+from .formats.hf_config import read_config
 from .formats.hf_files import reference_folder
-from .formats.hf_source import read_config, shapes_of
+from .formats.hf_source import shapes_of
 from .formats.run_config import check_config
-from .formats.safetensors_reader import listed
-from .formats.safetensors_writer import ShardPlan, Tensor, plan_shards
-from .formats.torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
+from .formats.safetensors import ShardPlan, TensorSpec, plan_shards
+from .formats.torch_dist_reader import ShardedTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
+from .messages import listed
 from .parameters import MegatronParameter, parameters, to_hf
 
 if TYPE_CHECKING:
@@ -148,11 +149,11 @@ def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:
     return open_checkpoint(base)
 
 
-def _read_all(tensors: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
+def _read_all(tensors: Mapping[str, ShardedTensor]) -> dict[str, torch.Tensor]:
     """Whole tensors in fp32: adapters are small."""
     found: dict[str, torch.Tensor] = {}
 
-    def task(key: str, tensor: StoredTensor) -> Task:
+    def task(key: str, tensor: ShardedTensor) -> Task:
         def run(worker: Worker) -> None:
             found[key] = read_region(worker, tensor, whole(tensor.shape)).to(torch.float32, copy=True)
 
@@ -242,7 +243,7 @@ class AdapterExport(ShardedWork):
         numbers, place = self.tensors[name], self.shards.places[name]
 
         def run(worker: Worker) -> dict[str, Any]:
-            digest = reports.Digest()
+            digest = Digest()
             digest.update(worker.room(place.offset, numbers.nbytes).view(numbers.dtype).copy_(numbers.flatten()))
             worker.write(place.file, place.offset, numbers.nbytes)
             return digest.entry([], numbers.shape, numbers.dtype)
@@ -275,7 +276,7 @@ def plan_adapter_export(adapters: Adapters, folder: Path) -> AdapterExport:
     check_config(adapters.folder, config)
     adapted = [parameter for parameter in everything if parameter.key in adapters.pairs]
     described, tensors = _peft_config(adapters, adapted), _peft_tensors(adapters, adapted, shapes)
-    planned = [Tensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    planned = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     return AdapterExport(folder, adapters, tensors, described, plan_shards(planned, "adapter_model", sys.maxsize))
 
 

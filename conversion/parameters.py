@@ -16,6 +16,9 @@ from ..bridge.weight_map import ROWS, Layout, Row
 MXFP4_PARTS = ("_blocks", "_scales")
 """What is added to the name of a tensor that is stored as MXFP4."""
 
+VISION_KEYS = ("vision_adapter.", "mlp.router.vision_bias")
+"""In the names of what a stock gpt-oss has not, in Megatron's parameters and checkpoints alike."""
+
 MADE_OF_EXPERTS = (Layout.EXPERT_GATE_UP, Layout.EXPERT_DOWN)
 KEPT_WHOLE = (Layout.REPLICATED, Layout.COLUMN, Layout.ROW)
 """Layouts whose numbers are the same, in the same order, on both sides."""
@@ -108,6 +111,11 @@ def _at(
         MegatronParameter(name, checkpoint_key(name), (*index, expert), (*axes, experts), shape, hf, row.layout, groups)
         for expert, name in enumerate(names)
     ]
+
+
+def is_of_vision(name: str) -> bool:
+    """Whether a stock gpt-oss has no such parameter."""
+    return any(word in name for word in VISION_KEYS)
 
 
 def checkpoint_key(name: str) -> str:

@@ -20,14 +20,21 @@ from rich.console import Console
 from ..bridge.ops.mxfp4 import Dequantizer
 from ..terminal import Progress
 from .comparison.difference import Difference
-from .engine import report as reports
+from .engine.report import Digest, check_target, make_report, replace_report
 from .engine.stream import InMemoryJournal, Task, Worker, room_for, stream
-from .exporting import blocks_of, check_tensors, is_of_vision, region_of
 from .formats.hf_source import Source, open_source
 from .formats.run_config import check_config, model_fields
-from .formats.safetensors_reader import listed
-from .formats.torch_dist_reader import StoredTensor, TorchDistCheckpoint, open_checkpoint, read_region
-from .parameters import KEPT_WHOLE, MegatronParameter, to_hf
+from .formats.torch_dist_reader import (
+    ShardedTensor,
+    TorchDistCheckpoint,
+    blocks_of,
+    check_tensors,
+    open_checkpoint,
+    read_region,
+    region_of,
+)
+from .messages import listed
+from .parameters import KEPT_WHOLE, MegatronParameter, is_of_vision, to_hf
 
 VISION_FIELDS = ("use_vision", "vision_pool_token", "image_token_id", "num_image_tokens", "vision_config")
 """Of a config, in both its spellings: what a stock gpt-oss does not say."""
@@ -44,7 +51,7 @@ class Comparison:
     """
 
     source: Source
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, ShardedTensor]
     parameters: list[MegatronParameter]
 
     def run(self, jobs: int, console: Console) -> dict[str, Any]:
@@ -58,7 +65,7 @@ class Comparison:
         blocks = blocks_of(parameter, stored.dtype)
         rows, count = blocks[0].stop, blocks[-1].stop
         nbytes = prod(parameter.shape) * stored.dtype.itemsize
-        parts = [part for block in blocks for part in stored.parts(region_of(parameter, block))]
+        parts = [part for block in blocks for part in stored.read_plan(region_of(parameter, block))]
         inbox = max(room_for(part.count * stored.dtype.itemsize) for part in parts)
         theirs = sum(room_for(-(-size * rows // count)) for size in reads)
         turned = nbytes if parameter.layout not in KEPT_WHOLE else 0
@@ -67,7 +74,7 @@ class Comparison:
         return Task(parameter.name, (), run, max(inbox, theirs), turned, mine + turned, nbytes + sum(reads))
 
     def _compare(self, parameter: MegatronParameter, worker: Worker) -> dict[str, Any]:
-        stored, digest, found = self.stored[parameter.key], reports.Digest(), Difference()
+        stored, digest, found = self.stored[parameter.key], Digest(), Difference()
         for block in blocks_of(parameter, stored.dtype):
             numbers = read_region(worker, stored, region_of(parameter, block))
             digest.update(numbers)
@@ -150,13 +157,13 @@ def verify(
     """
     target = Path(os.path.realpath(report)) if report else None
     if target:
-        reports.check_target(target)
+        check_target(target)
     hf, megatron, console = Path(hf).absolute(), Path(megatron).absolute(), console or Console(quiet=True)
     source, checkpoint = open_source(hf), open_checkpoint(megatron)
     compared, left_out = _in_common(source, checkpoint)
     entries = compared.run(jobs, console)
     said = {"hf": str(hf), "megatron": str(checkpoint.folder), "left_out": left_out, "worst": _worst(entries)}
-    found = reports.build("verify", entries, agrees=not said["worst"], **said)
+    found = make_report("verify", entries, agrees=not said["worst"], **said)
     _save(found, target)
     if logits:
         console.print(f"Before the logits: {found['worst'] or agreement(found)}", markup=False, soft_wrap=True)
@@ -259,7 +266,7 @@ def _save(found: Mapping[str, Any], path: Path | None) -> None:
     if path is None:
         return
     try:
-        reports.replace(found, path)
+        replace_report(found, path)
     except OSError as error:
         verdict = found["worst"] or f"{found['hf']} and {found['megatron']} agree: {agreement(found)}"
         raise OSError(f"{verdict}; but the report was not written: {error.strerror}: {path}") from error

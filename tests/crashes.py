@@ -31,7 +31,7 @@ def fork(work: Callable[[], object]) -> int:
 def many_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give a tiny conversion many tasks, each recorded on its own, so that a kill can fall between any two."""
     monkeypatch.setattr("gpt_oss_vision.conversion.engine.stream.SECONDS_BETWEEN_SYNCS", 0.0)
-    monkeypatch.setattr("gpt_oss_vision.conversion.formats.torch_dist_writer.GROUP", 4096)
+    monkeypatch.setattr("gpt_oss_vision.conversion.formats.torch_dist_writer.BATCH_BYTES", 4096)
 
 
 ATTEMPTS_PER_KILL = 10

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from ...terminal import Progress
-from ..formats.safetensors_writer import ShardPlan
-from . import report as reports
+from ..formats.safetensors import ShardPlan
 from .journal import Journal, check_space, exists, fingerprint, open_output, partial_of, refuse_foreign
+from .report import REPORT, make_report, nonfinite_warnings, package_versions, read_report, write_report
 from .stream import Task, peak_memory, stream, write_header_task
 
 
@@ -128,7 +128,7 @@ def run_conversion(
         free = check_space(out, totals["bytes_written"])
         return totals | {"peak_memory": peak_memory(tasks, jobs) + work.held, "free": free, "files": len(work.sizes)}
     read = {name: fingerprint(folder, apart_from=out) for name, folder in work.sources.items()}
-    plan = {"action": work.action, "versions": reports.versions(), "out": str(out), **plan, **read}
+    plan = {"action": work.action, "versions": package_versions(), "out": str(out), **plan, **read}
     with open_output(out, plan, overwrite=overwrite) as journal:
         if not journal.is_complete:
             check_space(journal.out, totals["bytes_written"])
@@ -139,12 +139,12 @@ def run_conversion(
                 results = stream(tasks, journal, work.sizes, jobs=jobs, progress=progress)
             work.write_files(journal.output)
             told = work.report(results)
-            report = reports.build(work.action, told.pop("tensors"), **told, **totals)
-            for warning in reports.warnings(report):
+            report = make_report(work.action, told.pop("tensors"), **told, **totals)
+            for warning in nonfinite_warnings(report):
                 console.print(f"Warning: {warning}", soft_wrap=True)
-            reports.write(report, journal.output)
+            write_report(report, journal.output)
         journal.finish()
-    return reports.read(out)
+    return read_report(out)
 
 
 def refuse_to_lose(out: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
@@ -168,5 +168,5 @@ def refuse_to_lose(out: Path, sources: Iterable[Path], *, overwrite: bool) -> No
         raise FileExistsError(
             f"--out {out} is no folder but a {'link' if out.is_symlink() else 'file'}; remove it first"
         )
-    if any(out.iterdir()) and not (out / reports.NAME).is_file():
-        raise FileExistsError(f"--out {out} has no {reports.NAME}, so no conversion has made it; remove it first")
+    if any(out.iterdir()) and not (out / REPORT).is_file():
+        raise FileExistsError(f"--out {out} has no {REPORT}, so no conversion has made it; remove it first")

@@ -1,8 +1,8 @@
 """The report of a conversion: every tensor with its hash, and what is wrong with its numbers.
 
-It lies in the output as `NAME` and holds nothing that differs between two runs of the same call, so that outputs can be
-compared byte by byte. The same schema serves import, export and verify, which all tell of Megatron's tensors, so that
-their hashes can be compared; where the output has no such tensors, of an assembly and of adapters, it tells of those::
+The output holds it as `REPORT`. Two runs of the same call give the same bytes, so that outputs can be compared byte by
+byte. Import, export and verify list Megatron's tensors, so that their hashes can be compared; assemble and adapters
+list those of their output::
 
     {"action": "import", "source": "…", "versions": {"torch": "2.11.0", …},
      "bytes_read": 13761264768, "bytes_written": 41839125360, "not_finite": 0, "added": ["…vision_bias", …],
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import xxhash
 
-NAME = "conversion.json"
+REPORT = "conversion.json"
 PACKAGES = ("gpt-oss-vision", "torch", "megatron-core", "megatron-bridge", "transformers")
 
 
@@ -60,24 +60,24 @@ class Digest:
         return {"hf": [*names], "shape": [*shape], "dtype": spelled, "xxh3_128": self._hash.hexdigest()} | found
 
 
-def build(action: str, tensors: Mapping[str, dict[str, Any]], **fields: Any) -> dict[str, Any]:
+def make_report(action: str, tensors: Mapping[str, dict[str, Any]], **fields: Any) -> dict[str, Any]:
     """A report; `fields` are what else the action has to say."""
     bad = {name: entry for name, entry in tensors.items() if {"nan", "inf"} & entry.keys()}
     return {
         "action": action,
         **fields,
-        "versions": versions(),
+        "versions": package_versions(),
         "not_finite": sum(entry.get("nan", 0) + entry.get("inf", 0) for entry in bad.values()),
         "tensors": dict(tensors),
     }
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of the packages that decide what a conversion writes."""
     return {name: version(name) for name in PACKAGES}
 
 
-def warnings(report: Mapping[str, Any], most: int = 10) -> list[str]:
+def nonfinite_warnings(report: Mapping[str, Any], most: int = 10) -> list[str]:
     """A sentence for every tensor with numbers that are not finite; of many, for the first, and how many there are."""
     bad = {name: entry for name, entry in report["tensors"].items() if {"nan", "inf"} & entry.keys()}
     said = [
@@ -85,17 +85,17 @@ def warnings(report: Mapping[str, Any], most: int = 10) -> list[str]:
         + (" (float16 ends at 65504)" if entry["dtype"] == "float16" and "inf" in entry else "")
         for name, entry in list(bad.items())[:most]
     ]
-    return said + ([f"so do {len(bad) - most} tensors more; {NAME} lists them"] if len(bad) > most else [])
+    return said + ([f"so do {len(bad) - most} tensors more; {REPORT} lists them"] if len(bad) > most else [])
 
 
-def write(report: Mapping[str, Any], folder: Path) -> None:
+def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write the report into an output folder."""
-    (folder / NAME).write_text(json.dumps(report, indent=1) + "\n")
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_report(folder: Path) -> dict[str, Any]:
     """The report of an output folder."""
-    return json.loads((folder / NAME).read_text())
+    return json.loads((folder / REPORT).read_text())
 
 
 def check_target(path: Path) -> None:
@@ -139,7 +139,7 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{token_hex(4)}")
 
 
-def replace(report: Mapping[str, Any], path: Path) -> None:
+def replace_report(report: Mapping[str, Any], path: Path) -> None:
     """Write a report to a file of its own, all at once: a reader finds the old one or the new one.
 
     Raises:

@@ -1,12 +1,19 @@
 """Looking at a checkpoint folder before anything is built from it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import UserError
+from ..messages import listed
+
+if TYPE_CHECKING:
+    from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
 MODEL_TYPE = "gpt_oss_vision"  # the config class has it too, but a refusal should not wait for transformers
 INDEX = "model.safetensors.index.json"
@@ -112,3 +119,74 @@ def check_safetensors(file: Path) -> None:
             pass
     except SafetensorError as error:
         raise UserError(f"{file} is cut off or damaged ({error}); copy it again") from error
+
+
+TEXT_MODEL_TYPE = "gpt_oss"
+STORAGE_FIELDS = ("model_type", "architectures", "auto_map", "quantization_config")
+"""Fields of a config that speak of how the checkpoint is stored."""
+
+DTYPE_FIELDS = ("dtype", "torch_dtype")
+"""Fields of a config that name the type of its weights, the later name first."""
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "num_local_experts", "num_experts_per_tok", "vocab_size"),
+)
+"""Fields of a config that transformers takes at 0 or less, and divides by or builds nothing from."""
+
+
+def read_config(folder: Path) -> "GPTOSSVisionConfig":
+    """The config of a checkpoint, which remembers the folder as its ``name_or_path``.
+
+    That of a stock gpt-oss becomes the config of a model without vision.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is of another architecture, or no model can be built from it.
+    """
+    fields = config_fields(folder)
+    model_type = fields.get("model_type")
+    if model_type not in (MODEL_TYPE, TEXT_MODEL_TYPE):
+        raise UserError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r} or {TEXT_MODEL_TYPE!r}")
+    from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+
+    own = {name: value for name, value in fields.items() if name not in (*STORAGE_FIELDS, *DTYPE_FIELDS)}
+    own |= {"dtype": _dtype_in(folder, fields), "name_or_path": str(folder)}
+    if model_type == TEXT_MODEL_TYPE:
+        own["use_vision"] = False
+    with buildable(folder / "config.json"):
+        counts = {name: fields[name] for name in COUNTS if isinstance(fields.get(name), int)}
+        if wrong := [f"{name} is {count}" for name, count in counts.items() if count < 1]:
+            raise ValueError(f"{listed(wrong)}, not at least 1")
+        return GPTOSSVisionConfig.from_dict(own)
+
+
+def _dtype_in(folder: Path, fields: dict[str, Any]) -> str | None:
+    """The type of weights that a config names, as torch spells it; None where it names none."""
+    found = next((fields[name] for name in DTYPE_FIELDS if fields.get(name) is not None), None)
+    spelled = found.removeprefix("torch.") if isinstance(found, str) else found
+    if spelled is None or spelled in [dtype_name(dtype) for dtype in FLOATS]:
+        return spelled
+    converted = listed([*map(dtype_name, FLOATS)])
+    raise UserError(f"{folder / 'config.json'} says that dtype is {found!r}; only {converted} are converted")
+
+
+@contextmanager
+def buildable(file: Path) -> Iterator[None]:
+    """Tell of whatever transformers raises while it builds something from a config: it checks little, and late.
+
+    Raises:
+        ValueError: naming the file and the cause.
+    """
+    try:
+        yield
+    except Exception as error:  # of a dozen types, for values that the user can mend
+        cause = error.__cause__ or error
+        said = f"{type(cause).__name__}: " * (not isinstance(cause, ValueError)) + " ".join(str(cause).split())
+        raise UserError(f"{file} describes no model that can be built ({said}); mend it, or copy it again") from error
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type as configs and reports spell it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")

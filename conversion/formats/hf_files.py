@@ -24,7 +24,7 @@ from ...bridge.ops.mxfp4 import BLOCK
 from ...errors import UserError
 from ..parameters import MXFP4_PARTS
 from .hf_config import config_fields, read_json
-from .safetensors_writer import Tensor
+from .safetensors import TensorSpec
 from .torch_dist_reader import TorchDistCheckpoint
 
 KEPT_IN = "tokenizer"
@@ -104,7 +104,7 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def skeleton(config: GPTOSSVisionConfig, dtype: torch.dtype, *, text_only: bool = False) -> PreTrainedModel:
+def meta_model(config: GPTOSSVisionConfig, dtype: torch.dtype, *, text_only: bool = False) -> PreTrainedModel:
     """The model without its weights: every tensor on torch's meta device.
 
     Raises:
@@ -135,36 +135,36 @@ def gpt_oss_config(config: GPTOSSVisionConfig) -> GptOssConfig:
     )
 
 
-def tensors_of(model: PreTrainedModel, *, packed: bool = False) -> list[Tensor]:
+def tensors_of(model: PreTrainedModel, *, packed: bool = False) -> list[TensorSpec]:
     """What a checkpoint of a model holds, in the model's order.
 
     Args:
-        model: a `skeleton`.
+        model: a `meta_model`.
         packed: as MXFP4.
 
     Raises:
         ValueError: `packed`, and rows of experts are no multiple of MXFP4's blocks.
     """
-    tensors = [Tensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+    tensors = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
     if not packed:
         return tensors
     return [part for tensor in tensors for part in (_packed(tensor) if tensor.name.endswith(PACKED) else [tensor])]
 
 
-def _packed(tensor: Tensor) -> list[Tensor]:
+def _packed(tensor: TensorSpec) -> list[TensorSpec]:
     """``[E, in, out]`` as blocks ``[E, out, in / 32, 16]`` and scales ``[E, out, in / 32]``."""
     experts, inside, outside = tensor.shape
     if inside % BLOCK:
         raise UserError(f"MXFP4 packs rows in blocks of {BLOCK}; those of {tensor.name} have {inside} numbers")
     shapes = (experts, outside, inside // BLOCK, BLOCK // 2), (experts, outside, inside // BLOCK)
-    return [Tensor(tensor.name + part, torch.uint8, shape) for part, shape in zip(MXFP4_PARTS, shapes, strict=True)]
+    return [TensorSpec(tensor.name + part, torch.uint8, shape) for part, shape in zip(MXFP4_PARTS, shapes, strict=True)]
 
 
 def write_files(model: PreTrainedModel, source: Path, out: Path, *, packed: bool) -> None:
     """Write config, generation config, code, tokenizer, processor and chat template.
 
     Args:
-        model: a `skeleton`.
+        model: a `meta_model`.
         source: folder of `FILES`.
         out: existing folder.
         packed: the weights are MXFP4.

@@ -1,37 +1,23 @@
 """A Hugging Face checkpoint as a source of parameters: which tensors it must hold, whether it does, reading them."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...errors import UserError
 from ..engine.stream import Worker, room_for
+from ..messages import refuse_mismatch
 from ..parameters import MXFP4_PARTS, MegatronParameter, parameters
-from .hf_config import MODEL_TYPE, config_fields
-from .safetensors_reader import Stored, listed, read_index
+from .hf_config import FLOATS, TEXT_MODEL_TYPE, buildable, config_fields, dtype_name, read_config
+from .safetensors import TensorInfo, read_index
 
 if TYPE_CHECKING:
     from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
-
-TEXT_MODEL_TYPE = "gpt_oss"
-OF_THE_FILE = ("model_type", "architectures", "auto_map", "quantization_config")
-"""Fields of a config that speak of how the checkpoint is stored."""
-
-OF_DTYPE = ("dtype", "torch_dtype")
-"""Fields of a config that name the type of its weights, the later name first."""
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-COUNTS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "num_local_experts", "num_experts_per_tok", "vocab_size"),
-)
-"""Fields of a config that transformers takes at 0 or less, and divides by or builds nothing from."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class Source:
 
     folder: Path
     config: "GPTOSSVisionConfig"
-    tensors: dict[str, Stored]
+    tensors: dict[str, TensorInfo]
     missing: frozenset[str]
 
     @cached_property
@@ -69,7 +55,7 @@ class Source:
         """Of the Megatron model."""
         return parameters(shapes_of(self.config), self.config.num_key_value_heads)
 
-    def stored(self, name: str) -> tuple[Stored, ...]:
+    def stored(self, name: str) -> tuple[TensorInfo, ...]:
         """What is stored of a tensor of the model: itself, its blocks and scales, or nothing."""
         if name in self.tensors:
             return (self.tensors[name],)
@@ -109,58 +95,6 @@ def open_source(folder: Path) -> Source:
     return source
 
 
-def read_config(folder: Path) -> "GPTOSSVisionConfig":
-    """The config of a checkpoint, which remembers the folder as its ``name_or_path``.
-
-    That of a stock gpt-oss becomes the config of a model without vision.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is of another architecture, or no model can be built from it.
-    """
-    fields = config_fields(folder)
-    model_type = fields.get("model_type")
-    if model_type not in (MODEL_TYPE, TEXT_MODEL_TYPE):
-        raise UserError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r} or {TEXT_MODEL_TYPE!r}")
-    from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
-
-    own = {name: value for name, value in fields.items() if name not in (*OF_THE_FILE, *OF_DTYPE)}
-    own |= {"dtype": _dtype_in(folder, fields), "name_or_path": str(folder)}
-    if model_type == TEXT_MODEL_TYPE:
-        own["use_vision"] = False
-    with buildable(folder / "config.json"):
-        counts = {name: fields[name] for name in COUNTS if isinstance(fields.get(name), int)}
-        if wrong := [f"{name} is {count}" for name, count in counts.items() if count < 1]:
-            raise ValueError(f"{listed(wrong)}, not at least 1")
-        return GPTOSSVisionConfig.from_dict(own)
-
-
-def _dtype_in(folder: Path, fields: dict[str, Any]) -> str | None:
-    """The type of weights that a config names, as torch spells it; None where it names none."""
-    found = next((fields[name] for name in OF_DTYPE if fields.get(name) is not None), None)
-    spelled = found.removeprefix("torch.") if isinstance(found, str) else found
-    if spelled is None or spelled in [_type(dtype) for dtype in FLOATS]:
-        return spelled
-    raise UserError(
-        f"{folder / 'config.json'} says that dtype is {found!r}; only {listed([*map(_type, FLOATS)])} are converted"
-    )
-
-
-@contextmanager
-def buildable(file: Path) -> Iterator[None]:
-    """Tell of whatever transformers raises while it builds something from a config: it checks little, and late.
-
-    Raises:
-        ValueError: naming the file and the cause.
-    """
-    try:
-        yield
-    except Exception as error:  # of a dozen types, for values that the user can mend
-        cause = error.__cause__ or error
-        said = f"{type(cause).__name__}: " * (not isinstance(cause, ValueError)) + " ".join(str(cause).split())
-        raise UserError(f"{file} describes no model that can be built ({said}); mend it, or copy it again") from error
-
-
 def shapes_of(config: "GPTOSSVisionConfig") -> dict[str, tuple[int, ...]]:
     """Every tensor of the transformers model with its shape, unquantised.
 
@@ -191,7 +125,7 @@ def _check(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
         found = {part: source.tensors[part] for part in wanted if part in source.tensors}
         missing += [part for part in wanted if part not in found and name not in source.missing]
         wrong += [
-            f"{part} is {_spelled(tensor)}, not {list(wanted[part])} {' or '.join(map(_type, types))}"
+            f"{part} is {_spelled(tensor)}, not {list(wanted[part])} {' or '.join(map(dtype_name, types))}"
             for part, tensor in found.items()
             if tensor.shape != wanted[part] or tensor.dtype not in types
         ]
@@ -204,17 +138,6 @@ def _check(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
     refuse_mismatch(source.folder, titles)
 
 
-def refuse_mismatch(folder: Path, titles: Mapping[str, list[str]]) -> None:
-    """Refuse a checkpoint for what is wrong with its tensors: names under titles, if any.
-
-    Raises:
-        ValueError: listing them.
-    """
-    said = [f"{title}: {listed(names)}" for title, names in titles.items() if names]
-    if said:
-        raise UserError(f"{folder} does not match its config. {'; '.join(said)}.")
-
-
 def _packed_shapes(name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Of blocks and scales: output rows first, 32 numbers in 16 bytes."""
     experts, inside, outside = shape
@@ -222,9 +145,5 @@ def _packed_shapes(name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]
     return {blocks: (experts, outside, inside // 32, 16), scales: (experts, outside, inside // 32)}
 
 
-def _spelled(tensor: Stored) -> str:
-    return f"{list(tensor.shape)} {_type(tensor.dtype)}"
-
-
-def _type(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _spelled(tensor: TensorInfo) -> str:
+    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)}"

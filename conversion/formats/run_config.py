@@ -8,13 +8,13 @@ import yaml
 
 from ...bridge.config_map import TRAINING_ONLY, megatron_fields
 from ...errors import UserError
-from .safetensors_reader import listed
+from ..messages import listed
 
 if TYPE_CHECKING:
     from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
 NAME = "run_config.yaml"
-OF_TOWER = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size")
+TOWER_FIELDS = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size")
 """What the numbers of a tower depend on, beyond what shapes tell."""
 
 
@@ -77,7 +77,7 @@ def check_config(folder: Path, config: "GPTOSSVisionConfig") -> None:
     towers = [section(folder, fields, "vision_config") for fields in (trained, wanted)]
     asked = wanted.keys() & trained.keys() - {*TRAINING_ONLY, "vision_config"}
     pairs = {name: (trained[name], wanted[name]) for name in asked}
-    of_tower = towers[0].keys() & towers[1].keys() & {*OF_TOWER}
+    of_tower = towers[0].keys() & towers[1].keys() & {*TOWER_FIELDS}
     pairs |= {f"vision_config.{name}": (towers[0][name], towers[1][name]) for name in of_tower}
     differing = [f"{name} is {mine}, not {theirs}" for name, (mine, theirs) in sorted(pairs.items()) if mine != theirs]
     if differing:

@@ -13,7 +13,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO, RawIOBase
@@ -24,7 +24,9 @@ import numpy as np
 import torch
 
 from ...errors import UserError
-from ..engine.stream import Worker
+from ..engine.stream import STEP, Worker
+from ..messages import refuse_mismatch
+from ..parameters import KEPT_WHOLE, MegatronParameter
 from .hf_config import read_json
 
 NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|common_state|rerun_state_machine|.*\._extra_state")
@@ -48,7 +50,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ReadItem:
     """What one chunk gives to a region.
 
     Attributes:
@@ -74,7 +76,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class ShardedTensor:
     """A tensor of the checkpoint, put together from its chunks."""
 
     key: str
@@ -89,7 +91,7 @@ class StoredTensor:
         sizes = np.array([chunk.sizes for chunk in self.chunks], dtype=np.int64).reshape(shape)
         return starts, starts + sizes
 
-    def parts(self, region: Region) -> list[Part]:
+    def read_plan(self, region: Region) -> list[ReadItem]:
         """What the chunks give to a region, each number exactly once.
 
         Raises:
@@ -105,7 +107,7 @@ class StoredTensor:
             raise UserError(
                 f"The chunks of {self.key} {problem} from {low.tolist()} to {high.tolist()}; save it again."
             )
-        return [_part(self.chunks[hit], first[hit], last[hit], low) for hit in hits]
+        return [_read_item(self.chunks[hit], first[hit], last[hit], low) for hit in hits]
 
 
 def _overlap(first: np.ndarray, last: np.ndarray) -> bool:
@@ -113,13 +115,13 @@ def _overlap(first: np.ndarray, last: np.ndarray) -> bool:
     return bool(np.triu(meets, 1).any())
 
 
-def _part(chunk: Chunk, first: np.ndarray, last: np.ndarray, low: np.ndarray) -> Part:
+def _read_item(chunk: Chunk, first: np.ndarray, last: np.ndarray, low: np.ndarray) -> ReadItem:
     strides = _row_major(chunk.sizes)
     sizes = tuple((last - first).tolist())
     start = int(np.dot(first - chunk.offsets, strides))
     count = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     into = tuple(slice(int(a), int(b)) for a, b in zip(first - low, last - low, strict=True))
-    return Part(chunk, start, count, sizes, strides, into)
+    return ReadItem(chunk, start, count, sizes, strides, into)
 
 
 def _row_major(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -138,7 +140,7 @@ class TorchDistCheckpoint:
 
     folder: Path
     root: Path
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, ShardedTensor]
 
 
 def open_checkpoint(path: Path) -> TorchDistCheckpoint:
@@ -250,7 +252,7 @@ def read_metadata(file: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[int
     return entries, places
 
 
-def _tensors(folder: Path, metadata: tuple[dict[str, Any], dict]) -> dict[str, StoredTensor]:
+def _tensors(folder: Path, metadata: tuple[dict[str, Any], dict]) -> dict[str, ShardedTensor]:
     entries, places = metadata
     try:
         return {
@@ -264,7 +266,7 @@ def _tensors(folder: Path, metadata: tuple[dict[str, Any], dict]) -> dict[str, S
         raise UserError(f"{folder / '.metadata'} is damaged ({error}); copy it again") from error
 
 
-def _tensor(folder: Path, key: str, entry: dict[str, Any], places: dict) -> StoredTensor:
+def _tensor(folder: Path, key: str, entry: dict[str, Any], places: dict) -> ShardedTensor:
     chunks = []
     for stored in entry["chunks"]:
         offsets, sizes = stored.state["offsets"], stored.state["sizes"]
@@ -275,7 +277,7 @@ def _tensor(folder: Path, key: str, entry: dict[str, Any], places: dict) -> Stor
         if not all(isinstance(number, int) and number >= 0 for number in numbers):
             raise UserError(f"{folder / '.metadata'} does not say in numbers where {key} is; copy it again")
         chunks.append(Chunk(offsets, sizes, folder / place["relative_path"], place["offset"], place["length"]))
-    return StoredTensor(key, entry["properties"].state[0], entry["size"], chunks)
+    return ShardedTensor(key, entry["properties"].state[0], entry["size"], chunks)
 
 
 # --- the numbers of a chunk --------------------------------------------------------------------------------------
@@ -293,8 +295,8 @@ class Payload:
 class _Window(RawIOBase):
     """A part of an open file as a file of its own."""
 
-    def __init__(self, peek: Callable[[Path, int, int], bytes], chunk: Chunk):
-        self.peek, self.chunk, self.length, self.at = peek, chunk, chunk.length, 0
+    def __init__(self, read_small: Callable[[Path, int, int], bytes], chunk: Chunk):
+        self.read_small, self.chunk, self.length, self.at = read_small, chunk, chunk.length, 0
 
     def readable(self) -> bool:
         return True
@@ -313,7 +315,7 @@ class _Window(RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         room = max(0, self.length - self.at)
-        data = self.peek(self.chunk.file, self.chunk.position + self.at, room if size < 0 else min(size, room))
+        data = self.read_small(self.chunk.file, self.chunk.position + self.at, room if size < 0 else min(size, room))
         self.at += len(data)
         return data
 
@@ -343,11 +345,11 @@ class _TensorUnpickler(pickle.Unpickler):
         return pid
 
 
-def find_payload(peek: Callable[[Path, int, int], bytes], chunk: Chunk, dtype: torch.dtype) -> Payload:
+def find_payload(read_small: Callable[[Path, int, int], bytes], chunk: Chunk, dtype: torch.dtype) -> Payload:
     """Where in its file a chunk's numbers are: row-major, the whole storage.
 
     Args:
-        peek: reads a few bytes: file, offset and how many.
+        read_small: reads a few bytes: file, offset and how many.
         chunk: the chunk.
         dtype: of its tensor.
 
@@ -355,7 +357,7 @@ def find_payload(peek: Callable[[Path, int, int], bytes], chunk: Chunk, dtype: t
         ValueError: when the zip is damaged, or holds something else than the table says.
     """
     try:
-        window = _Window(peek, chunk)
+        window = _Window(read_small, chunk)
         with zipfile.ZipFile(window) as archive:  # pyright: ignore[reportArgumentType] - it reads and seeks
             (data,) = (entry for entry in archive.infolist() if re.fullmatch(r"[^/]+/data/0", entry.filename))
             prefix = data.filename.removesuffix("data/0")
@@ -385,7 +387,7 @@ def check_sum(numbers: torch.Tensor, payload: Payload, chunk: Chunk) -> None:
         raise UserError(f"{chunk.file} has other bytes at {payload.position} than were written; copy it again")
 
 
-def place(part: Part, numbers: torch.Tensor, region: torch.Tensor) -> None:
+def place(part: ReadItem, numbers: torch.Tensor, region: torch.Tensor) -> None:
     """Put a chunk's numbers where they belong.
 
     Args:
@@ -396,7 +398,7 @@ def place(part: Part, numbers: torch.Tensor, region: torch.Tensor) -> None:
     region[part.into].copy_(numbers.as_strided(part.sizes, part.strides, numbers.storage_offset()))
 
 
-def read_region(worker: Worker, tensor: StoredTensor, region: Region) -> torch.Tensor:
+def read_region(worker: Worker, tensor: ShardedTensor, region: Region) -> torch.Tensor:
     """A region of a tensor, put together in a worker's scratch memory from its beginning on.
 
     Raises:
@@ -405,7 +407,7 @@ def read_region(worker: Worker, tensor: StoredTensor, region: Region) -> torch.T
     shape = [axis.stop - axis.start for axis in region]
     size = tensor.dtype.itemsize
     numbers = worker.scratch[: math.prod(shape) * size].view(tensor.dtype).view(shape)
-    for part in tensor.parts(region):
+    for part in tensor.read_plan(region):
         payload = find_payload(worker.read_small, part.chunk, tensor.dtype)
         data = worker.read(part.chunk.file, payload.position + part.start * size, part.count * size)
         if part.is_whole:
@@ -425,3 +427,38 @@ def _aligned(data: torch.Tensor, size: int) -> torch.Tensor:
 def whole(shape: tuple[int, ...]) -> Region:
     """The region that is all of a tensor."""
     return tuple(slice(0, size) for size in shape)
+
+
+def region_of(parameter: MegatronParameter, block: slice | None = None) -> Region:
+    """Where a parameter, or a block of its rows, lies in the checkpoint's tensor."""
+    rows = () if block is None or not parameter.shape else (block,)
+    return (*(slice(i, i + 1) for i in parameter.index), *rows, *whole(parameter.shape[len(rows) :]))
+
+
+def blocks_of(parameter: MegatronParameter, dtype: torch.dtype) -> list[slice]:
+    """The rows to handle at a time: all of them, unless the parameter is large and keeps its layout."""
+    count = parameter.shape[0] if parameter.shape else 1
+    nbytes = math.prod(parameter.shape) * dtype.itemsize // count
+    rows = max(1, STEP // nbytes) if parameter.layout in KEPT_WHOLE else count
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[MegatronParameter]) -> None:
+    """Whether a checkpoint holds every tensor of the model in its shape, and no other.
+
+    Raises:
+        ValueError: listing what is missing, foreign or of another shape.
+    """
+    shapes = {parameter.key: parameter.axes + parameter.shape for parameter in wanted}
+    found = checkpoint.tensors
+    wrong = [
+        f"{key} is {list(found[key].shape)}, not {list(shape)}"
+        for key, shape in shapes.items()
+        if key in found and found[key].shape != shape
+    ]
+    titles = {
+        "tensors missing in the checkpoint": sorted(shapes.keys() - found.keys()),
+        "tensors of another shape": wrong,
+        "tensors of the checkpoint that nothing reads": sorted(found.keys() - shapes.keys()),
+    }
+    refuse_mismatch(checkpoint.folder, titles)

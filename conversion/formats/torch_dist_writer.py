@@ -1,9 +1,10 @@
 """Where everything lies in a `torch_dist` iteration folder, worked out before a byte of it is written.
 
-Such a folder is torch's distributed checkpoint: files in which every piece of a tensor is a small archive by
-`torch.save`, and a ``.metadata`` that says where. An archive is a head, the numbers and a tail; head and tail depend on
-shape and type alone, and torch itself makes them here, with the numbers left out (`torch.serialization.skip_data`). So
-the numbers can be written in place, in any order. The archives carry no checksum of the numbers; torch checks none.
+Such a folder is torch's distributed checkpoint: files in which every chunk of a tensor is a small archive by
+`torch.save`, and a ``.metadata`` with their offsets. An archive is a header, the numbers and a footer. Header and
+footer depend on shape and type alone, and torch itself makes them here, with the numbers left out
+(`torch.serialization.skip_data`). So the numbers can be written in place, in any order. The archives carry no checksum
+of the numbers; torch checks none.
 """
 
 import io
@@ -36,7 +37,7 @@ from ..parameters import MegatronParameter
 ALIGNMENT = 64
 """Of an archive's place in its file; torch aligns the numbers so within the archive."""
 
-GROUP = 2**20
+BATCH_BYTES = 2**20
 """Bytes up to which parameters that follow one another are written as one task."""
 
 COMMON_STATE = {
@@ -58,8 +59,8 @@ fails where an object that a model asks for is missing; one that it does not ask
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """An archive in a file: ``head``, ``nbytes`` of numbers, ``tail``; `offset` is the head's."""
+class WriteItem:
+    """An archive in a file: ``header``, ``nbytes`` of numbers, ``footer``; `offset` is the header's."""
 
     key: str
     chunk: tuple[int, ...]
@@ -67,8 +68,8 @@ class Piece:
     dtype: torch.dtype
     file: str
     offset: int
-    head: bytes
-    tail: bytes
+    header: bytes
+    footer: bytes
 
     @property
     def nbytes(self) -> int:
@@ -78,27 +79,27 @@ class Piece:
     @property
     def start(self) -> int:
         """Where the numbers begin in the file."""
-        return self.offset + len(self.head)
+        return self.offset + len(self.header)
 
     @property
     def end(self) -> int:
         """Where the archive ends in the file."""
-        return self.start + self.nbytes + len(self.tail)
+        return self.start + self.nbytes + len(self.footer)
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class WriteBatch:
     """Parameters that lie together in a file and are written at once, whole blocks: ``[start, end)``."""
 
     file: str
     start: int
     end: int
     parameters: tuple[MegatronParameter, ...]
-    pieces: tuple[tuple[Piece, ...], ...]
+    items: tuple[tuple[WriteItem, ...], ...]
 
     @property
     def name(self) -> str:
-        """That of its first parameter, which is in no other group."""
+        """That of its first parameter, which is in no other batch."""
         return self.parameters[0].name
 
 
@@ -106,7 +107,7 @@ class TorchDistPlan:
     """The files of an iteration folder and what lies where in them.
 
     Attributes:
-        groups: everything to be computed, in the order of the files.
+        batches: everything to be computed, in the order of the files.
         sizes: bytes of every ``.distcp`` file, by name.
         objects: what goes to the beginning of the file `OBJECTS_FILE` as it stands.
         metadata: the bytes of ``.metadata``.
@@ -118,13 +119,13 @@ class TorchDistPlan:
         self.dtype = dtype
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
         self.objects = self._place_objects(parameters)
-        self.groups: list[Group] = []
+        self.batches: list[WriteBatch] = []
         self.sizes: dict[str, int] = {}
         for file, members in _by_file(parameters):
             end = len(self.objects) if file == self.OBJECTS_FILE else 0
-            for group in self._place(file, members, end):
-                self.groups.append(group)
-                end = group.end
+            for batch in self._place(file, members, end):
+                self.batches.append(batch)
+                end = batch.end
             self.sizes[file] = end
         self.metadata = self._metadata(parameters)
 
@@ -151,21 +152,21 @@ class TorchDistPlan:
             stored += data + bytes(-len(data) % ALIGNMENT)
         return bytes(stored + bytes(-len(stored) % BLOCK))
 
-    def _place(self, file: str, parameters: Iterable[MegatronParameter], start: int) -> Iterator[Group]:
+    def _place(self, file: str, parameters: Iterable[MegatronParameter], start: int) -> Iterator[WriteBatch]:
         for members in _together(parameters, self.dtype_of):
-            end, pieces = start, []
+            end, items = start, []
             for parameter in members:
                 mine = []
                 for chunk, shape in parameter.chunks:
-                    head, tail = frame(shape, self.dtype_of(parameter))
+                    header, footer = archive_header_footer(shape, self.dtype_of(parameter))
                     place = _round_up(end, ALIGNMENT)
-                    piece = Piece(parameter.key, chunk, shape, self.dtype_of(parameter), file, place, head, tail)
-                    self._storage[MetadataIndex(piece.key, chunk)] = _StorageInfo(file, place, piece.end - place)
-                    mine.append(piece)
-                    end = piece.end
-                pieces.append(tuple(mine))
+                    item = WriteItem(parameter.key, chunk, shape, self.dtype_of(parameter), file, place, header, footer)
+                    self._storage[MetadataIndex(item.key, chunk)] = _StorageInfo(file, place, item.end - place)
+                    mine.append(item)
+                    end = item.end
+                items.append(tuple(mine))
             end = _round_up(end, BLOCK)
-            yield Group(file, start, end, tuple(members), tuple(pieces))
+            yield WriteBatch(file, start, end, tuple(members), tuple(items))
             start = end
 
     def _metadata(self, parameters: Sequence[MegatronParameter]) -> bytes:
@@ -182,7 +183,7 @@ class TorchDistPlan:
 
 
 @cache
-def frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+def archive_header_footer(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
     """What `torch.save` writes before and after the numbers of a tensor."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "archive")  # the archive's own name for itself; memory is not touched, nor the disk
@@ -195,9 +196,9 @@ def frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
             names = sum(struct.unpack("<HH", fixed[26:30]))
             start, nbytes = header + 30 + names, prod(shape) * dtype.itemsize
             file.seek(0)
-            head = file.read(start)
+            header = file.read(start)
             file.seek(start + nbytes)
-            return head, file.read()
+            return header, file.read()
 
 
 def _archive(value: Any) -> bytes:
@@ -216,18 +217,18 @@ def _by_file(parameters: Sequence[MegatronParameter]) -> Iterator[tuple[str, lis
 
 
 def _together(parameters: Iterable[MegatronParameter], dtype_of: Any) -> Iterator[list[MegatronParameter]]:
-    """Parameters that follow one another, up to `GROUP` bytes of them."""
-    group: list[MegatronParameter] = []
+    """Parameters that follow one another, up to `BATCH_BYTES` bytes of them."""
+    batch: list[MegatronParameter] = []
     total = 0
     for parameter in parameters:
         nbytes = prod(parameter.shape) * dtype_of(parameter).itemsize
-        if group and total + nbytes > GROUP:
-            yield group
-            group, total = [], 0
-        group.append(parameter)
+        if batch and total + nbytes > BATCH_BYTES:
+            yield batch
+            batch, total = [], 0
+        batch.append(parameter)
         total += nbytes
-    if group:
-        yield group
+    if batch:
+        yield batch
 
 
 def _round_up(number: int, step: int) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from bench_import import convert_and_watch, copy_seconds
 
 from gpt_oss_vision.conversion.exporting import Export, plan_export, reference_folder
-from gpt_oss_vision.conversion.formats.safetensors_reader import read_index
+from gpt_oss_vision.conversion.formats.safetensors import read_index
 from gpt_oss_vision.conversion.formats.torch_dist_reader import open_checkpoint
 
 

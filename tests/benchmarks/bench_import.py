@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from gpt_oss_vision.conversion.engine.stream import CAPACITIES, STEP, InMemoryJournal, Run, Task, Worker, stream
 from gpt_oss_vision.conversion.formats.hf_source import open_source
-from gpt_oss_vision.conversion.formats.safetensors_reader import Stored
+from gpt_oss_vision.conversion.formats.safetensors import TensorInfo
 from gpt_oss_vision.conversion.formats.torch_dist_writer import TorchDistPlan
 from gpt_oss_vision.conversion.importing import Import
 from gpt_oss_vision.terminal import Progress
@@ -112,7 +112,7 @@ def forget(files: Iterable[Path]) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def remember(tensors: Iterable[Stored]) -> None:
+def remember(tensors: Iterable[TensorInfo]) -> None:
     """Take tensors into the page cache."""
     for tensor in tensors:
         with tensor.file.open("rb") as stream:

@@ -20,7 +20,7 @@ from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionCo
 from gpt_oss_vision.conversion.engine.journal import check_space, open_output
 from gpt_oss_vision.conversion.engine.stream import STEP, Task, Worker, stream, write_header_task
 from gpt_oss_vision.conversion.formats.hf_source import shapes_of
-from gpt_oss_vision.conversion.formats.safetensors_writer import ShardPlan, Tensor, plan_shards
+from gpt_oss_vision.conversion.formats.safetensors import ShardPlan, TensorSpec, plan_shards
 from gpt_oss_vision.conversion.parameters import MXFP4_PARTS
 from gpt_oss_vision.terminal import Progress
 
@@ -35,22 +35,22 @@ def config_20b(layers: int = 24, experts: int = 32) -> GPTOSSVisionConfig:
     )
 
 
-def tensors_of(config: GPTOSSVisionConfig) -> list[Tensor]:
+def tensors_of(config: GPTOSSVisionConfig) -> list[TensorSpec]:
     """Every tensor as it is stored: experts' weights packed, the vision bias in fp32, the rest in bf16."""
     tensors = []
     for name, shape in shapes_of(config).items():
         if name.endswith(("gate_up_proj", "down_proj")):
             experts, inside, outside = shape
             blocks, scales = (name + part for part in MXFP4_PARTS)
-            tensors.append(Tensor(blocks, torch.uint8, (experts, outside, inside // 32, 16)))
-            tensors.append(Tensor(scales, torch.uint8, (experts, outside, inside // 32)))
+            tensors.append(TensorSpec(blocks, torch.uint8, (experts, outside, inside // 32, 16)))
+            tensors.append(TensorSpec(scales, torch.uint8, (experts, outside, inside // 32)))
         else:
             dtype = torch.float32 if name.endswith("vision_bias") else torch.bfloat16
-            tensors.append(Tensor(name, dtype, shape))
+            tensors.append(TensorSpec(name, dtype, shape))
     return tensors
 
 
-def random_bytes(tensor: Tensor, nbytes: int, generator: np.random.Generator) -> np.ndarray:
+def random_bytes(tensor: TensorSpec, nbytes: int, generator: np.random.Generator) -> np.ndarray:
     """Bytes of finite numbers; a block of MXFP4 has a largest value of 4 or 6, so that its scale is the rule's."""
     raw = np.frombuffer(generator.bytes(nbytes), dtype=np.uint8).copy()
     if tensor.name.endswith(MXFP4_PARTS[0]):
@@ -66,7 +66,7 @@ def random_bytes(tensor: Tensor, nbytes: int, generator: np.random.Generator) ->
     return raw
 
 
-def task_of(tensor: Tensor, plan: ShardPlan) -> Task:
+def task_of(tensor: TensorSpec, plan: ShardPlan) -> Task:
     """Writing one tensor, in steps."""
     place = plan.places[tensor.name]
 

@@ -160,7 +160,7 @@ def test_any_other_precision_can_be_asked_for(asked: str, half: torch.dtype, bot
 
 def test_a_tensor_larger_than_a_step_is_written_in_steps(both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("gpt_oss_vision.conversion.importing.STEP", 4096)
-    monkeypatch.setattr("gpt_oss_vision.conversion.formats.torch_dist_writer.GROUP", 0)
+    monkeypatch.setattr("gpt_oss_vision.conversion.formats.torch_dist_writer.BATCH_BYTES", 0)
     import_checkpoint(both / "hf", tmp_path / "steps")
     import_checkpoint(both / "hf", tmp_path / "half", dtype="bf16")
     reports = [json.loads((path / "conversion.json").read_text()) for path in (tmp_path / "steps", both / "ours")]

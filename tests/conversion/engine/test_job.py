@@ -101,7 +101,7 @@ def test_a_dry_run_is_refused_as_the_call_itself_would_be(project: Path, tmp_pat
 def test_an_output_within_its_source_is_continued(project: Path, monkeypatch: pytest.MonkeyPatch):
     out = project / "hf" / "megatron"
     with monkeypatch.context() as patch:
-        patch.setattr("gpt_oss_vision.conversion.engine.report.write", lambda *_: os.stat("/nowhere"))
+        patch.setattr("gpt_oss_vision.conversion.engine.job.write_report", lambda *_: os.stat("/nowhere"))
         with pytest.raises(FileNotFoundError):
             import_checkpoint(project / "hf", out)
     assert (project / "hf" / "megatron.partial").is_dir()

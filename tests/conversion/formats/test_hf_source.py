@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from checkpoints import OBLONG, edit_config, save_tiny
-from gpt_oss_vision.conversion.formats.hf_source import open_source, read_config
+from gpt_oss_vision.conversion.formats.hf_config import read_config
+from gpt_oss_vision.conversion.formats.hf_source import open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from gpt_oss_vision.conversion.engine.stream import InMemoryJournal, Task, stream
 from gpt_oss_vision.conversion.formats.torch_dist_reader import (
     Chunk,
-    StoredTensor,
+    ShardedTensor,
     open_checkpoint,
     place,
     read_metadata,
@@ -35,7 +35,7 @@ def save(folder: Path, **extra: torch.Tensor) -> Path:
     return folder
 
 
-def read(tensor: StoredTensor, region: tuple[slice, ...]) -> torch.Tensor:
+def read(tensor: ShardedTensor, region: tuple[slice, ...]) -> torch.Tensor:
     found = []
     task = Task(
         "region", (), lambda worker: found.append(read_region(worker, tensor, region).clone()), 4096, 0, 4096, 0
@@ -56,9 +56,9 @@ def random_grid(shape: tuple[int, ...], generator: torch.Generator, offsets: tup
     return random_grid(after, generator, moved) + random_grid(before, generator, offsets)
 
 
-def on_grid(grid: list, shape: tuple[int, ...]) -> StoredTensor:
+def on_grid(grid: list, shape: tuple[int, ...]) -> ShardedTensor:
     chunks = [Chunk(offsets, sizes, Path(str(i)), 0, 0) for i, (offsets, sizes) in enumerate(grid)]
-    return StoredTensor("tensor", torch.float32, shape, chunks)
+    return ShardedTensor("tensor", torch.float32, shape, chunks)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -72,7 +72,7 @@ def test_any_region_comes_out_of_any_grid(seed: int):
         slice(a, max(b, a + 1)) if a < size else slice(0, size) for (a, b), size in zip(edges, shape, strict=True)
     )
     found = torch.full_like(tensor[region], torch.nan)
-    for part in stored.parts(region):
+    for part in stored.read_plan(region):
         block = tensor[tuple(slice(a, a + n) for a, n in zip(part.chunk.offsets, part.chunk.sizes, strict=True))]
         place(part, block.contiguous().flatten()[part.start : part.start + part.count], found)
     assert torch.equal(found, tensor[region])
@@ -89,7 +89,7 @@ def test_any_region_comes_out_of_any_grid(seed: int):
 )
 def test_chunks_that_do_not_tile_are_refused(grid: list, problem: str):
     with pytest.raises(ValueError, match=problem):
-        on_grid(grid, (4, 4)).parts(whole((4, 4)))
+        on_grid(grid, (4, 4)).read_plan(whole((4, 4)))
 
 
 def test_it_reads_what_torch_writes(tmp_path: Path):
