@@ -262,7 +262,7 @@ def test_large_files_are_sharded_as_save_pretrained_shards(megatron: Path, tmp_p
 
 
 def test_a_parameter_larger_than_a_step_is_written_in_steps(megatron: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("gpt_oss_vision.conversion.exporting.STEP", 1000)
+    monkeypatch.setattr("gpt_oss_vision.conversion.formats.torch_dist_reader.STEP", 1000)
     export_checkpoint(megatron, tmp_path / "out", dtype="fp32")
     found = load_hf(tmp_path / "out")
     for name, tensor in load_hf(megatron.parent / "hf").items():
