@@ -10,9 +10,17 @@ check:
 test *ARGS:
     uv run pytest {{ARGS}}
 
+# The tests for a quick answer: those that import no Megatron and take no long
+quick *ARGS:
+    uv run pytest tests/hf tests/ops tests/conversion/formats --no-megatron -m "not slow" {{ARGS}}
+
+# Whether what we work around is still there upstream; a change of version runs these by default (tests/conftest.py)
+upstream *ARGS:
+    uv run pytest -m upstream {{ARGS}}
+
 # Only the tests that need a CUDA device
 test-gpu *ARGS:
-    uv run pytest -m gpu {{ARGS}}
+    uv run pytest -m gpu -n 0 {{ARGS}}
 
 # transformers' own common tests at the installed version, out of its source distribution, for tests/hf/common
 mixins:

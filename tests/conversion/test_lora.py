@@ -160,6 +160,7 @@ def without_the_work_around_for_classes(start: Path, out: Path) -> None:
     train_lora(start, out, Kind(ATTENTION))
 
 
+@pytest.mark.upstream
 def test_megatron_bridge_still_takes_transformer_engine_for_present(start: Path, tmp_path: Path):
     """When this fails, the line about ``HAVE_TE`` in `upstream.apply` can go."""
     if upstream.HAVE_TE:
@@ -175,6 +176,7 @@ def without_the_work_around_for_experts(start: Path, out: Path) -> None:
     train_lora(start, out, Kind(EXPERTS))
 
 
+@pytest.mark.upstream
 def test_megatron_bridge_still_refuses_to_adapt_experts_that_are_not_its_own(start: Path, tmp_path: Path):
     """When this fails, `upstream._attributes_of_our_experts_too` can go."""
     with pytest.raises(NotImplementedError, match="Layer type is unrecognized for LoRA"):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from transformers import (
 )
 
 from checkpoints import change, pack
+from fresh import Finished, run_fresh
 from gpt_oss_vision.bridge.hf import register_auto_classes
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
@@ -181,17 +180,11 @@ assert model.model.vision_adapter.proj.weight.std() > 0
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "mxfp4"])
-def test_a_stock_checkpoint_loads_in_a_fresh_process(stock, kind, tmp_path):
+def test_a_stock_checkpoint_loads_in_a_fresh_process(kind, fresh):
     """Text logits are its own, in MXFP4 those of transformers' unpacking; what is new is initialised and reported."""
-    input_ids = torch.randint(0, 199_000, (2, 150), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = GptOssForCausalLM.from_pretrained(stock[kind])(input_ids).logits
-    torch.save({"input_ids": input_ids, "logits": logits}, tmp_path / "expected.pt")
-    command = [sys.executable, "-c", LOAD_STOCK, str(stock[kind]), str(tmp_path / "expected.pt")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "has no vision_adapter: its 27 weights are new, and still to be trained." in result.stderr
-    assert "has no vision_bias: its 2 weights are new, and still to be trained." in result.stderr
+    assert fresh[kind].returncode == 0, fresh[kind].stderr
+    assert "has no vision_adapter: its 27 weights are new, and still to be trained." in fresh[kind].stderr
+    assert "has no vision_bias: its 2 weights are new, and still to be trained." in fresh[kind].stderr
 
 
 def test_a_stock_checkpoint_s_report_names_what_was_added(stock):
@@ -339,15 +332,26 @@ model.save_pretrained(folder + "/again")
 """
 
 
-@pytest.mark.slow
-def test_a_checkpoint_works_in_a_process_without_this_package(checkpoint, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def fresh(stock, checkpoint, tmp_path_factory) -> dict[str, Finished]:
+    """The scripts above, each having run in a fresh process, by name."""
+    folder = tmp_path_factory.mktemp("fresh")
+    scripts = {"without us": [WITHOUT_US, str(checkpoint), str(folder / "logits.pt")]}
     model = GPTOSSVisionForCausalLM.from_pretrained(checkpoint)
     processor = GPTOSSVisionProcessor.from_pretrained(checkpoint)
     inputs = processor(text="Which digit?", images=Image.new("L", (30, 20), 90), return_tensors="pt")
     with torch.no_grad():
-        torch.save(model(**inputs).logits, tmp_path / "logits.pt")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", WITHOUT_US, str(checkpoint), str(tmp_path / "logits.pt")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert result.returncode == 0, result.stderr
+        torch.save(model(**inputs).logits, folder / "logits.pt")
+    input_ids = torch.randint(0, 199_000, (2, 150), generator=torch.Generator().manual_seed(0))
+    for kind, path in stock.items():
+        with torch.no_grad():
+            logits = GptOssForCausalLM.from_pretrained(path)(input_ids).logits
+        torch.save({"input_ids": input_ids, "logits": logits}, folder / f"{kind}.pt")
+        scripts[kind] = [LOAD_STOCK, str(path), str(folder / f"{kind}.pt")]
+    return run_fresh(folder, scripts)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_works_in_a_process_without_this_package(checkpoint, fresh):
+    assert fresh["without us"].returncode == 0, fresh["without us"].stderr
     assert (checkpoint / "again/modeling_gpt_oss_vision.py").exists()

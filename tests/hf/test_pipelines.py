@@ -1,14 +1,13 @@
 """Pipelines and Auto classes: strings, chats with images, batches; in this process, a fresh one, and one without us."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from transformers import pipeline
 
+from fresh import Finished, run_fresh
 from gpt_oss_vision.bridge.hf import register_auto_classes
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
@@ -131,13 +130,20 @@ CLASSES = {
 }
 
 
+WHOSE = ("ours", "the checkpoint's")
+
+
+@pytest.fixture(scope="module")
+def fresh(folder) -> dict[str, Finished]:
+    """The script above, having run in a fresh process with our classes, and in one with the checkpoint's."""
+    chat = json.dumps(question(folder / "20.png", "Which digit?"))
+    return run_fresh(folder, {whose: [FRESH, str(folder / "model"), whose, chat] for whose in WHOSE})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("whose", ["ours", "the checkpoint's"])
-def test_in_a_fresh_process_everything_is_found(whose, folder, text_only, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    chat = question(folder / "20.png", "Which digit?")
-    command = [sys.executable, "-c", FRESH, str(folder / "model"), whose, json.dumps(chat)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    expected = {"seen": by_hand(folder, chat), "written": text_only("It is", **GREEDY)[0]["generated_text"]}
-    assert json.loads(done.stdout) == {"classes": CLASSES} | expected
+@pytest.mark.parametrize("whose", WHOSE)
+def test_in_a_fresh_process_everything_is_found(whose, folder, text_only, fresh):
+    assert fresh[whose].returncode == 0, fresh[whose].stderr
+    answer = by_hand(folder, question(folder / "20.png", "Which digit?"))
+    expected = {"seen": answer, "written": text_only("It is", **GREEDY)[0]["generated_text"]}
+    assert json.loads(fresh[whose].stdout) == {"classes": CLASSES} | expected

@@ -12,7 +12,7 @@ from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCaus
 from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from gpt_oss_vision.bridge.mcore import cpu
 from layouts import Layout, build
-from tiny import tiny_config, tiny_model, tiny_vision_config
+from tiny import tiny_config, tiny_model
 
 LAYOUTS = {"one rank": {}, "TP2": {"tp": 2}, "PP2": {"pp": 2}, "EP2": {"ep": 2}}
 
@@ -39,23 +39,11 @@ def there_and_back(source: Path, megatron_path: Path, target: Path) -> None:
     AutoBridge.from_hf_pretrained(source).export_ckpt(megatron_path, target, strict=True)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"hidden_size": 32, "intermediate_size": 32},
-        {"vision_config": tiny_vision_config("siglip_vision_model")},
-        {"vision_config": tiny_vision_config("clip_vision_model")},
-        {"use_vision": False},
-        {"dtype": torch.bfloat16},
-    ],
-    ids=["vit", "square", "siglip", "clip", "text only", "bf16"],
-)
-def test_there_and_back_keeps_every_bit(config: dict, tmp_path: Path):
-    source = saved(tmp_path / "hf", **config)
-    if "dtype" in config:
-        model = GPTOSSVisionForCausalLM.from_pretrained(source, dtype=config["dtype"])
-        model.save_pretrained(source)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_there_and_back_keeps_every_bit(dtype: torch.dtype, tmp_path: Path):
+    """For other towers, shapes and layouts the tests of conversion compare with Megatron-Bridge each way."""
+    source = saved(tmp_path / "hf")
+    GPTOSSVisionForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(source)
     cpu.run_ranks(1, there_and_back, source, tmp_path / "megatron", tmp_path / "back")
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()

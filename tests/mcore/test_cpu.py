@@ -55,6 +55,7 @@ def test_a_stand_in_is_gone_after_the_import_and_refuses_to_be_built():
         CallWrapper()
 
 
+@pytest.mark.upstream
 @pytest.mark.parametrize(
     ("package", "module"),
     [
@@ -167,6 +168,7 @@ def hangs() -> None:
 # --- work-arounds: each still needed ------------------------------------------------------------------------------
 
 
+@pytest.mark.upstream
 @without_cuda
 def test_megatron_cores_own_sink_still_wants_a_cuda_device():
     """When this fails, `SinkAttention` is no longer needed for the CPU, only for speed."""
@@ -176,6 +178,7 @@ def test_megatron_cores_own_sink_still_wants_a_cuda_device():
     assert "device=torch.cuda.current_device()" in source
 
 
+@pytest.mark.upstream
 def test_megatron_cores_torch_norm_still_refuses_sequence_parallelism():
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
@@ -188,10 +191,12 @@ def test_megatron_cores_torch_norm_still_refuses_sequence_parallelism():
         WrappedTorchNorm(config, 8)
 
 
+@pytest.mark.upstream
 def test_megatron_core_still_comes_without_the_makefile_of_its_helper():
     assert not upstream._helpers_can_be_compiled()
 
 
+@pytest.mark.upstream
 @without_cuda
 def test_gloo_still_gathers_equal_pieces_only():
     with pytest.raises(RuntimeError, match="invalid tensor size"):
@@ -225,6 +230,7 @@ def exchange_unequal_pieces() -> tuple[int, list[float], list[float]]:
     return rank, torch.cat(pieces).tolist(), mine.tolist()
 
 
+@pytest.mark.upstream
 @without_cuda
 def test_gloo_still_wants_split_sizes_as_ints():
     with pytest.raises(TypeError):
@@ -237,6 +243,7 @@ def all_to_all_with_tensors() -> None:
     original_of(torch.distributed.all_to_all_single)(torch.empty(2), torch.ones(2), sizes, sizes)
 
 
+@pytest.mark.upstream
 def test_megatron_core_still_refuses_biased_experts_with_expert_tensor_parallelism():
     from megatron.core.transformer.transformer_config import TransformerConfig
 

@@ -121,6 +121,7 @@ def fused_gradient() -> torch.Tensor:
     return logits.grad
 
 
+@pytest.mark.upstream
 def test_megatron_cores_fused_cross_entropy_still_rounds_its_gradient():
     """When this fails, the `torch` back end can have it."""
     (gradient,) = cpu.run_ranks(1, fused_gradient)

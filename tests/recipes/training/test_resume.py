@@ -1,11 +1,8 @@
-"""Going on at another layout, and after being killed at any moment, with the losses of an unbroken run."""
+"""Going on at another layout, and after being killed at any point, with the losses of an unbroken run."""
 
 import os
-import random
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -135,6 +132,7 @@ def run_as_megatron_core_has_it(job: Job, method: str, original: Callable) -> No
     job.run()
 
 
+@pytest.mark.upstream
 @pytest.mark.parametrize(
     ("method", "original"),
     [
@@ -178,15 +176,28 @@ class Death(Callback):
 
 
 @dataclass
-class DeathAfter(Death):
-    """So many seconds after the first step has begun, wherever the rank is then."""
+class DeathAtStep(Death):
+    """When the rank begins its so-manieth step: what the steps before have saved is whole."""
 
-    seconds: float = 0.0
+    number: int = 1
 
     def prepare(self, folder: str) -> None:
-        timer = threading.Timer(self.seconds, self.die)
-        timer.daemon = True
-        timer.start()
+        self.begun = count(1)
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        if int(os.environ["RANK"]) == self.rank and next(self.begun) == self.number:
+            self.die()
+
+
+@dataclass
+class DeathAfterStep(DeathAtStep):
+    """When the rank has computed its so-manieth step, and nothing of it is saved."""
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        pass
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        super().on_train_step_start(context)
 
 
 @dataclass
@@ -232,22 +243,21 @@ FILES = 7  # that rank 0 writes for one checkpoint
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_has_the_losses_of_an_unbroken_one(job):
     fields = {"layout": Layout(tp=2, ep=2), "steps": 6, "save_interval": 1, "dropout": 0.1}
-    started = time.monotonic()
     expected = job(**fields).losses()
-    seconds = (time.monotonic() - started) / 6
     killed = job(**fields)
     killed = replace(killed, load=killed.saved)
-    note, chance = killed.folder / "deaths", random.Random(0)
+    note = killed.folder / "deaths"
     # First when nothing is whole yet, then in the second checkpoint, and then at every file of one that follows.
     deaths = [DeathAtFile(note, number=number) for number in (FILES - 1, FILES + 1, *range(1, FILES + 1))]
-    deaths += [DeathAfter(note, chance.randrange(2), chance.uniform(0, seconds)) for _ in range(4)]
-    failures = 0
+    # The other rank: at its first file, between two checkpoints, and with a step that no checkpoint holds.
+    deaths += [
+        kind(note, rank=1, number=number) for kind, number in ((DeathAtFile, 1), (DeathAtStep, 2), (DeathAfterStep, 2))
+    ]
     for death in deaths:
-        try:
+        with pytest.raises(RuntimeError, match="exit code -9"):
             killed.losses(death)
-        except RuntimeError:
-            failures += 1
-    assert len(note.read_text().splitlines()) == failures >= FILES + 2
+    assert note.read_text().splitlines() == [str(death) for death in deaths]
+    assert (killed.saved / "iter_0000003").is_dir()
     # Also the steps that were computed more than once, and all of them to the last bit.
     assert set(killed.losses()) == set(expected)
 

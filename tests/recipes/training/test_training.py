@@ -85,6 +85,7 @@ def train_in_bf16_without_our_order(out: Path, settings: Settings) -> None:
     train_in_bf16(out, settings)
 
 
+@pytest.mark.upstream
 def test_megatron_core_still_mixes_up_optimizer_states_of_two_precisions(start: Path, tmp_path: Path):
     """When this fails, `upstream._build_groups_in_order` can go."""
     settings = Settings(steps=2, batch_size=16)

@@ -15,6 +15,7 @@ from gpt_oss_vision.bridge.mcore.flops import decoder_flops, image_flops
 from gpt_oss_vision.bridge.mcore.param_groups import PARAM_GROUPS, LearningRateFactors, group_of
 from gpt_oss_vision.recipes.quickstart.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import Callback, CallbackContext, ConfigContainer, Settings, training_config
+from gpt_oss_vision.recipes.training import log
 from gpt_oss_vision.recipes.training.train import train
 
 
@@ -114,29 +115,48 @@ def test_the_log_tells_memory_speed_and_operations_with_the_tower(sizes: dict, o
         images = (operations - text) / image
         assert images == pytest.approx(round(images), abs=1e-3)
         assert 0 < images <= 80, "at most one in a row"
-    log = capfd.readouterr().out
-    assert "Estimated memory of the rank that needs most" in log
-    assert "tokens per second per GPU: " in log
+    said = capfd.readouterr().out
+    assert "Estimated memory of the rank that needs most" in said
+    assert "tokens per second per GPU: " in said
     logged = EventAccumulator(str(out / "tensorboard")).Reload()
     for name in ("tokens", "images", "model_TFLOP"):
         assert all(event.value > 0 for event in logged.Scalars(f"throughput/{name}_per_second_per_GPU"))
 
 
-def evaluated_run(out: Path, settings: Settings) -> None:
+@dataclass
+class FakeClock(Callback):
+    """A training step takes one second, a step of an evaluation an hour."""
+
+    now: float = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        self.now += 1
+
+    def on_eval_step_end(self, context: CallbackContext) -> None:
+        self.now += 3600
+
+
+def evaluated_run(out: Path, settings: Settings) -> float:
+    """Train with an evaluation between the steps; the clock at the end."""
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
     config.checkpoint.save = None
     config.logger.log_interval, config.logger.tensorboard_log_interval = 2, 3
     config.dataset.valid_path = config.dataset.train_path
-    config.validation.eval_interval, config.validation.eval_iters = 3, 40
-    train(config)
+    config.validation.eval_interval, config.validation.eval_iters = 3, 1
+    log.time = clock = FakeClock()
+    train(config, callbacks=[clock])
+    return clock.now
 
 
 def test_every_line_of_the_log_has_its_speed_without_evaluations(out: Path, capfd):
-    cpu.run_ranks(1, evaluated_run, out, Settings(steps=4, batch_size=8))
-    speeds = [float(found) for found in re.findall(r"tokens per second per GPU: ([\d.]+)", capfd.readouterr().out)]
-    # An evaluation of 40 batches before the fourth step takes as long as ten steps.
-    assert len(speeds) == 2
-    assert speeds[1] > speeds[0] / 2
+    settings = Settings(steps=4, batch_size=8)
+    (seconds,) = cpu.run_ranks(1, evaluated_run, out, settings)
+    assert seconds > 3600
+    speeds = re.findall(r"tokens per second per GPU: ([\d.]+)", capfd.readouterr().out)
+    assert [float(speed) for speed in speeds] == 2 * [settings.batch_size * settings.seq_length]
 
 
 def layerless_run(out: Path, settings: Settings) -> None:
