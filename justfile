@@ -42,6 +42,10 @@ bench-conversion FOLDER *ARGS:
     uv run python tests/benchmarks/bench_import.py {{FOLDER}}/hf {{FOLDER}}/megatron --keep
     uv run python tests/benchmarks/bench_export.py {{FOLDER}}/megatron {{FOLDER}}/back --hf {{FOLDER}}/hf
 
+# What Megatron-Bridge writes into run_config.yaml for any model, after a change of its version
+run-config-defaults:
+    PYTHONPATH=tests uv run python tests/conversion/test_megatron_metadata.py
+
 # The user pages, into docs/_build; any warning is an error
 docs:
     uv run sphinx-build --fail-on-warning --nitpicky --builder html docs docs/_build

@@ -45,6 +45,17 @@ YARN = {
 TRAINING_ONLY = ("vocab_size", "seq_length", "init_method_std", "attention_dropout", "moe_aux_loss_coeff")
 """Fields that a training run may choose without making another model: the same weights give the same logits."""
 
+PER_MODALITY = "modality_aux_loss"
+"""Our own value of ``moe_router_load_balancing_type``: ``aux_loss`` for text and for visual tokens apart."""
+
+
+def load_balancing_fields(config: "GPTOSSVisionConfig") -> dict[str, Any]:
+    """Fields of the provider for the auxiliary loss of a config; none where its coefficient is 0."""
+    if not config.router_aux_loss_coef:
+        return {}
+    kind = PER_MODALITY if config.router_aux_loss_per_modality else "aux_loss"
+    return {"moe_router_load_balancing_type": kind, "calculate_per_token_loss": False}
+
 
 def megatron_fields(config: "GPTOSSVisionConfig") -> dict[str, Any]:
     """Fields of the provider that follow from a config, as plain values.

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..bridge.config_map import megatron_fields
 from ..bridge.ops.mxfp4 import Dequantizer
 from .engine.job import Work, run_conversion
-from .engine.journal import Journal
 from .engine.report import Digest
 from .engine.stream import BLOCK, STEP, Task, Worker, room_for, write_header_task
 from .formats.hf_source import Source, open_source
-from .formats.megatron_metadata import ITERATION, Describing
+from .formats.megatron_metadata import ITERATION, run_config, write_metadata
 from .formats.torch_dist_writer import TorchDistPlan, WriteBatch, WriteItem
 from .parameters import KEPT_WHOLE, MegatronParameter, to_megatron, unpack
 
@@ -58,9 +56,9 @@ def import_checkpoint(
     """
     hf, out = Path(hf).absolute(), Path(out).absolute()
     source = open_source(hf)
-    megatron_fields(source.config)  # what Megatron cannot express is refused before anything is written
     number_type = DTYPES[dtype] if dtype else source.dtype
-    work = Import(source, TorchDistPlan(source.parameters, number_type))
+    config = run_config(source.config, number_type, hf, out)
+    work = Import(source, TorchDistPlan(source.parameters, number_type), config)
     plan = {"hf": str(hf), "dtype": str(number_type), "assets": [file.name for file in work.assets]}
     return run_conversion(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
@@ -71,6 +69,7 @@ class Import(Work):
 
     source: Source
     layout: TorchDistPlan
+    run_config: dict[str, Any]
 
     action, title = "import", "Importing"
 
@@ -89,12 +88,9 @@ class Import(Work):
         """Bytes of weights in the source."""
         return sum(stored.nbytes for stored in self.source.tensors.values())
 
-    def beside(self, journal: Journal) -> Describing:
-        """The files that Megatron-Bridge writes."""
-        return Describing(self.source, self.layout.dtype, journal)
-
     def write_files(self, output: Path) -> None:
         """What describes the files of tensors, and what goes along with the weights."""
+        write_metadata(self.run_config, output)
         (output / ITERATION / ".metadata").write_bytes(self.layout.metadata)
         folder = output / ITERATION / "tokenizer"
         folder.mkdir(exist_ok=True)

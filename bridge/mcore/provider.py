@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.utils import log_single_rank
 
 from ...errors import UserError
-from ..config_map import megatron_fields
+from ..config_map import PER_MODALITY, load_balancing_fields, megatron_fields
 from ..hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from . import cpu, upstream
 from .flops import decoder_flops
@@ -26,7 +26,6 @@ from .layer_spec import block_spec
 from .model import MCoreGPTOSSVisionModel
 from .packing import CUDNN_WITH_SINKS, check_cudnn
 from .param_groups import PARAM_GROUPS, freeze
-from .router import PER_MODALITY
 from .unsupported import check_supported
 
 logger = logging.getLogger(__name__)
@@ -294,11 +293,8 @@ def provider_from_config(config: GPTOSSVisionConfig, **overrides: Any) -> GPTOSS
     Raises:
         ValueError: for a kind of rotary embedding that Megatron-Core cannot express.
     """
-    fields = megatron_fields(config) | _precision_fields(config.dtype or torch.float32)
-    if config.router_aux_loss_coef:
-        kind = PER_MODALITY if config.router_aux_loss_per_modality else "aux_loss"
-        fields |= {"moe_router_load_balancing_type": kind, "calculate_per_token_loss": False}
-    return GPTOSSVisionProvider(**fields | overrides)
+    fields = megatron_fields(config) | load_balancing_fields(config)
+    return GPTOSSVisionProvider(**fields | _precision_fields(config.dtype or torch.float32) | overrides)
 
 
 def _precision_fields(dtype: torch.dtype | str) -> dict[str, Any]:

@@ -9,10 +9,8 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
+from ..config_map import PER_MODALITY
 from .upstream import KEEP_IN_FP32
-
-PER_MODALITY = "modality_aux_loss"
-"""A further value of ``moe_router_load_balancing_type``: ``aux_loss`` for text and for visual tokens apart."""
 
 
 class VisionBiasedTopKRouter(TopKRouter):

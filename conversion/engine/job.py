@@ -3,7 +3,6 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from ...terminal import Progress
 from ..formats.safetensors import ShardPlan
-from .journal import Journal, check_space, exists, fingerprint, open_output, partial_of, refuse_foreign
+from .journal import check_space, exists, fingerprint, open_output, partial_of, refuse_foreign
 from .report import REPORT, make_report, nonfinite_warnings, package_versions, read_report, write_report
 from .stream import Task, peak_memory, stream, write_header_task
 
@@ -50,11 +49,6 @@ class Work(ABC):
     @abstractmethod
     def tasks(self) -> list[Task]:
         """What is done, in the order in which it is begun."""
-
-    def beside(self, journal: Journal) -> AbstractContextManager[object]:
-        """What goes on while the tasks are done."""
-        del journal
-        return nullcontext()
 
     @abstractmethod
     def write_files(self, output: Path) -> None:
@@ -132,10 +126,8 @@ def run_conversion(
     with open_output(out, plan, overwrite=overwrite) as journal:
         if not journal.is_complete:
             check_space(journal.out, totals["bytes_written"])
-            with (
-                work.beside(journal),
-                Progress(work.title, sum(task.nbytes for task in tasks), console, in_bytes=True) as progress,
-            ):
+            total = sum(task.nbytes for task in tasks)
+            with Progress(work.title, total, console, in_bytes=True) as progress:
                 results = stream(tasks, journal, work.sizes, jobs=jobs, progress=progress)
             work.write_files(journal.output)
             told = work.report(results)

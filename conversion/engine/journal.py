@@ -82,10 +82,6 @@ class Journal:
         for name in names:
             del self.results[name]
 
-    def release(self) -> None:
-        """Close this process's end of the lock. In a fork: the lock stays the parent's alone."""
-        os.close(self._lock)
-
     def finish(self) -> None:
         """Sync all that was written and give it its name."""
         if not self.is_complete:

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import signal
 import threading
 import time
 from pathlib import Path
@@ -17,7 +16,6 @@ import gpt_oss_vision
 from checkpoints import OBLONG, change, edit_config, files_of, save_tiny
 from gpt_oss_vision.conversion.engine.stream import File
 from gpt_oss_vision.conversion.importing import import_checkpoint
-from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.terminal import Progress
 
 KILLS = 50
@@ -228,42 +226,3 @@ def test_a_source_that_changed_is_not_continued(hf: Path, tmp_path: Path, monkey
     os.utime(tmp_path / "hf" / "model.safetensors", (1, 1))
     with pytest.raises(FileExistsError, match="begun with another source"):
         import_checkpoint(tmp_path / "hf", tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (ValueError("no"), RuntimeError),
-        (UnicodeDecodeError("utf-8", b"a", 0, 1, "no"), RuntimeError),
-        (UserError("no"), UserError),
-        (ModuleNotFoundError("no"), ImportError),
-        (PermissionError(errno.EACCES, "no", "file"), PermissionError),
-        (OSError(errno.ENOSPC, "No space left on device"), OSError),
-        (KeyError("no"), RuntimeError),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_what_stops_the_describing_process_stops_the_import_as_what_it_was(
-    error: Exception, kind: type[Exception], hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr("gpt_oss_vision.conversion.formats.megatron_metadata.write_files", fail)
-    with pytest.raises(kind) as failure:
-        import_checkpoint(hf, tmp_path / "out")
-    assert getattr(failure.value, "filename", None) == getattr(error, "filename", None)
-    if isinstance(error, OSError):
-        assert failure.value.errno == error.errno  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def test_a_describing_process_that_is_killed_is_told_of_and_started_again(
-    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    with monkeypatch.context() as patch:
-        kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        patch.setattr("gpt_oss_vision.conversion.formats.megatron_metadata.write_files", kill)
-        with pytest.raises(ChildProcessError, match="was killed, probably for lack of memory; the same call continues"):
-            import_checkpoint(hf, tmp_path / "out")
-    import_checkpoint(hf, tmp_path / "out")
-    assert (tmp_path / "out" / "iter_0000000" / "run_config.yaml").is_file()
