@@ -42,7 +42,7 @@ def quickstart(out: Path, overwrite: bool, **options: int | None) -> int:
     """Train, convert and answer on a CPU, in minutes.
 
     A tiny model with everything on learns to read real handwritten digits: written in Hugging Face format, trained by
-    Megatron, exported, and asked about digits that it has not seen.
+    Megatron, exported, and evaluated on digits that were held out.
     """
     from .quickstart.settings import Settings
 
@@ -77,6 +77,22 @@ def _run_quickstart(folder: Path, settings: Any) -> dict[str, Any]:
     return run.run(folder, settings=settings)
 
 
+def _check_files(batch: Path, out: Path, overwrite: bool) -> None:
+    """Refuse files of questions and answers that cannot be read and written, before a model is loaded."""
+    if not batch.is_file():
+        raise FileNotFoundError(f"--batch {batch} is no file")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder; name a file in it")
+    if out.exists() and out.samefile(batch):
+        raise FileExistsError(f"--out {out} is the file of questions; name another file")
+    if out.is_file() and not overwrite:
+        raise FileExistsError(f"--out {out} exists; name another file, or replace it with --overwrite")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"The parent folder {out.parent} of --out does not exist; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"--out {out} cannot be written (Permission denied); name another file")
+
+
 def _check_folder(out: Path, overwrite: bool) -> None:
     """Refuse an `--out` that cannot be made, or that may not be replaced. Its parents are made."""
     try:
@@ -97,14 +113,14 @@ def _check_folder(out: Path, overwrite: bool) -> None:
 
 
 def _name_final_folder(folder: Path, out: Path) -> None:
-    """Write the final name of a temporary folder into the files that name its checkpoints."""
+    """Replace the temporary name of the folder by the final one in the files that name its checkpoints."""
     for name in ("run_config.yaml", "conversion.json"):
         for file in folder.rglob(name):
             file.write_text(file.read_text().replace(str(folder), str(out.absolute())))
 
 
 def _keep_other_files(out: Path, folder: Path) -> None:
-    """Copy from `out` to the folder that replaces it what no quickstart makes."""
+    """Copy files and folders that no quickstart makes from `out` to the folder that replaces it."""
     for entry in out.iterdir() if out.is_dir() else ():
         if entry.is_dir() and not (folder / entry.name).exists():
             shutil.copytree(entry, folder / entry.name, symlinks=True)
@@ -123,35 +139,31 @@ def generate(
     int8: bool,
     **sampling: Any,
 ) -> int:
-    """Ask a checkpoint in Hugging Face format a question with images, or a file of questions.
+    """Answer a question with images, or a file of questions, by a checkpoint in Hugging Face format.
 
-    The answer is written while the model generates it. Of a model that thinks, the final channel is shown.
+    The answer is written while it is generated. Of a model that thinks, the final channel is shown.
     """
     if batch is None and out is not None:
         raise UsageError("--out goes with --batch")
     if batch is not None and (out is None or image):
         raise UsageError("--batch needs --out for its answers, and names its images in its lines, not by --image")
-    if out is not None and out.exists() and not overwrite:
-        raise FileExistsError(f"--out {out} exists; name another file, or replace it with --overwrite")
-    if out is not None and not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out} has no folder to be in; make {out.parent} first")
-    if batch is not None and not batch.is_file():
-        raise FileNotFoundError(f"--batch {batch} is no file")
+    if batch is not None and out is not None:
+        _check_files(batch, out, overwrite)
     from ..conversion.formats.hf_config import check_checkpoint
 
     check_checkpoint(model)
     from .inference import generate as recipe
 
     choice = recipe.Sampling(**sampling)
-    asked = recipe.load(model, int8=int8)
+    loaded = recipe.load(model, int8=int8)
     if int8:
         from ..bridge.hf_int8 import describe_weights
 
-        print(describe_weights(asked[0]), file=sys.stderr)
+        print(describe_weights(loaded[0]), file=sys.stderr)
     if batch is not None and out is not None:
         from .inference.batch import answer_file
 
-        print(answer_file(*asked, batch, out, choice, batch_size))
-    elif not recipe.answer(*asked, prompt or "", image, choice, sys.stdout):
+        print(answer_file(*loaded, batch, out, choice, batch_size))
+    elif not recipe.answer(*loaded, prompt or "", image, choice, sys.stdout):
         raise UserError(f"no answer in {choice.max_new_tokens} tokens; allow more with --max-new-tokens")
     return 0

@@ -15,7 +15,9 @@ from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
-from .dataset import ChatDataset, Sample, ShuffledEpochs, Skipped, collate, describe_skipped, find_unusable
+from .dataset import ChatDataset, ShuffledEpochs, find_unusable
+from .rows import Skipped, describe_skipped
+from .samples import Sample, collate
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class ChatBatches(ShuffledEpochs):
 
 @dataclass(kw_only=True)
 class ChatDatasetProvider(DatasetProvider):
-    """JSONL chat files (see `data.py`) for training, validation and test.
+    """JSONL chat files (see `rows.py`) for training, validation and test.
 
     Rows that can't be used are found before the first step, each rank checking its share, and left out on all ranks;
     rank 0 logs them. More than `max_skipped` (a fraction) stop the run. `decode_images` checks pixels and not only
@@ -61,11 +63,11 @@ class ChatDatasetProvider(DatasetProvider):
         """Refuse the loaders that would change what is trained on.
 
         Raises:
-            ValueError: `dataloader_type` is not «single».
+            UserError: `dataloader_type` is not "single".
         """
         super().finalize()
         if self.dataloader_type != "single":
-            # «cyclic» orders by a seed of its own and by the number of data-parallel ranks; «batch» cuts a global batch
+            # 'cyclic' orders by a seed of its own and by the number of data-parallel ranks; 'batch' cuts a global batch
             # into micro-batches and gives each of them the images of all.
             raise UserError(
                 f"dataloader_type={self.dataloader_type!r}: chat data is shuffled by its dataset and read with 'single'"
@@ -74,7 +76,7 @@ class ChatDatasetProvider(DatasetProvider):
     def build_datasets(
         self, context: DatasetBuildContext
     ) -> tuple[ChatBatches | None, ChatBatches | None, ChatBatches | None]:
-        """The three datasets, None for those without a path. To be called on every rank: the ranks share the check."""
+        """The three datasets, None for those without a path. Called on every rank: the ranks share the check."""
         processor = GPTOSSVisionProcessor.from_pretrained(self.processor_path)
         return (
             self._split(self.train_path, context.train_samples, processor),
@@ -95,20 +97,20 @@ class ChatDatasetProvider(DatasetProvider):
 def _find_unusable_together(
     path: str, processor: GPTOSSVisionProcessor, seq_length: int, decode_images: bool
 ) -> list[Skipped]:
-    """`find_unusable` of the whole file, on every rank, each having looked at its share of the rows."""
+    """`find_unusable` of the whole file on every rank; each checks its share of the rows."""
     if not torch.distributed.is_initialized():
         return find_unusable(path, processor, seq_length, decode_images=decode_images)
     ranks = torch.distributed.get_world_size()
     try:
         mine: Any = find_unusable(path, processor, seq_length, decode_images=decode_images, shard=_rank(), shards=ranks)
-    except OSError as error:
-        # Not raised yet: the other ranks would wait for this one until they time out.
-        mine = error
+    except Exception as error:  # noqa: BLE001 - raised below on all ranks; alone, it would leave the others waiting
+        kind = next((kind for kind in (OSError, UserError, MemoryError) if isinstance(error, kind)), RuntimeError)
+        mine = kind(f"{type(error).__name__}: {error}" if kind is RuntimeError else str(error))
     everyone: list[Any] = [None] * ranks
     torch.distributed.all_gather_object(everyone, mine)
     for rank, found in enumerate(everyone):
-        if isinstance(found, OSError):
-            raise OSError(f"Rank {rank} can't read the dataset: {found}") from found
+        if isinstance(found, Exception):
+            raise type(found)(f"Rank {rank} can't check the dataset: {found}")
     return sorted(row for found in everyone for row in found)
 
 

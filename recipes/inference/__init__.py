@@ -1,1 +1,1 @@
-"""Answers of a checkpoint in Hugging Face format: to one prompt, or to a file of questions."""
+"""Answers of a checkpoint in Hugging Face format to a prompt, or to a file of questions."""

@@ -1,7 +1,7 @@
 """A file of questions to a file of answers: JSONL in, JSONL out, in order.
 
-A line asks as a line of training data does (`data.py`): a chat, or a text with or without an image. Where a chat ends
-with the assistant, that answer is left out and asked for, so that a file made for training can be asked as it is.
+A line has the format of training data (`data/rows.py`): a chat, or a text with or without an image. Answers at the end
+of a chat are left out and generated, so that a file made for training can be used as it is.
 """
 
 import json
@@ -18,7 +18,7 @@ from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from ...terminal import Progress
-from ..data.dataset import Skipped, check_image, describe_skipped, numbered_lines, parse_row, refuse_control_tokens
+from ..data.rows import Skipped, check_image, describe_skipped, numbered_lines, parse_row, refuse_control_tokens
 from .generate import Chat, Sampling, answers_to, parts_of
 
 
@@ -37,13 +37,13 @@ def answer_file(
     sampling: Sampling,
     batch_size: int,
 ) -> str:
-    """Answer every line of a file: a line each, with its number and «answer», or «error» where it can't be used.
+    """Answer every line of a file: a line each, with its number and "answer", or "error" where it can't be used.
 
     Returns:
         A sentence: how many were answered, and which could not be used.
 
     Raises:
-        ValueError: when no line can be used; then `answers` is not written.
+        UserError: no line can be used; then `answers` is not written.
     """
     total = sum(1 for _ in numbered_lines(questions))
     if not total:
@@ -66,7 +66,7 @@ def answer_file(
 
 
 def read_questions(path: Path, processor: GPTOSSVisionProcessor) -> Iterator[Question | Skipped]:
-    """What each line asks, or why it can't be asked. Images are decoded, so that none fails later in a batch."""
+    """The question of each line, or why it can't be used. Images are decoded, so that none fails later in a batch."""
     for line, _, content in numbered_lines(path):
         try:
             chat = _parse_question(content, path.parent)
@@ -74,22 +74,22 @@ def read_questions(path: Path, processor: GPTOSSVisionProcessor) -> Iterator[Que
             refuse_control_tokens(chat, processor)
             for part in (part for message in chat for part in message["content"] if part["type"] == "image"):
                 check_image(Path(part["path"]), processor, decode=True)
-        except ValueError as error:
-            # A reason may quote what is no text, and will be written.
+        except (UserError, UnicodeEncodeError) as error:
+            # A reason may quote surrogates, which cannot be written.
             yield Skipped(line, str(error).rstrip(".").encode(errors="backslashreplace").decode())
         else:
             yield Question(line, chat)
 
 
 def _parse_question(content: bytes, folder: Path) -> Chat:
-    row = parse_row(content, folder, is_learned=False)
+    row = parse_row(content, folder, for_training=False)
     if row.messages is None:
         return [{"role": "user", "content": parts_of(row.text, row.images)}]
     chat = list(row.messages)
     while chat and chat[-1]["role"] == "assistant":
         chat.pop()
     if not chat:
-        raise UserError("a chat that asks nothing")
+        raise UserError("a chat without a question")
     return chat
 
 

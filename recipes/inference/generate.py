@@ -1,10 +1,11 @@
-"""Asking a checkpoint: questions in, and what the model says next.
+"""Answers of a checkpoint to questions.
 
-A model that thinks in harmony writes its thoughts, its calls of tools and its answer as messages of their own. What is
-shown is the answer: the messages of the channel «final».
+A model that was trained on harmony writes its thoughts, its calls of tools and its answer as separate messages. Only
+the answer is shown: the messages of the channel "final".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,11 +27,11 @@ class Sampling:
     """How the next token is chosen."""
 
     max_new_tokens: int = 256
-    temperature: float = 0.0  # 0 takes the likeliest token; 1 draws from what the model says
+    temperature: float = 0.0  # 0 takes the likeliest token; 1 draws from the model's distribution
     seed: int = 0
 
-    def arguments(self) -> dict[str, Any]:
-        """As `model.generate` takes them; nothing but the temperature changes the model's distribution."""
+    def to_generate_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of `model.generate`; only the temperature changes the distribution of the model."""
         if self.temperature == 0:
             return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         drawn = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
@@ -38,9 +39,9 @@ class Sampling:
 
 
 class FinalChannel:
-    """Tells which of the tokens that a model writes belong to its answer.
+    """Selects the tokens that belong to the answer, given one after the other.
 
-    Tokens that stand in no message, as a model writes that has not learned harmony, do as well.
+    Tokens outside any message belong to it too: a model that was not trained on harmony writes nothing else.
     """
 
     def __init__(self, processor: GPTOSSVisionProcessor) -> None:
@@ -49,7 +50,7 @@ class FinalChannel:
         self.message = tokenizer.convert_tokens_to_ids("<|message|>")
         self.control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self.final = tokenizer.encode("final", add_special_tokens=False)
-        self.header: list[int] | None = None  # its tokens so far, inside one
+        self.header: list[int] | None = None  # the tokens of a header so far, None outside of one
         self.is_shown = True
         self.has_begun = False
 
@@ -71,7 +72,7 @@ class FinalChannel:
 
 
 class AnswerStreamer(TextStreamer):
-    """Writes the answer to `file`, word by word, while the model generates it."""
+    """Write the answer to `file`, word by word, while the model generates it."""
 
     def __init__(self, processor: GPTOSSVisionProcessor, file: TextIO) -> None:
         super().__init__(processor.tokenizer, skip_prompt=True)
@@ -79,26 +80,43 @@ class AnswerStreamer(TextStreamer):
         self.channel = FinalChannel(processor)
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt first, then token after token."""
+        """Called by `model.generate` with the prompt first, then with each token."""
         if self.next_tokens_are_prompt or self.channel.takes(int(value)):
             super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Writes what has become whole words."""
+        """Write text that ends in a whole word; called by `TextStreamer`."""
         print(text, file=self.file, flush=True, end="\n" if stream_end else "")
 
 
 def load(model_path: Path, *, int8: bool = False) -> tuple[GPTOSSVisionForCausalLM, GPTOSSVisionProcessor]:
-    """A checkpoint with its processor, on the devices that are there; with `int8`, its weights in INT8."""
+    """Load a checkpoint with its processor, on the devices of this machine; with `int8`, its weights in INT8.
+
+    Raises:
+        UserError: the processor or the model cannot be built from the files.
+    """
     logging.disable_progress_bar()
-    processor = GPTOSSVisionProcessor.from_pretrained(model_path)  # first, since it fails in no time
+    with _refusals_as_user_errors(model_path):
+        processor = GPTOSSVisionProcessor.from_pretrained(model_path)  # first, since it fails at once
     options = {}
     if int8:
         from ...bridge.hf_int8 import int8_config
 
         options["quantization_config"] = int8_config()
-    model = GPTOSSVisionForCausalLM.from_pretrained(model_path, device_map="auto", **options).eval()
-    return model, processor
+    with _refusals_as_user_errors(model_path):
+        model = GPTOSSVisionForCausalLM.from_pretrained(model_path, device_map="auto", **options)
+    return model.eval(), processor
+
+
+@contextmanager
+def _refusals_as_user_errors(model_path: Path | None = None) -> Iterator[None]:
+    """Raise a UserError for a ValueError: transformers and our files for the Hub raise no UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{model_path} cannot be loaded: {error}" if model_path else str(error)) from error
 
 
 def answer(
@@ -109,48 +127,53 @@ def answer(
     sampling: Sampling,
     file: TextIO,
 ) -> bool:
-    """Write what a model says to a prompt with images, while it says it. False when it came to no answer.
+    """Write the answer of a model to a prompt with images while it is generated. False when there is none.
 
     Args:
-        prompt: the user's words; ``<image>`` stands where an image belongs. Without any, images come first.
+        prompt: the user's words; ``<image>`` marks where an image belongs. Without any mark, images come first.
         images: image files, in the order in which the model sees them.
 
     Raises:
-        ValueError: when an image cannot be read, or the prompt has another number of marks than there are images.
+        UserError: an image cannot be read, or the prompt has another number of marks than there are images.
     """
     streamer = AnswerStreamer(processor, file)
     inputs = inputs_of(processor, [[{"role": "user", "content": parts_of(prompt, images)}]]).to(model.device)
     torch.manual_seed(sampling.seed)
-    model.generate(**inputs, **sampling.arguments(), streamer=streamer)
+    model.generate(**inputs, **sampling.to_generate_kwargs(), streamer=streamer)
     return streamer.channel.has_begun
 
 
 def answers_to(
     model: GPTOSSVisionForCausalLM, processor: GPTOSSVisionProcessor, chats: Sequence[Chat], sampling: Sampling
 ) -> list[str]:
-    """What a model says next in each of some chats, in one batch. Empty where it came to no answer."""
+    """The next answer in each of some chats, generated in one batch. Empty where there is none."""
     inputs = inputs_of(processor, chats).to(model.device)
-    output = model.generate(**inputs, **sampling.arguments())
+    output = model.generate(**inputs, **sampling.to_generate_kwargs())
     return [final_words(processor, tokens.tolist()) for tokens in output[:, inputs["input_ids"].shape[1] :]]
 
 
 def inputs_of(processor: GPTOSSVisionProcessor, chats: Sequence[Chat]) -> BatchFeature:
-    """Chats up to where the model speaks, as one left-padded batch of tokens and pixels."""
-    return processor.apply_chat_template(
-        list(chats),
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
+    """Chats up to the answer, as one left-padded batch of tokens and pixels.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    with _refusals_as_user_errors():
+        return processor.apply_chat_template(
+            list(chats),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
 
 
 def parts_of(prompt: str, images: Sequence[Path]) -> list[dict[str, str]]:
     """The parts of a chat message: the prompt cut at its marks, with an image at each cut.
 
     Raises:
-        ValueError: when there are marks, but not as many as images, or the prompt is no text, as bytes of a shell.
+        UserError: the number of marks is neither 0 nor that of the images, or the prompt is not in UTF-8.
     """
     try:
         prompt.encode()
@@ -168,6 +191,6 @@ def parts_of(prompt: str, images: Sequence[Path]) -> list[dict[str, str]]:
 
 
 def final_words(processor: GPTOSSVisionProcessor, tokens: Sequence[int]) -> str:
-    """The answer in what a model wrote: the text of its final channel."""
+    """The answer in generated tokens: the text of the final channel."""
     channel = FinalChannel(processor)
     return processor.decode([token for token in tokens if channel.takes(token)]).strip()

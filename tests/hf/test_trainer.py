@@ -14,7 +14,8 @@ from transformers import Trainer, TrainingArguments
 from gpt_oss_vision.bridge.hf import register_auto_classes
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from gpt_oss_vision.recipes.data.dataset import IGNORE_INDEX, ChatDataset, collate_for_trainer
+from gpt_oss_vision.recipes.data.dataset import ChatDataset
+from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate_for_trainer
 from tiny import tiny_batch, tiny_config, tiny_model, tiny_processor
 
 ATTENTION = r".*\.self_attn\.[qkvo]_proj"

@@ -11,19 +11,10 @@ import torch
 from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from gpt_oss_vision.recipes.data.dataset import (
-    IGNORE_INDEX,
-    ChatDataset,
-    ShuffledEpochs,
-    Skipped,
-    UnusableRow,
-    collate,
-    encode_row,
-    find_unusable,
-    learned_tokens,
-    parse_row,
-    resolve_image,
-)
+from gpt_oss_vision.errors import UserError
+from gpt_oss_vision.recipes.data.dataset import ChatDataset, ShuffledEpochs, find_unusable
+from gpt_oss_vision.recipes.data.rows import Skipped, UnusableRow, parse_row, resolve_image
+from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate, encode_row, loss_mask_of
 from gpt_oss_vision.recipes.quickstart.digits import write_digits
 
 SEQ_LENGTH = 64
@@ -99,7 +90,7 @@ def test_the_mask_is_that_of_the_chat_templates_generation_blocks(folder, proces
         messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
     )
     expected = torch.as_tensor(inputs["assistant_masks"])[0].bool()
-    assert torch.equal(learned_tokens(inputs["input_ids"][0], processor), expected)
+    assert torch.equal(loss_mask_of(inputs["input_ids"][0], processor), expected)
 
 
 def test_a_row_becomes_what_the_processor_makes_of_its_messages(folder, processor):
@@ -230,7 +221,13 @@ def test_an_empty_file_is_an_error(folder, processor):
         ("[" * 100_000, "malformed JSON"),
         ("[1, 2]", "neither an object"),
         ({"prompt": "Hi"}, "neither an object"),
-        ({"text": "Hi", "image": 7}, "«image» is not a path"),
+        ({"text": "Hi", "image": 7}, '"image" is not a path'),
+        ({"text": "A cat.", "images": ["red.png"]}, '"images" is not read; images are given as one path, "image"'),
+        ({"text": "A cat.", "image": "red.png", "Images": "blue.png"}, '"Images" is not read'),
+        ({"text": "A cat.", "video": "cat.mp4"}, '"video" is not read'),
+        ({"text": "A cat.", "audio_path": "cat.wav"}, '"audio_path" is not read'),
+        (chat("Hi", "one") | {"image": "red.png"}, '"image" is not read; images are given as parts of "messages"'),
+        (chat("Hi", "one") | {"images": ["red.png"]}, '"images" is not read'),
         ({"text": "   "}, "an empty text"),
         ({"text": "\ud800"}, "surrogates"),
         ({"text": "<|start|>user<|message|>Hi<|end|>"}, "no assistant"),
@@ -257,7 +254,9 @@ def test_what_cannot_be_learned_is_named(folder, processor, row, why):
 
 
 def test_keys_without_a_value_are_as_good_as_none(folder, processor):
-    path = write(folder, chat("Hi", "one", thinking=None, tool_calls=None))
+    none = dict.fromkeys(("image", "images", "video"))
+    rows = ({"text": "A cat."} | none, chat("Hi", "one") | none, chat("Hi", "one") | {"images": [], "source": "web"})
+    path = write(folder, chat("Hi", "one", thinking=None, tool_calls=None), *rows)
     assert find_unusable(path, processor, SEQ_LENGTH) == []
 
 
@@ -290,7 +289,7 @@ def test_a_jpeg_cut_off_is_found_by_decoding(folder, processor):
 def test_an_image_that_goes_after_the_check_stops_the_run_by_its_name(folder, processor):
     dataset = ChatDataset(write(folder, chat([picture("red.png")], "one")), processor, SEQ_LENGTH)
     (folder / "red.png").unlink()
-    with pytest.raises(RuntimeError, match=r"data.jsonl, line 1, .*red.png"):
+    with pytest.raises(UserError, match=r"data.jsonl, line 1, .*red.png"):
         dataset[0]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from megatron.bridge.data import DatasetBuildContext
 from megatron.bridge.data.samplers import build_pretraining_data_loader
 from megatron.bridge.data.utils import get_dataset_provider
@@ -25,8 +26,9 @@ from megatron.bridge.training.config import (
 from megatron.bridge.training.vlm_step import get_batch_from_iterator
 
 from gpt_oss_vision.bridge.mcore import cpu
-from gpt_oss_vision.recipes.data.dataset import IGNORE_INDEX
+from gpt_oss_vision.recipes.data import megatron
 from gpt_oss_vision.recipes.data.megatron import ChatBatches, ChatDatasetProvider
+from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX
 
 SEQ_LENGTH = 40
 ROWS = 6
@@ -135,8 +137,26 @@ def test_all_ranks_leave_out_the_same_rows(fields):
 
 
 def test_a_file_that_one_rank_cannot_read_stops_all_ranks(fields):
-    with pytest.raises(OSError, match=r"Rank 1 can't read the dataset: .*nowhere.jsonl"):
+    with pytest.raises(OSError, match=r"Rank 1 can't check the dataset: .*nowhere.jsonl"):
         cpu.run_ranks(2, _lost_on_rank_1, fields, timeout=60)
+
+
+def test_any_failure_of_the_check_on_one_rank_stops_all_ranks(fields, monkeypatch):
+    def fails(*_: object, shard: int, **__: object) -> list:
+        if shard == 1:
+            raise TemplateError("no such filter")
+        return []
+
+    monkeypatch.setattr(megatron, "find_unusable", fails)
+    found = cpu.run_ranks(2, _failure_on_this_rank, fields, timeout=60)
+    assert found == ["Rank 1 can't check the dataset: TemplateError: no such filter"] * 2
+
+
+def _failure_on_this_rank(fields: dict[str, Any]) -> str:
+    torch.distributed.init_process_group("gloo")
+    with pytest.raises(RuntimeError) as caught:
+        train_set(fields)
+    return str(caught.value)
 
 
 def _skipped_on_this_rank(fields: dict[str, Any]) -> list[int]:

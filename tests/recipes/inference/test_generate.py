@@ -76,6 +76,12 @@ BROKEN = {
         lambda model: edit_config(model, use_nope=True, nope_stride=0),
         "nope_stride must be at least 1, got 0",
     ),
+    "an unknown tower": (
+        lambda model: edit_config(model, vision_config={"model_type": "resnet"}),
+        "`resnet` is not a supported vision tower",
+    ),
+    "damaged tokenizer": (lambda model: (model / "tokenizer.json").write_text("{"), "cannot be loaded: "),
+    "damaged processor": (lambda model: (model / "processor_config.json").write_text("{"), "is not a valid JSON file"),
 }
 
 
@@ -87,6 +93,7 @@ def test_a_broken_checkpoint_is_one_sentence(
     code, said = generate(checkpoint, "--prompt", "What?")
     assert code == 1
     assert sentence in said
+    assert "a bug" not in said
     assert len(said.splitlines()) == 1
 
 
@@ -301,11 +308,20 @@ def test_options_that_do_not_go_together_are_wrong_usage(options: list[str], sen
     ("options", "sentence"),
     [
         (["--batch", "q.jsonl", "--out", "a.jsonl"], "--batch q.jsonl is no file"),
-        (["--batch", "q.jsonl", "--out", "no/a.jsonl"], "--out no/a.jsonl has no folder to be in; make no first"),
+        (["--batch", "a", "--out", "no/a"], "The parent folder no of --out does not exist; make it first"),
+        (["--batch", "a", "--out", "a", "--overwrite"], "--out a is the file of questions; name another file"),
+        (["--batch", "a", "--out", "link", "--overwrite"], "--out link is the file of questions; name another file"),
+        (["--batch", "a", "--out", ".", "--overwrite"], "--out . is a folder; name a file in it"),
     ],
 )
-def test_files_that_cannot_be_are_refused_before_the_model_is_read(options: list[str], sentence: str, generate):
+def test_files_that_cannot_be_are_refused_before_the_model_is_read(
+    options: list[str], sentence: str, generate: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_text("{}")
+    Path("link").symlink_to("a")
     assert generate(Path("model"), *options) == (1, f"gpt-oss-vision: {sentence}\n")
+    assert Path("a").read_text() == "{}"
 
 
 @pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])

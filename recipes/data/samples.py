@@ -1,0 +1,123 @@
+"""A `Row` to tensors: tokens, labels, loss mask and pixels; and samples to padded batches, for both training loops.
+
+Labels cover the assistant's text in a chat, and all of a plain text. Shapes: b rows, s tokens, n images of c
+channels, h x w pixels.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+
+from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ...errors import UserError
+from .rows import Row, render
+
+IGNORE_INDEX = -100
+
+
+class Sample(TypedDict):
+    """One row as tensors, not padded."""
+
+    input_ids: torch.Tensor  # [s]
+    labels: torch.Tensor  # [s], shifted: labels[t] is the token to predict at t, or IGNORE_INDEX
+    loss_mask: torch.Tensor  # [s], 1.0 where there is a label
+    position_ids: torch.Tensor  # [s]
+    pixel_values: torch.Tensor | None  # [n, c, h, w]
+
+
+class Batch(TypedDict):
+    """A micro-batch of fixed length."""
+
+    tokens: torch.Tensor  # [b, s]
+    labels: torch.Tensor  # [b, s]
+    loss_mask: torch.Tensor  # [b, s]
+    position_ids: torch.Tensor  # [b, s]
+    attention_mask: None
+    pixel_values: torch.Tensor | None  # [n of all rows, c, h, w]; None when no row has an image
+
+
+def encode_row(row: Row, processor: GPTOSSVisionProcessor) -> Sample:
+    """Tokens, shifted labels and pixels of one row."""
+    images = [str(path) for path in row.images] or None
+    inputs = processor(text=render(row, processor), images=images, return_tensors="pt")
+    input_ids = inputs["input_ids"][0]
+    learned = loss_mask_of(input_ids, processor)
+    # The logits at t predict token t + 1, so the labels move one to the left; the last position predicts nothing.
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    labels[:-1] = torch.where(learned[1:], input_ids[1:], IGNORE_INDEX)
+    return Sample(
+        input_ids=input_ids,
+        labels=labels,
+        loss_mask=(labels != IGNORE_INDEX).float(),
+        position_ids=torch.arange(len(input_ids)),
+        pixel_values=inputs.get("pixel_values"),
+    )
+
+
+def loss_mask_of(input_ids: torch.Tensor, processor: GPTOSSVisionProcessor) -> torch.Tensor:
+    """Which tokens, [s], the model is trained to write, as booleans.
+
+    In a chat: the tokens that it generates when it answers, from behind `<|start|>assistant` to the turn's `<|end|>`,
+    `<|return|>` or `<|call|>`, so the channel header too; and `<|start|>assistant` between a thought and the answer,
+    where generation doesn't stop. In a text without turns: all tokens. Image placeholders are never learned.
+
+    Read from the token ids, which works for plain texts in harmony too; for chats it is the mask of the chat template's
+    generation blocks.
+    """
+    tokenizer = processor.tokenizer
+    start, *ends = tokenizer.convert_tokens_to_ids(["<|start|>", "<|end|>", "<|return|>", "<|call|>"])
+    assistant = tokenizer.encode("assistant", add_special_tokens=False)
+    ids = input_ids.tolist()
+    is_text = input_ids != processor.image_token_id
+    if start not in ids:
+        return is_text
+    learned = torch.zeros(len(ids), dtype=torch.bool)
+    for place, token in enumerate(ids):
+        first = place + 1 + len(assistant)
+        if token == start and ids[place + 1 : first] == assistant:
+            last = next((i for i in range(first, len(ids)) if ids[i] in ends), len(ids) - 1)
+            goes_on = place > 0 and bool(learned[place - 1])
+            learned[place if goes_on else first : last + 1] = True
+    return learned & is_text
+
+
+def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype: torch.dtype = torch.float32) -> Batch:
+    """Pad samples on the right to `seq_length` and join their images, in row order, to one `pixel_values` of `dtype`.
+
+    The length is fixed because pipeline stages agree on shapes before the run. Attention is causal and padding comes
+    last, so no attention mask is needed. When no row has an image, `pixel_values` is None.
+
+    Raises:
+        UserError: a sample is longer than `seq_length`. Nothing is cut: an image that loses tokens is no image.
+    """
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    if longest > seq_length:
+        raise UserError(f"A sample of {longest} tokens doesn't fit a batch of {seq_length}, and rows are never cut.")
+    images = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
+
+    def padded(rows: list[torch.Tensor], value: float) -> torch.Tensor:
+        return torch.stack([torch.nn.functional.pad(row, (0, seq_length - len(row)), value=value) for row in rows])
+
+    return Batch(
+        tokens=padded([sample["input_ids"] for sample in samples], pad_token_id),
+        labels=padded([sample["labels"] for sample in samples], IGNORE_INDEX),
+        loss_mask=padded([sample["loss_mask"] for sample in samples], 0.0),
+        position_ids=torch.arange(seq_length).repeat(len(samples), 1),
+        attention_mask=None,
+        pixel_values=torch.cat(images).to(dtype) if images else None,
+    )
+
+
+def collate_for_trainer(samples: Sequence[Sample], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch for transformers' `Trainer`, as long as its longest sample: padded on the right, labels not shifted.
+
+    The model shifts them itself. There are `pixel_values` when a row has an image.
+    """
+    length = max(len(sample["input_ids"]) for sample in samples)
+    batch = collate(samples, length, pad_token_id)
+    is_token = torch.arange(length) < torch.tensor([[len(sample["input_ids"])] for sample in samples])
+    labels = torch.full_like(batch["labels"], IGNORE_INDEX)
+    labels[:, 1:] = batch["labels"][:, :-1]
+    inputs = {"input_ids": batch["tokens"], "attention_mask": is_token.long(), "labels": labels}
+    return inputs if batch["pixel_values"] is None else inputs | {"pixel_values": batch["pixel_values"]}
