@@ -52,9 +52,19 @@ RULES = {
     "recipes/commands.py": Rule(
         ("recipes", "conversion", "bridge", "errors", "arguments", "atomic", "terminal"), frozenset()
     ),
-    "recipes/quickstart": Rule(("recipes", "conversion", "bridge", "errors", "atomic", "terminal")),
-    "recipes/training": Rule(("recipes", "conversion.formats.hf_files", "bridge", "errors")),
-    "recipes": Rule(("bridge", "errors", "atomic", "terminal")),
+    "recipes/data": Rule(("bridge", "errors", "atomic", "terminal")),
+    "recipes/inference": Rule(("recipes.data", "bridge", "errors", "atomic", "terminal")),
+    "recipes/training": Rule(
+        ("recipes.data", "recipes.inference", "conversion.formats.hf_files", "bridge", "errors", "atomic", "terminal")
+    ),
+    "recipes/base.py": Rule(("recipes.data", "recipes.training", "bridge", "errors")),
+    "recipes/quickstart": Rule(
+        (
+            *("recipes.data", "recipes.inference", "recipes.training", "recipes.base"),
+            *("conversion", "bridge", "errors", "atomic", "terminal"),
+        )
+    ),
+    "recipes": Rule(()),
     "errors.py": Rule((), frozenset()),
     "arguments.py": Rule((), frozenset()),
     "atomic.py": Rule((), frozenset()),

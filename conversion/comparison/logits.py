@@ -4,6 +4,8 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 
 # isort: split
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from math import isfinite
 from pathlib import Path
@@ -77,8 +79,15 @@ def sample(config: GPTOSSVisionConfig, placeholder: int) -> dict[str, torch.Tens
 
 def megatron_logits(folder: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """``[b, s, vocab]`` of the Megatron model; call it on a rank of its own (`cpu.run_ranks`)."""
+    with megatron_model(folder) as model:
+        return model(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values"))
+
+
+@contextmanager
+def megatron_model(folder: Path) -> Iterator[Any]:
+    """The model of an iteration's folder in fp32, without gradients; on a rank of its own (`cpu.run_ranks`)."""
     with temporary_distributed_context(backend="gloo"), torch.no_grad():
         settings = {"use_cpu_init": True, "skip_temp_dist_context": True, "mp_overrides": FP32}
         loaded: Any = load_megatron_model(str(folder), **settings)
         model = loaded[0] if isinstance(loaded, list) else loaded
-        return model.eval().float()(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values"))
+        yield model.eval().float()

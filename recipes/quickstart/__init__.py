@@ -1,1 +1,1 @@
-"""The whole path on a CPU: digits, a tiny model, training, conversion, evaluation, figures."""
+"""The quickstart on a CPU: digits, a tiny model, training, conversion, evaluation, figures."""

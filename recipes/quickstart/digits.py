@@ -1,7 +1,7 @@
-"""The quickstart's data: 1,797 handwritten digits as a chat dataset, and the questions it is judged by.
+"""The data of the quickstart: 1,797 handwritten digits as a chat dataset, and the questions of its evaluation.
 
-The scans ship inside scikit-learn, so nothing is downloaded. They are 8×8 pixels in 17 shades, from the UCI collection
-«Optical Recognition of Handwritten Digits» (E. Alpaydin and C. Kaynak, 1998, CC BY 4.0).
+The scans ship inside scikit-learn, so nothing is downloaded. They are 8x8 pixels in 17 shades, from the UCI collection
+"Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, CC BY 4.0).
 """
 
 import json
@@ -32,7 +32,7 @@ HARMONY_WORDS = ("system", "developer", "user", "assistant", "tool", "analysis",
 
 HELD_OUT = 297
 TEXT_ONLY_SHARE = 0.08
-# Each scanned pixel becomes a block, so that a person who opens the file sees a digit and not a speck.
+# Each scanned pixel becomes a block of so many, so that the files can be viewed without zooming.
 PIXELS_PER_PIXEL = 8
 
 Message = dict[str, Any]
@@ -40,7 +40,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DigitsSplit:
-    """Where the dataset lies and how many rows it has. `train_path` and `test_path` are JSONL files in `folder`."""
+    """The folder of the dataset and its numbers of rows. `train_path` and `test_path` are JSONL files in `folder`."""
 
     folder: Path
     seed: int
@@ -59,11 +59,11 @@ class DigitsSplit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationRow:
-    """One held-out question asked three ways.
+    """One held-out question in three versions: with the right image, a wrong one, and none.
 
-    `truth` is the word for the scan in `image_path`, and the answer that all three messages are compared with; a model
-    that looks gives it for `right_image` only. `shown` is the word for the scan in `wrong_image_path`, never `truth`;
-    `NO_IMAGE` is the honest answer to `no_image`. The message lists are what a processor's chat template takes.
+    `truth` is the word for the scan in `image_path`, and what all three answers are compared with; a model that uses
+    the image gives it for `right_image` only. `shown` is the word for the scan in `wrong_image_path`, never `truth`;
+    `NO_IMAGE` is the right answer to `no_image`. The message lists are arguments of a processor's chat template.
     """
 
     question: str
@@ -77,17 +77,16 @@ class EvaluationRow:
 
 
 def all_texts() -> list[str]:
-    """Every text the dataset can hold, and the words of the harmony headers: what a tokenizer for it is trained on."""
+    """The texts that a tokenizer for the dataset is trained on: questions, answers, and words of harmony headers."""
     return [*QUESTIONS, *WORDS, NO_IMAGE, *HARMONY_WORDS]
 
 
 def write_digits(folder: str | Path, seed: int = 0) -> DigitsSplit:
     """Write `images/*.png`, `train.jsonl` and `test.jsonl` under `folder`.
 
-    297 scans are held out, every digit in its share; the other 1,500 are shuffled among text-only rows, which ask the
-    same questions and are answered «no image»: eight rows in a hundred, so that a model learns to tell seeing from
-    guessing. The same seed writes the same bytes. A folder that already holds this dataset is left as it is; one that
-    holds it for another seed is replaced whole.
+    297 scans are held out, stratified by digit; the other 1,500 are shuffled among text-only rows, 8 % of all, which
+    have the same questions and the answer "no image", so that a model learns not to guess. The same seed writes the
+    same bytes. A folder that already holds this dataset is left as it is; one with another seed is replaced.
 
     Raises:
         FileExistsError: `folder` holds something that this function did not write.
@@ -137,7 +136,7 @@ def evaluation_rows(split: DigitsSplit) -> Iterator[EvaluationRow]:
 
 
 def _load_scans() -> tuple[Any, list[int]]:
-    # Imported here: scikit-learn takes a second, and a caller that only wants the texts should not pay for it.
+    # Imported here: scikit-learn takes a second, which `all_texts` does not need.
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -162,7 +161,7 @@ def _rows(digits: list[int], seed: int) -> tuple[list[Message], list[Message]]:
 def _row(rng: random.Random, answer: str, scan: int | None) -> Message:
     content: list[Message] = [{"type": "text", "text": rng.choice(QUESTIONS)}]
     if scan is not None:
-        # Before or after the words by chance: a model must find the image by its tokens, not by its place.
+        # Before or after the words at random, so that the position of the image tokens says nothing.
         content.insert(rng.randrange(2), {"type": "image", "path": f"images/{scan:04d}.png"})
     return {
         "messages": [
@@ -188,7 +187,7 @@ def _jsonl(rows: list[Message]) -> str:
 
 
 def _holds(folder: Path, *, scans: int, train: list[Message], test: list[Message]) -> bool:
-    """Whether `folder` is complete and for these rows: comparing texts needs no version number to be kept."""
+    """Whether `folder` is complete and holds these rows."""
     files = {folder / "train.jsonl": _jsonl(train), folder / "test.jsonl": _jsonl(test)}
     texts_match = all(path.is_file() and path.read_text() == text for path, text in files.items())
     return texts_match and all((folder / f"images/{i:04d}.png").is_file() for i in range(scans))

@@ -1,8 +1,4 @@
-"""Asking a model about the held-out digits, and measuring what it answers and which experts it used."""
-
-from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
-
-# isort: split
+"""Answers of a model about the held-out digits: their accuracy, the experts used, and the exactness of the export."""
 
 from collections.abc import Sequence
 from itertools import batched
@@ -10,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.bridge import AutoBridge
-from megatron.bridge.training.model_load_save import temporary_distributed_context
 
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ...conversion.comparison.logits import megatron_model
 from ...terminal import Progress
 from ..inference.generate import Chat, Sampling, answers_to, inputs_of
 from .digits import EvaluationRow
@@ -23,12 +18,12 @@ ASKED_AT_ONCE = 99
 
 
 def load(folder: Path) -> tuple[GPTOSSVisionForCausalLM, GPTOSSVisionProcessor]:
-    """The exported model and its processor, as any user of transformers loads them."""
+    """The exported model and its processor, loaded as by any user of transformers."""
     return GPTOSSVisionForCausalLM.from_pretrained(folder).eval(), GPTOSSVisionProcessor.from_pretrained(folder)
 
 
 def chats(rows: Sequence[EvaluationRow], image: str) -> list[Chat]:
-    """The questions of some rows, asked with ``image``: «right», «wrong» or «no»."""
+    """The questions of some rows, with the image named by ``image``: "right", "wrong" or "no"."""
     return [getattr(row, f"{image}_image") for row in rows]
 
 
@@ -39,7 +34,7 @@ def ask(
     image: str,
     progress: Progress,
 ) -> list[str]:
-    """What the model answers to each row, word for word."""
+    """The answer of the model to each row."""
     answers = []
     for some in batched(rows, ASKED_AT_ONCE):
         answers += answers_to(model, processor, chats(some, image), Sampling(max_new_tokens=12))
@@ -48,7 +43,7 @@ def ask(
 
 
 def accuracy(rows: Sequence[EvaluationRow], answers: Sequence[str]) -> float:
-    """Share of answers that are the word for the row's own digit, whatever image was shown."""
+    """Share of answers that name the digit of the row, whatever image was shown."""
     return sum(said == row.truth for row, said in zip(rows, answers, strict=True)) / len(rows)
 
 
@@ -74,14 +69,16 @@ def largest_difference(
     model: GPTOSSVisionForCausalLM,
     processor: GPTOSSVisionProcessor,
     rows: Sequence[EvaluationRow],
-    megatron_path: Path,
+    checkpoint: Path,
 ) -> float:
-    """The largest difference between any logit of the exported model and of the trained one, in fp32."""
+    """The largest difference between any logit of the exported model and of the Megatron checkpoint, in fp32.
+
+    Args:
+        checkpoint: the folder of an iteration; loaded on the rank that calls (`cpu.run_ranks`).
+    """
     some = rows[:ASKED_AT_ONCE]
     largest = torch.zeros(())
-    with temporary_distributed_context(backend="gloo"), torch.no_grad():
-        (trained,) = AutoBridge.from_hf_pretrained(model.name_or_path).load_megatron_model(megatron_path)
-        trained.eval()
+    with megatron_model(checkpoint) as trained:
         for image in ("right", "no"):
             for row in some:
                 inputs = inputs_of(processor, chats([row], image))

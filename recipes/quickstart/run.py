@@ -1,12 +1,8 @@
-"""The whole path on one machine without a GPU: real images, a model trained by Megatron, a model that answers.
+"""The quickstart: a tiny model is trained by Megatron on real images, exported, and evaluated, without a GPU.
 
-Stations, each a function below: digits and a tiny Hugging Face checkpoint → Megatron checkpoint → Megatron-Bridge's
+The steps, each a function below: digits and a tiny Hugging Face checkpoint → Megatron checkpoint → Megatron-Bridge's
 training loop → Megatron checkpoint → Hugging Face checkpoint → questions about digits that were held out → report.
 """
-
-from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
-
-# isort: split
 
 import json
 import math
@@ -14,28 +10,12 @@ import os
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.bridge import AutoBridge
-from megatron.bridge.recipes.utils.optimizer_utils import distributed_fused_adam_with_cosine_annealing
-from megatron.bridge.training.callbacks import Callback, CallbackContext
-from megatron.bridge.training.config import (
-    CheckpointConfig,
-    ConfigContainer,
-    DistributedDataParallelConfig,
-    DistributedInitConfig,
-    LoggerConfig,
-    RNGConfig,
-    TokenizerConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
-from megatron.bridge.training.model_load_save import temporary_distributed_context
 from PIL import Image
 from rich.console import Console
 
@@ -45,8 +25,12 @@ from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN, GPTOSSVisionTokenizer
 from ...bridge.mcore import cpu
 from ...bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
+from ...conversion.exporting import export_checkpoint
+from ...conversion.importing import import_checkpoint
 from ...terminal import Progress, quiet
+from ..base import ConfigContainer, base_config
 from ..data.megatron import ChatDatasetProvider
+from ..training.log import LossHistory
 from ..training.train import train
 from . import figures
 from .digits import DigitsSplit, EvaluationRow, all_texts, evaluation_rows, write_digits
@@ -57,14 +41,11 @@ VERSIONS = ("torch", "transformers", "megatron-core", "megatron-bridge", "gpt-os
 
 
 def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
-    """Go the whole path and leave checkpoints, TensorBoard logs, pictures and ``report.json`` in a folder.
+    """Train, convert and evaluate; write checkpoints, TensorBoard logs, pictures and ``report.json`` into a folder.
 
     Args:
         out: an existing folder.
         settings: seed and size of the run.
-
-    Raises:
-        ValueError: when the model cannot be trained with the parallel sizes asked for.
 
     Returns:
         The report: accuracy with the right, a wrong and no image, first and last loss, the largest difference between
@@ -75,17 +56,19 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
         console.print("Writing digits and a tiny checkpoint")
         digits = write_digits(out / "digits", settings.seed)
         write_checkpoint(out / "hf_start", settings)
-        # Each Megatron station has processes of its own: Megatron keeps its state in globals.
         console.print("Hugging Face → Megatron")
-        cpu.run_ranks(1, import_checkpoint, out / "hf_start", out / "megatron_start")
+        import_checkpoint(out / "hf_start", out / "megatron_start")
+        # Megatron keeps its state in globals, so each step that runs it has processes of its own.
         losses = cpu.run_ranks(settings.ranks, fine_tune, out, digits, settings, console)[-1]
         console.print("Megatron → Hugging Face")
-        cpu.run_ranks(1, export_checkpoint, out / "hf_start", out / "megatron", out / "hf")
+        export_checkpoint(out / "megatron", out / "hf", dtype="fp32")
         model, processor = load(out / "hf")
         rows = list(evaluation_rows(digits))[: settings.max_questions]
         with Progress("Asking", 3 * math.ceil(len(rows) / ASKED_AT_ONCE), console) as progress:
             answers = {image: ask(model, processor, rows, image, progress) for image in ("right", "wrong", "no")}
-        (difference,) = cpu.run_ranks(1, largest_difference, model, processor, rows, out / "megatron")
+        (difference,) = cpu.run_ranks(
+            1, largest_difference, model, processor, rows, out / f"megatron/iter_{settings.steps:07d}"
+        )
         draw(out, losses, rows, answers["right"], expert_shares(model, processor, rows))
     report = {f"accuracy_{image}_image": accuracy(rows, said) for image, said in answers.items()}
     report |= {"loss_first": losses[0], "loss_last": losses[-1], "max_logit_difference": difference}
@@ -93,9 +76,6 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
     report |= {"versions": {name: version(name) for name in VERSIONS}}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
-
-
-# --- stations ----------------------------------------------------------------------------------------------------
 
 
 def write_checkpoint(folder: Path, settings: Settings) -> None:
@@ -110,7 +90,7 @@ def write_checkpoint(folder: Path, settings: Settings) -> None:
 
 
 def tiny_config(tokenizer: GPTOSSVisionTokenizer) -> GPTOSSVisionConfig:
-    """gpt-oss's architecture at a size that learns in minutes on two cores: MoE, sinks, window, YaRN, NoPE, ViT."""
+    """gpt-oss's architecture at a size that trains in minutes on two cores: MoE, sinks, window, YaRN, NoPE, ViT."""
     return GPTOSSVisionConfig(
         num_hidden_layers=LAYERS,
         hidden_size=64,
@@ -147,39 +127,14 @@ def tiny_config(tokenizer: GPTOSSVisionTokenizer) -> GPTOSSVisionConfig:
     )
 
 
-def import_checkpoint(hf_path: Path, megatron_path: Path) -> None:
-    """Hugging Face to Megatron, through Megatron-Bridge."""
-    with temporary_distributed_context(backend="gloo"):
-        AutoBridge.import_ckpt(hf_path, megatron_path)
-
-
-def export_checkpoint(like: Path, megatron_path: Path, hf_path: Path) -> None:
-    """Megatron to Hugging Face, through Megatron-Bridge; ``like`` gives config, tokenizer and processor."""
-    AutoBridge.from_hf_pretrained(like).export_ckpt(megatron_path, hf_path, strict=True)
-
-
 def fine_tune(out: Path, digits: DigitsSplit, settings: Settings, console: Console) -> list[float]:
     """Train on the digits with Megatron-Bridge's own loop; the loss of every step, in nats per answer token."""
     config = training_config(out, digits, settings)
-    is_last = int(os.environ["RANK"]) == settings.ranks - 1  # the last pipeline stage knows the loss
+    is_last = int(os.environ["RANK"]) == settings.ranks - 1  # the last pipeline stage computes the loss
     with Progress("Training", settings.steps, console if is_last else None) as progress:
         history = LossHistory(progress)
         train(config, callbacks=[history])
     return history.losses
-
-
-@dataclass
-class LossHistory(Callback):
-    """Keeps every step's loss and moves the progress bar."""
-
-    progress: Progress
-    losses: list[float] = field(default_factory=list)
-
-    def on_train_step_end(self, context: CallbackContext) -> None:
-        """Called by Megatron-Bridge after each optimizer step."""
-        if context.loss_dict:
-            self.losses.append(float(context.loss_dict["lm loss"]))
-            self.progress.advance(words=f"loss {self.losses[-1]:.3f}")
 
 
 def provider_for(checkpoint: Path, settings: Settings) -> GPTOSSVisionProvider:
@@ -195,52 +150,31 @@ def provider_for(checkpoint: Path, settings: Settings) -> GPTOSSVisionProvider:
 
 def training_config(out: Path, digits: DigitsSplit, settings: Settings) -> ConfigContainer:
     """Megatron-Bridge's configuration of the run, in fp32."""
-    provider = provider_for(out / "hf_start", settings)
-    optimizer, scheduler = distributed_fused_adam_with_cosine_annealing(
-        lr_warmup_iters=settings.steps // 10,
-        lr_decay_iters=settings.steps,
-        max_lr=settings.learning_rate,
-        min_lr=settings.learning_rate / 100,
-        precision="32",
+    dataset = ChatDatasetProvider(
+        train_path=str(digits.train_path),
+        processor_path=str(out / "hf_start"),
+        seq_length=settings.seq_length,
+        seed=settings.seed,
+        num_workers=0,
+        persistent_workers=False,
     )
-    return ConfigContainer(
-        model=provider,
-        train=TrainingConfig(
-            train_iters=settings.steps,
-            global_batch_size=settings.batch_size,
-            micro_batch_size=settings.micro_batch_size,
-        ),
-        validation=ValidationConfig(eval_iters=0, eval_interval=None),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        ddp=DistributedDataParallelConfig(use_distributed_optimizer=True),
-        dataset=ChatDatasetProvider(
-            train_path=str(digits.train_path),
-            processor_path=str(out / "hf_start"),
-            seq_length=settings.seq_length,
-            seed=settings.seed,
-            num_workers=0,
-            persistent_workers=False,
-        ),
-        logger=LoggerConfig(log_interval=10, tensorboard_dir=str(out / "tensorboard")),
-        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=provider.vocab_size - 1),
-        checkpoint=CheckpointConfig(
-            pretrained_checkpoint=str(out / "megatron_start"),
-            save=str(out / "megatron"),
-            save_interval=settings.steps,
-        ),
-        rng=RNGConfig(seed=settings.seed + 1),
-        dist=DistributedInitConfig(),
-        mixed_precision=None,
+    config = base_config(
+        provider_for(out / "hf_start", settings),
+        dataset,
+        out,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        seed=settings.seed + 1,
+        global_batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
     )
-
-
-# --- what is left behind -----------------------------------------------------------------------------------------
+    config.checkpoint.pretrained_checkpoint = str(out / "megatron_start")
+    return config
 
 
 def draw(out: Path, losses: list[float], rows: Sequence[EvaluationRow], answers: list[str], shares: np.ndarray) -> None:
-    """The three pictures."""
-    figures.loss_figure(range(1, len(losses) + 1), losses, out / "loss.png")
+    """Draw the three pictures."""
+    figures.loss_figure(losses, out / "loss.png")
     figures.predictions_figure(
         [Image.open(row.image_path) for row in rows],
         [row.question for row in rows],
@@ -252,6 +186,6 @@ def draw(out: Path, losses: list[float], rows: Sequence[EvaluationRow], answers:
 
 
 def peak_rss_gib() -> float:
-    """The most memory that this process held at once, plus the most that any of its workers did."""
+    """Peak memory of this process, plus the peak of the largest of its workers."""
     kib = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return kib / 2**20

@@ -24,7 +24,7 @@ class Settings:
     learning_rate: float = 3e-3
     seq_length: int = 32
     max_questions: int | None = None
-    """How many of the held-out scans are asked about; None is all of them."""
+    """How many of the held-out scans are used for evaluation; None is all of them."""
 
     @property
     def ranks(self) -> int:

@@ -1,9 +1,7 @@
-"""Checkpoints of a run that may be killed at any moment: which of them are whole, and where to go on."""
+"""Checkpoints of a run that may be killed at any moment: which of them are complete, and where to continue."""
 
-from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
-
-# isort: split
-
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -20,45 +18,45 @@ from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from megatron.bridge.utils.common_utils import print_rank_0
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
-MARK = "saving_{step}"
-"""A file beside the checkpoints, there while the checkpoint of that step is not whole."""
+IN_PROGRESS = "saving_{step}"
+"""A file beside the checkpoints that exists while the checkpoint of that step is incomplete."""
 
 
-class MarkedCheckpoints(DefaultCheckpointManager):
-    """Megatron-Bridge's own checkpoints, marked while they are written.
+class CrashSafeCheckpoints(DefaultCheckpointManager):
+    """Megatron-Bridge's own checkpoints, with a file beside each while it is written.
 
     Megatron-Bridge 0.6.2 names a checkpoint as the latest before its last file is written, and writes into the tracker
-    in place. A run killed there could not be resumed; with the marks it goes on from the checkpoint before.
+    in place, so a run killed there could not be resumed; by these files `resume` finds the checkpoint before.
     """
 
     def __init__(self, checkpoint_config: CheckpointConfig) -> None:
         super().__init__(checkpoint_config)
-        self._marks: list[Path] = []
-        self._is_told = False
+        self._in_progress: list[Path] = []
+        self._is_registered = False
 
     def save(self, ctx: CheckpointSaveContext, callback_manager: CallbackManager | None = None) -> None:
-        """Save; the mark stands from before the first byte until after the last, and is gone before old ones go."""
+        """Save; the file exists from before the first byte until after the last, and is removed before old ones are."""
         assert callback_manager is not None
-        if not self._is_told:
-            callback_manager.register("on_checkpoint_save", self._unmark)
-            self._is_told = True
+        if not self._is_registered:
+            callback_manager.register("on_checkpoint_save", self._complete)
+            self._is_registered = True
         if torch.distributed.get_rank() == 0:
-            mark = Path(self.checkpoint_config.save, MARK.format(step=int(ctx.state.train_state.step)))
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-            self._marks.append(mark)
+            file = Path(self.checkpoint_config.save, IN_PROGRESS.format(step=int(ctx.state.train_state.step)))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            self._in_progress.append(file)
         super().save(ctx, callback_manager)
 
     def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
-        """Load, without the random states where the ranks are laid out otherwise than they were."""
+        """Load, without the random states where they were saved by another layout of ranks."""
         self._leave_foreign_random_states(ctx)
         return super().load(ctx)
 
-    def _unmark(self, context: CallbackContext) -> None:
-        # Checkpoints are finished in their order. Only the marks of this run: an older one may stand at a checkpoint
-        # that this run has not come to yet.
-        if self._marks:
-            self._marks.pop(0).unlink()
+    def _complete(self, context: CallbackContext) -> None:
+        # Checkpoints are completed in their order. Only files of this run are removed: one of an earlier run may belong
+        # to a checkpoint that this run has not reached yet.
+        if self._in_progress:
+            self._in_progress.pop(0).unlink()
 
     def _leave_foreign_random_states(self, ctx: CheckpointLoadContext) -> None:
         """Megatron-Bridge does so where tensor or pipeline parallelism differ, and fails where only others do."""
@@ -68,29 +66,31 @@ class MarkedCheckpoints(DefaultCheckpointManager):
             return
         mine = get_rng_state(config.rng.data_parallel_random_init, pg_collection=get_pg_collection(ctx.model))
         if mine.unique_key not in load_sharded_metadata(folder):
-            print_rank_0(f"The random states in {folder} are of another layout; they start from the seed.")
+            print_rank_0(f"The random states in {folder} are of another layout of ranks; they start from the seed.")
             self.checkpoint_config.load_rng = False
 
 
 def resume(checkpoint: CheckpointConfig) -> None:
-    """Point ``load``, when it is a folder of checkpoints, to the newest one in it that is whole, and say which.
+    """Set ``load``, when it is a folder of checkpoints, to the newest complete one in it, and print which.
 
     A folder without any is left to Megatron-Bridge, which then takes ``pretrained_checkpoint`` or random weights.
     """
     if checkpoint.load is None or checkpoint.ckpt_step is not None:
         return
     folder = Path(checkpoint.load)
-    unfinished = {_step(mark) for mark in folder.glob(MARK.format(step="*"))}
+    unfinished = _by_step(folder.glob(IN_PROGRESS.format(step="*")), IN_PROGRESS.format(step=r"(\d+)")).keys()
     # The run's configuration is the last file that is written.
-    saved = {_step(file.parent): file.parent for file in folder.glob("iter_*/run_config.yaml")}
-    whole = saved.keys() - unfinished
-    if whole:
-        checkpoint.load = str(saved[max(whole)])
-        print_rank_0(f"Going on after step {max(whole)}, from {checkpoint.load}")
+    written = (file.parent for file in folder.glob("iter_*/run_config.yaml"))
+    saved = _by_step(written, r"iter_(\d{7})")  # not a copy, such as iter_0000100_best
+    complete = saved.keys() - unfinished
+    if complete:
+        checkpoint.load = str(saved[max(complete)])
+        print_rank_0(f"Continuing after step {max(complete)}, from {checkpoint.load}")
     elif unfinished:
-        print_rank_0(f"No checkpoint in {folder} is whole; starting at step 0.")
+        print_rank_0(f"No checkpoint in {folder} is complete; starting at step 0.")
         checkpoint.load = None
 
 
-def _step(path: Path) -> int:
-    return int(path.name.rpartition("_")[2])
+def _by_step(paths: Iterable[Path], pattern: str) -> dict[int, Path]:
+    """Paths whose names match, by the step that the pattern's group finds."""
+    return {int(found[1]): path for path in paths if (found := re.fullmatch(pattern, path.name))}

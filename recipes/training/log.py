@@ -1,8 +1,4 @@
-"""What a training run tells of itself beyond Megatron-Bridge's own log: memory before, speed and routing on the way."""
-
-from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
-
-# isort: split
+"""What a training run logs beyond Megatron-Bridge: estimated memory at the start, then speed and routing."""
 
 import time
 from dataclasses import dataclass, field
@@ -17,34 +13,48 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from ...bridge.mcore.flops import decoder_flops, image_flops
 from ...bridge.mcore.memory import memory_per_rank
 from ...bridge.mcore.router_statistics import pop_expert_counts, write_router_statistics
+from ...terminal import Progress
+
+
+@dataclass
+class LossHistory(Callback):
+    """Keep the loss of every step, in nats per learned token, and advance a progress."""
+
+    progress: Progress
+    losses: list[float] = field(default_factory=list)
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        """Called by Megatron-Bridge after each optimizer step."""
+        if context.loss_dict:
+            self.losses.append(float(context.loss_dict["lm loss"]))
+            self.progress.advance(words=f"loss {self.losses[-1]:.3f}")
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """Some steps: what they took, and the routers' choices in them, ``[layers, 2, experts]``."""
+class Interval:
+    """Consecutive steps: their seconds, and how many tokens each expert got, ``[layers, 2, experts]``."""
 
     seconds: float = 0.0
     counts: Any = 0
 
-    def longer(self, seconds: float, counts: Any) -> "Stretch":
-        """With what came after."""
-        return Stretch(self.seconds + seconds, self.counts + counts)
+    def extended(self, seconds: float, counts: Any) -> "Interval":
+        """This interval and the steps after it."""
+        return Interval(self.seconds + seconds, self.counts + counts)
 
 
 @dataclass
 class TrainingLog(Callback):
-    """The estimate of memory at the start; with every line of Megatron-Bridge's, tokens per second and operations per
-    second with the tower's; with everything that it writes to TensorBoard, these and `write_router_statistics`.
+    """Log the estimate of memory at the start; speeds, in tokens, images and FLOPs, at `log_interval`; the same with
+    `write_router_statistics` to TensorBoard at `tensorboard_log_interval`.
 
-    Times are those of training: evaluations and saving are left out.
-
-    Tokens and images are counted by the routers, on the device and over all ranks. The tower's operations are added to
-    Megatron-Bridge's running total too, whose formula for this model (`GPTOSSVisionProvider`) knows of text only.
+    Times are those of training, without evaluations and saving. Tokens and images are counted by the routers, on the
+    device and over all ranks. The tower's FLOPs are also added to Megatron-Bridge's running total, whose formula for
+    this model (`GPTOSSVisionProvider`) covers text only.
     """
 
     started: float = 0.0
-    line: Stretch = field(default_factory=Stretch)
-    board: Stretch = field(default_factory=Stretch)
+    since_print: Interval = field(default_factory=Interval)
+    since_tensorboard: Interval = field(default_factory=Interval)
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Print the memory that the most loaded rank will need."""
@@ -73,40 +83,41 @@ class TrainingLog(Callback):
         counts = 0
         if prints or writes:
             counts = pop_expert_counts(context.model, config.model.num_layers, config.model.num_moe_experts).cpu()
-            state.train_state.floating_point_operations_so_far += self._tower_operations(config, counts)
+            state.train_state.floating_point_operations_so_far += self._tower_flops(config, counts)
         seconds = time.perf_counter() - self.started
-        self.line, self.board = self.line.longer(seconds, counts), self.board.longer(seconds, counts)
+        self.since_print = self.since_print.extended(seconds, counts)
+        self.since_tensorboard = self.since_tensorboard.extended(seconds, counts)
         if prints:
-            speed = self._throughput(config, self.line)
+            speed = self._throughput(config, self.since_print)
             print_rank_last(" | ".join(f"{name.replace('_', ' ')}: {value:.1f}" for name, value in speed.items()))
-            self.line = Stretch()
+            self.since_print = Interval()
         if writes:
             if state.tensorboard_logger is not None:  # on the last rank
-                write_router_statistics(state.tensorboard_logger, self.board.counts, step)
-                for name, value in self._throughput(config, self.board).items():
+                write_router_statistics(state.tensorboard_logger, self.since_tensorboard.counts, step)
+                for name, value in self._throughput(config, self.since_tensorboard).items():
                     state.tensorboard_logger.add_scalar(f"throughput/{name}", value, step)
-            self.board = Stretch()
+            self.since_tensorboard = Interval()
 
-    def _throughput(self, config: ConfigContainer, stretch: Stretch) -> dict[str, float]:
-        """Speeds over some steps."""
+    def _throughput(self, config: ConfigContainer, interval: Interval) -> dict[str, float]:
+        """Speeds in an interval, by name."""
         provider = config.model
-        tokens, images = _tokens_and_images(provider, stretch.counts)
+        tokens, images = _tokens_and_images(provider, interval.counts)
         learns = config.peft is None and not provider.freeze_language_model
         text = decoder_flops(provider, tokens).training(weight_gradients=learns)
-        seconds = stretch.seconds * torch.distributed.get_world_size()
+        seconds = interval.seconds * torch.distributed.get_world_size()
         return {
             "tokens_per_second_per_GPU": tokens / seconds,
             "images_per_second_per_GPU": images / seconds,
-            "model_TFLOP_per_second_per_GPU": (text + self._tower_operations(config, stretch.counts)) / seconds / 1e12,
+            "model_TFLOP_per_second_per_GPU": (text + self._tower_flops(config, interval.counts)) / seconds / 1e12,
         }
 
-    def _tower_operations(self, config: ConfigContainer, counts: torch.Tensor) -> float:
+    def _tower_flops(self, config: ConfigContainer, counts: torch.Tensor) -> float:
         _, images = _tokens_and_images(config.model, counts)
         if not images:
             return 0.0
-        operations = image_flops(config.model)
+        flops = image_flops(config.model)
         trains = config.peft is None and not config.model.freeze_vision_model
-        return images * (operations.training() if trains else operations.forward)
+        return images * (flops.training() if trains else flops.forward)
 
 
 def _tokens_and_images(provider: Any, counts: torch.Tensor) -> tuple[float, float]:

@@ -1,8 +1,4 @@
-"""The training entry: Megatron-Bridge's own loop, on whatever this machine has."""
-
-from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
-
-# isort: split
+"""The training entry: Megatron-Bridge's own loop, with CUDA or on a CPU."""
 
 import os
 from collections.abc import Sequence
@@ -16,24 +12,24 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import get_wri
 
 from ...bridge.mcore import cpu
 from ...conversion.formats.hf_files import keep_files
-from .checkpoints import MarkedCheckpoints, resume
+from .checkpoints import CrashSafeCheckpoints, resume
 from .log import TrainingLog
 
 
 def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
-    """Train as ``config`` says, from ``checkpoint.pretrained_checkpoint`` or from random weights, or go on.
+    """Train from ``checkpoint.pretrained_checkpoint``, from random weights, or from where ``checkpoint.load`` ends.
 
-    With ``checkpoint.load`` the same folder as ``checkpoint.save``, a run that was killed goes on from its newest whole
-    checkpoint when it is started again, with the data, random numbers and losses of a run that was never stopped.
+    With ``checkpoint.load`` the same folder as ``checkpoint.save``, a run that was killed continues from its newest
+    complete checkpoint when it is started again, with the data, random numbers and losses of an unbroken run.
 
     Args:
         config: complete; on a machine without CUDA its communication settings are adapted (`cpu.adapt_config_for_cpu`).
-        callbacks: told of every step by Megatron-Bridge, before our own.
+        callbacks: called by Megatron-Bridge at every step, before our own.
     """
     cpu.adapt_config_for_cpu(config)
-    config.checkpoint.custom_manager_class = f"{MarkedCheckpoints.__module__}.{MarkedCheckpoints.__qualname__}"
-    # The queue of Megatron-Core's checkpoint writer is a process. Made now, it is a fork of this one; made by the
-    # writer, it is a new one that imports everything again, which takes every rank some seconds and 320 MB.
+    config.checkpoint.custom_manager_class = f"{CrashSafeCheckpoints.__module__}.{CrashSafeCheckpoints.__qualname__}"
+    # The queue of Megatron-Core's checkpoint writer is a process. Started here, it is a fork of this one; started by
+    # the writer, it imports everything again, which costs every rank some seconds and 320 MB.
     get_write_results_queue("fork")
     resume(config.checkpoint)
     _keep_files(config)
@@ -42,7 +38,7 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
 
 
 def _keep_files(config: ConfigContainer) -> None:
-    """Put config, tokenizer and processor beside the checkpoints, so that these can be exported by themselves.
+    """Copy config, tokenizer and processor beside the checkpoints, so that export needs nothing else.
 
     They are taken from the checkpoint that training starts from, or from the folder of the dataset's processor.
     """

@@ -26,8 +26,8 @@ from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.verify import verify
 from gpt_oss_vision.recipes.quickstart.digits import write_digits
-from gpt_oss_vision.recipes.quickstart.run import Settings, training_config, write_checkpoint
-from gpt_oss_vision.recipes.quickstart.run import export_checkpoint as export_by_bridge
+from gpt_oss_vision.recipes.quickstart.run import training_config, write_checkpoint
+from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.train import train
 from layouts import Layout
 from tiny import tiny_batch, tiny_vision_config
@@ -156,6 +156,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "hf_start", Settings())
     import_checkpoint(folder / "hf_start", folder / "megatron")
     return folder
+
+
+def export_by_bridge(like: Path, megatron: Path, hf: Path) -> None:
+    """Megatron to Hugging Face through Megatron-Bridge; `like` gives config, tokenizer and processor."""
+    from megatron.bridge import AutoBridge
+
+    AutoBridge.from_hf_pretrained(like).export_ckpt(megatron, hf, strict=True)
 
 
 @pytest.mark.parametrize("training", TRAININGS.values(), ids=TRAININGS)

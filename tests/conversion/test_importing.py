@@ -252,7 +252,8 @@ def test_a_dry_run_writes_nothing_and_says_how_much(both: Path, tmp_path: Path, 
 def losses(out: Path, start: Path, checkpoint: Path) -> list[float]:
     """Of two steps of training at TP2·EP2 from an imported checkpoint, as the last rank sees them."""
     from gpt_oss_vision.recipes.quickstart.digits import write_digits
-    from gpt_oss_vision.recipes.quickstart.run import Settings, fine_tune
+    from gpt_oss_vision.recipes.quickstart.run import fine_tune
+    from gpt_oss_vision.recipes.quickstart.settings import Settings
 
     out.mkdir()
     (out / "hf_start").symlink_to(start)
@@ -263,7 +264,8 @@ def losses(out: Path, start: Path, checkpoint: Path) -> list[float]:
 
 
 def test_training_at_tp2_ep2_begins_from_it_as_from_autobridges(tmp_path: Path):
-    from gpt_oss_vision.recipes.quickstart.run import Settings, write_checkpoint
+    from gpt_oss_vision.recipes.quickstart.run import write_checkpoint
+    from gpt_oss_vision.recipes.quickstart.settings import Settings
 
     write_checkpoint(tmp_path / "hf", Settings())
     import_checkpoint(tmp_path / "hf", tmp_path / "ours")

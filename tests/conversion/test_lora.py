@@ -23,7 +23,8 @@ from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.lora import export_adapters
 from gpt_oss_vision.recipes.quickstart.digits import write_digits
-from gpt_oss_vision.recipes.quickstart.run import Settings, training_config, write_checkpoint
+from gpt_oss_vision.recipes.quickstart.run import training_config, write_checkpoint
+from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.train import train
 from tiny import tiny_batch
 

@@ -30,15 +30,15 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the digits and the two checkpoints that the quickstart trains from."""
-    from gpt_oss_vision.bridge.mcore import cpu
+    from gpt_oss_vision.conversion.importing import import_checkpoint
     from gpt_oss_vision.recipes.quickstart.digits import write_digits
-    from gpt_oss_vision.recipes.quickstart.run import import_checkpoint, write_checkpoint
+    from gpt_oss_vision.recipes.quickstart.run import write_checkpoint
     from gpt_oss_vision.recipes.quickstart.settings import Settings
 
     out = tmp_path_factory.mktemp("start")
     write_digits(out / "digits", Settings().seed)
     write_checkpoint(out / "hf_start", Settings())
-    cpu.run_ranks(1, import_checkpoint, out / "hf_start", out / "megatron_start")
+    import_checkpoint(out / "hf_start", out / "megatron_start")
     return out
 
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
+from gpt_oss_vision.recipes.base import CheckpointConfig
 from gpt_oss_vision.recipes.quickstart.digits import DigitsSplit, write_digits
-from gpt_oss_vision.recipes.quickstart.run import Callback, CallbackContext, CheckpointConfig, Settings, training_config
+from gpt_oss_vision.recipes.quickstart.run import training_config
+from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.checkpoints import resume
+from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
 from gpt_oss_vision.recipes.training.train import train
 from layouts import Layout
 
@@ -262,26 +265,27 @@ def test_a_run_killed_again_and_again_has_the_losses_of_an_unbroken_one(job):
     assert set(killed.losses()) == set(expected)
 
 
-def test_a_folder_is_gone_on_with_from_the_newest_checkpoint_that_is_whole(tmp_path: Path, capsys):
-    for step in (9, 10, 11):
-        (tmp_path / f"iter_{step:07}").mkdir()
-        (tmp_path / f"iter_{step:07}" / "run_config.yaml").touch()
-    (tmp_path / "saving_11").touch()
+def test_a_folder_is_continued_from_the_newest_complete_checkpoint(tmp_path: Path, capsys):
+    for name in ("iter_0000009", "iter_0000010", "iter_0000011", "iter_0000010_best", "iter_best", "iter_12"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run_config.yaml").touch()
+    for name in ("saving_11", "saving_notes"):
+        (tmp_path / name).touch()
     checkpoint = CheckpointConfig(load=str(tmp_path))
     resume(checkpoint)
     assert checkpoint.load == str(tmp_path / "iter_0000010")
-    assert capsys.readouterr().out == f"Going on after step 10, from {checkpoint.load}\n"
+    assert capsys.readouterr().out == f"Continuing after step 10, from {checkpoint.load}\n"
 
 
-def test_a_folder_in_which_nothing_is_whole_is_started_anew(tmp_path: Path, capsys):
+def test_a_folder_without_a_complete_checkpoint_is_started_anew(tmp_path: Path, capsys):
     (tmp_path / "saving_1").touch()
     checkpoint = CheckpointConfig(load=str(tmp_path))
     resume(checkpoint)
     assert checkpoint.load is None
-    assert capsys.readouterr().out == f"No checkpoint in {tmp_path} is whole; starting at step 0.\n"
+    assert capsys.readouterr().out == f"No checkpoint in {tmp_path} is complete; starting at step 0.\n"
 
 
-def test_a_folder_without_our_marks_is_left_to_megatron_bridge(tmp_path: Path):
+def test_a_folder_without_our_files_is_left_to_megatron_bridge(tmp_path: Path):
     checkpoint = CheckpointConfig(load=str(tmp_path))
     resume(checkpoint)
     assert checkpoint.load == str(tmp_path)

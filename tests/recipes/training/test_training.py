@@ -9,7 +9,9 @@ from rich.console import Console
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
 from gpt_oss_vision.recipes.quickstart.digits import write_digits
-from gpt_oss_vision.recipes.quickstart.run import Callback, CallbackContext, Settings, fine_tune, training_config
+from gpt_oss_vision.recipes.quickstart.run import fine_tune, training_config
+from gpt_oss_vision.recipes.quickstart.settings import Settings
+from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
 from gpt_oss_vision.recipes.training.train import train
 
 STEPS = 3

@@ -13,9 +13,12 @@ from tensorboard.util.tensor_util import make_ndarray
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.mcore.flops import decoder_flops, image_flops
 from gpt_oss_vision.bridge.mcore.param_groups import PARAM_GROUPS, LearningRateFactors, group_of
+from gpt_oss_vision.recipes.base import ConfigContainer
 from gpt_oss_vision.recipes.quickstart.digits import write_digits
-from gpt_oss_vision.recipes.quickstart.run import Callback, CallbackContext, ConfigContainer, Settings, training_config
+from gpt_oss_vision.recipes.quickstart.run import training_config
+from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training import log
+from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
 from gpt_oss_vision.recipes.training.train import train
 
 
