@@ -1,8 +1,9 @@
-"""What this machine can run, what is missing, and the exact fix: the report of `gpt-oss-vision doctor`."""
+"""The report of `gpt-oss-vision doctor`: what this machine can run, what is missing, and the exact fix."""
 
 import os
 import platform
 import shutil
+import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -13,8 +14,9 @@ QUICKSTART_DISK_GIB = 1
 
 def examine(folder: Path) -> tuple[str, bool]:
     """Return the report as text, and whether the quickstart can run here with its output in `folder`."""
-    problems = [*_package_problems(), *_room_problems(folder)]
+    problems = [*_system_problems(), *_package_problems(), *_space_problems(folder)]
     rows = [
+        ("system", f"{platform.system()} {platform.release()}"),
         ("python", platform.python_version()),
         *((name, _installed(name) or "missing") for name in _pins()),
         ("CUDA", _cuda()),
@@ -44,15 +46,22 @@ def _pins() -> dict[str, str]:
     return dict(line.split("==") for line in requires("gpt-oss-vision") or [] if ";" not in line)
 
 
+def _system_problems() -> list[str]:
+    if sys.platform == "linux":
+        return []
+    # fork, prctl, O_DIRECT, fallocate and posix_fadvise; Megatron-Bridge has wheels for Linux alone.
+    return [f"Linux is needed, this is {platform.system()}: use a Linux machine, a virtual machine or a container"]
+
+
 def _package_problems() -> list[str]:
     return [
         f"{name} {pin} is needed, {_installed(name) or 'none'} is here: run `uv sync`, or `pip install {name}=={pin}`"
         for name, pin in _pins().items()
-        if (_installed(name) or "").split("+")[0] != pin  # «2.11.0+cu130» is torch 2.11.0
+        if (_installed(name) or "").split("+")[0] != pin  # "2.11.0+cu130" is torch 2.11.0
     ]
 
 
-def _room_problems(folder: Path) -> list[str]:
+def _space_problems(folder: Path) -> list[str]:
     problems = []
     memory, disk = _memory_available(), shutil.disk_usage(folder).free
     if memory is not None and memory < QUICKSTART_MEMORY_GIB * GIB:
@@ -103,7 +112,7 @@ def _cuda() -> str:
 
 
 def _memory_available() -> int | None:
-    """Bytes that a new program can take, or None where the system does not say (it does on Linux)."""
+    """Bytes that a new program can take, or None without /proc/meminfo."""
     file = Path("/proc/meminfo")
     if not file.exists():
         return None

@@ -17,14 +17,14 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add = add_command(actions, import_, "import").add_argument
     add("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face checkpoint")
     _add_output(add)
-    add("--dtype", choices=("bf16", "fp16", "fp32"), help="of the new weights (that of the checkpoint's config)")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the new weights (that of the checkpoint's config)")
 
     add = add_command(actions, export).add_argument
     add("--megatron", type=Path, required=True, metavar="DIR", help="folder of the Megatron checkpoint")
     _add_output(add)
     dtypes = ("bf16", "fp32", "mxfp4")
-    add("--dtype", choices=dtypes, help="of the new weights; mxfp4 packs the experts (bf16)")
-    add("--text-only", action="store_true", help="leave out what is visual and write a stock gpt-oss")
+    add("--dtype", choices=dtypes, help="type of the new weights; mxfp4 packs the experts (bf16)")
+    add("--text-only", action="store_true", help="leave out visual weights and write a stock gpt-oss")
     add("--adapter", action="store_true", help="write the adapters of LoRA alone, for PEFT")
     add("--hf", type=Path, metavar="DIR", help="where config and tokenizer are, if --megatron keeps none")
     add("--base", type=Path, metavar="DIR", help="the Megatron checkpoint that adapters adapt, if it has moved")
@@ -39,16 +39,16 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add = add_command(actions, assemble).add_argument
     add("--text", type=Path, required=True, metavar="DIR", help="folder of a gpt-oss checkpoint, bf16 or MXFP4")
     add("--vision", type=Path, required=True, metavar="DIR", help="folder of a ViT, CLIP or SigLIP checkpoint")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of the new weights (%(default)s)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="seed of the new weights (%(default)s)")
     _add_output(add)
 
 
 def _add_output(add: Callable[..., object]) -> None:
-    """The options that all conversions share."""
+    """Add the options of all conversions that make a folder."""
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     add("--jobs", type=at_least(1), default=4, metavar="N", help="threads (%(default)s)")
     add("--overwrite", action="store_true", help="replace --out when the new one is complete")
-    add("--dry-run", action="store_true", help="say what would be written, how large, and the memory needed")
+    add("--dry-run", action="store_true", help="print the size of the output and the memory needed; write nothing")
 
 
 def import_(hf: Path, out: Path, dtype: str | None, jobs: int, overwrite: bool, dry_run: bool) -> int:
@@ -103,8 +103,8 @@ def export(
 def verify(hf: Path, megatron: Path, logits: bool, report: Path, jobs: int) -> int:
     """Compare a Hugging Face checkpoint with a Megatron one, tensor by tensor, bit by bit.
 
-    Experts in MXFP4 are compared with what they were packed from, within the bound of the rounding. The report is JSON,
-    with a hash of every tensor. The exit code is 1 where they differ.
+    Experts in MXFP4 may differ from the weights that they were packed from within the bound of the rounding. The report
+    is JSON, with a hash of every tensor. The exit code is 1 where the checkpoints differ.
     """
     from rich.console import Console
 
@@ -124,8 +124,8 @@ def verify(hf: Path, megatron: Path, logits: bool, report: Path, jobs: int) -> i
 def assemble(text: Path, vision: Path, out: Path, seed: int, jobs: int, overwrite: bool, dry_run: bool) -> int:
     """A gpt-oss and a vision tower to a first GPT-OSS-Vision checkpoint, streamed.
 
-    Text weights stay as they are, packed ones too. The tower is a ViT, CLIP or SigLIP. Projector, norm, pool token and
-    vision biases are new, and still to be trained.
+    Text weights are copied unchanged, packed ones too. The tower is a ViT, CLIP or SigLIP. Projector, norm, pool token
+    and vision biases are initialised, and have to be trained.
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""The doctor tells what is installed, and ends with a verdict for each way to run."""
+"""The doctor lists what is installed, and ends with a verdict for each way to run."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,14 @@ def test_too_little_memory_is_a_problem_with_numbers(tmp_path: Path, monkeypatch
     text, is_ready = doctor.examine(tmp_path)
     assert not is_ready
     assert "GiB of memory are available, 1048576 GiB are needed" in text
+
+
+def test_another_system_than_linux_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
+    text, is_ready = doctor.examine(tmp_path)
+    assert not is_ready
+    assert "Linux is needed, this is Darwin" in text
 
 
 def test_a_missing_package_comes_with_its_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
