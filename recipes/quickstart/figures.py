@@ -86,7 +86,9 @@ def predictions_figure(
             axes.spines[:].set(visible=True, color=color, linewidth=1 if right[index] else 3.5)
             axes.set_title(_lines(questions[index], 22), color=GREY, fontsize="small", loc="center")
             said = f"✓ {answers[index]}" if right[index] else f"✗ {answers[index]}, not {truths[index]}"
-            axes.set_xlabel(_lines(said, 18), color=color, fontsize="large", fontweight="bold")
+            axes.set_xlabel(
+                _lines(said, 18), color=color, fontsize="large" if right[index] else "medium", fontweight="bold"
+            )
         if len(shown) < len(right):
             figure.supxlabel(f"{len(shown)} shown, wrong ones first", color=GREY, fontsize="medium")
 
@@ -106,8 +108,10 @@ def experts_figure(shares: np.ndarray, path: Path) -> None:
                 _draw_layer(axes, shares[layer], f"layer {layer}", 1.08 * max(shares.max(), 1.5 / experts))
             else:
                 axes.set_axis_off()
+            if layers - 2 <= layer < layers:
+                axes.tick_params(labelbottom=True)
+                axes.set_xlabel("expert")
         figure.suptitle("Experts used by images and by text")
-        figure.supxlabel("expert", fontsize="medium")
         figure.supylabel("share of routed tokens", fontsize="medium")
         legend = [
             Patch(color=BLUE, label="visual tokens (up)"),
