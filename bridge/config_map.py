@@ -1,4 +1,4 @@
-"""The numbers of the architecture under Megatron's names: from a transformers config to fields of a provider."""
+"""The fields of a transformers config under Megatron's names."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +7,7 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from .hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
-# One row, one number: the name in the transformers config, and in Megatron's.
+# Fields with equal values: name in the transformers config, name in Megatron.
 HF_TO_MEGATRON = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -43,7 +43,7 @@ YARN = {
 }
 
 TRAINING_ONLY = ("vocab_size", "seq_length", "init_method_std", "attention_dropout", "moe_aux_loss_coeff")
-"""Fields that a training run may choose without making another model: the same weights give the same logits."""
+"""Fields that may differ between two runs of one model: the same weights give the same logits."""
 
 PER_MODALITY = "modality_aux_loss"
 """Our own value of ``moe_router_load_balancing_type``: ``aux_loss`` for text and for visual tokens apart."""
@@ -58,12 +58,12 @@ def load_balancing_fields(config: "GPTOSSVisionConfig") -> dict[str, Any]:
 
 
 def megatron_fields(config: "GPTOSSVisionConfig") -> dict[str, Any]:
-    """Fields of the provider that follow from a config, as plain values.
+    """The provider fields of a config, as plain values.
 
     Raises:
-        ValueError: for a kind of rotary embedding that Megatron-Core cannot express.
+        UserError: for a rotary embedding that Megatron-Core does not have.
     """
-    values: Any = config  # transformers' annotations allow None where a value always stands
+    values: Any = config  # transformers' annotations allow None where there is always a value
     return {megatron: getattr(values, name) for name, megatron in HF_TO_MEGATRON.items()} | {
         **_rotary_fields(values.rope_parameters, values.max_position_embeddings),
         "window_size": (values.sliding_window - 1, 0) if values.sliding_window else None,

@@ -1,4 +1,4 @@
-"""`sink_sdpa`: our fused attention as an attention implementation of transformers.
+"""The attention implementation `sink_sdpa` for transformers: our fused attention with sinks.
 
 Shapes: b rows, h query heads, g key/value heads, q query positions, k key positions, d head size.
 """
@@ -16,7 +16,7 @@ from .ops.attention import fused_sink_attention
 
 
 def register_attention() -> None:
-    """Makes transformers know ``attn_implementation="sink_sdpa"``. Calling it again changes nothing."""
+    """Register ``attn_implementation="sink_sdpa"`` in transformers. Idempotent."""
     AttentionInterface.register("sink_sdpa", sink_sdpa_attention)
     AttentionMaskInterface.register("sink_sdpa", sink_sdpa_mask)
 
@@ -35,11 +35,10 @@ def sink_sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """Query ``(b, h, q, d)``, key and value ``(b, g, k, d)``, sinks ``s_aux (h,)`` to ``(b, q, h, d)``.
 
-    Attention without sinks that is not causal, as in a vision tower, is transformers' own ``sdpa``.
+    Attention without sinks that is not causal, as in a vision tower, runs as transformers' ``sdpa``.
 
     Raises:
-        ValueError: where the result would not be what was asked for: causal attention without sinks, dropout,
-            ``output_attentions=True``.
+        ValueError: for causal attention without sinks, dropout, and ``output_attentions=True``.
     """
     if s_aux is None:
         if getattr(module, "is_causal", True):
@@ -65,10 +64,10 @@ def sink_sdpa_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """What `fused_sink_attention` needs to know besides the causal rule and the window, which it knows.
+    """The mask of `fused_sink_attention`, which applies the causal rule and the window itself.
 
-    Nothing, or the padding ``(b, k)``, where the queries are the last of the keys; for static caches, packed sequences
-    and masks of transformers' users, which key each query sees, ``(b, 1, q, k)``.
+    Where the queries are the last of the keys, the padding ``(b, k)``, or None without padding. For static caches,
+    packed sequences and user-defined masks, visibility per query and key, ``(b, 1, q, k)``.
     """
     if not allow_is_causal_skip or q_offset + q_length != kv_offset + kv_length:
         return sdpa_mask(

@@ -1,4 +1,4 @@
-"""Fitting the model in memory: INT8 weights through torchao, experts included, and what that leaves as it was.
+"""INT8 weights through torchao, experts included, and a summary of what is quantised.
 
 model = GPTOSSVisionForCausalLM.from_pretrained(folder, dtype="bfloat16", quantization_config=int8_config())
 print(describe_weights(model))
@@ -14,42 +14,46 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import TorchAoConfig
 
 from ..errors import UserError
+from .hf.configuration_gpt_oss_vision import TOWERS
 
 try:
     from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
 except ModuleNotFoundError as error:
     raise UserError("INT8 weights need torchao; install it with `pip install 'gpt-oss-vision[int8]'`") from error
 
-# Weights of the linear layers of decoder, tower and head, and the experts. Routers stay: they are small, and a rounding
-# there changes which experts are chosen. So do embeddings, which torchao would unpack whole for every token.
-LINEAR_WEIGHTS = r"(?:.*\.)?(?:[qkvo]_proj|out_proj|fc[12]|proj|lm_head)\.weight"
+# Weights of the linear layers of decoder, towers, projection and head, and the experts. Routers stay: they are small,
+# and rounding would change which experts are chosen. So do embeddings, which torchao would unpack for every token.
+LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "proj", "lm_head"}.union(
+    *(tower.linears for tower in TOWERS.values())
+)
+LINEAR_WEIGHTS = rf"(?:.*\.)?(?:{'|'.join(sorted(LINEARS))})\.weight"
 EXPERT_WEIGHTS = r".*\.experts\.(?:gate_up|down)_proj"
 
 
 def int8_config() -> TorchAoConfig:
-    """What `from_pretrained(…, quantization_config=…)` takes to hold these weights in INT8, with a scale for each row.
+    """The `quantization_config` of `from_pretrained` for INT8 weights with a scale per row.
 
-    They are quantised one by one as they are read, on any device. Such a model can be saved, and loads again as it is.
+    Weights are quantised one by one while they are loaded, on any device. A quantised model can be saved and loaded.
     """
     int8 = Int8WeightOnlyConfig(version=2)
     return TorchAoConfig(
         FqnToConfig(OrderedDict.fromkeys((f"re:{LINEAR_WEIGHTS}", f"re:{EXPERT_WEIGHTS}"), int8)),
-        modules_to_not_convert=[],  # transformers would leave the head out
+        modules_to_not_convert=[],  # transformers would exclude the head
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightUsage:
-    """How the parameters of one name, over all layers, are held."""
+    """Number, memory and quantisation of the parameters with one name, over all layers."""
 
-    name: str  # «N» for the number of a layer
+    name: str  # with "N" for the number of a layer
     weights: int
     bytes: int
     is_quantized: bool
 
 
 def weight_usage(model: nn.Module) -> list[WeightUsage]:
-    """Every kind of parameter in a model, the largest first."""
+    """Usage per parameter name, the largest first."""
     kinds = defaultdict(list)
     for name, parameter in model.named_parameters():
         kinds[re.sub(r"\.\d+\.", ".N.", name)].append(parameter)
@@ -66,7 +70,7 @@ def weight_usage(model: nn.Module) -> list[WeightUsage]:
 
 
 def describe_weights(model: nn.Module, *, named_at_most: int = 3) -> str:
-    """A sentence: how many weights in how much memory, and which are not quantised, with their share."""
+    """A sentence with the number of weights, their memory, and the names and shares of those that are not quantised."""
     rows = weight_usage(model)
     total = sum(row.weights for row in rows)
     left = [row for row in rows if not row.is_quantized]
@@ -79,7 +83,7 @@ def describe_weights(model: nn.Module, *, named_at_most: int = 3) -> str:
 
 
 def _parts_of(parameter: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors of a quantised parameter: values and scales. None where it is a plain tensor itself."""
+    """The plain tensors of a quantised parameter (values and scales); empty for a plain tensor."""
     if not is_traceable_wrapper_subclass(parameter):
         return []
     names, _ = parameter.__tensor_flatten__()

@@ -1,7 +1,7 @@
-"""Importing this module makes transformers and Megatron-Bridge know the model, and transformers our attention.
+"""Importing this module registers the model in transformers and Megatron-Bridge, and our attention in transformers.
 
-For frameworks that load plug-ins by name: ``bridge_plugins: [gpt_oss_vision.bridge.plugin]``. Others call
-`gpt_oss_vision.register`, which is the same.
+For frameworks that load plug-ins by name: ``bridge_plugins: [gpt_oss_vision.bridge.plugin]``. Elsewhere call
+`gpt_oss_vision.register`, which does the same.
 """
 
 from . import hf, hf_attention, mcore

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..bridge.hf.configuration_gpt_oss_vision import VISION_CONFIGS, GPTOSSVisionConfig
+from ..bridge.hf.configuration_gpt_oss_vision import TOWERS, GPTOSSVisionConfig, tower_config
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from ..errors import UserError
@@ -198,17 +198,21 @@ def config_of(text: Path, vision: Path, dtype: torch.dtype, fields: Mapping[str,
     """
     tower = config_fields(vision, "ViT, CLIP or SigLIP")
     kind = tower.get("model_type")
-    if kind in ("clip", "siglip"):
-        tower, kind = tower.get("vision_config"), f"{kind}_vision_model"
+    for name, row in TOWERS.items():
+        if row.outer and kind == row.outer:
+            tower, kind = tower.get("vision_config"), name
+            break
     if not isinstance(tower, dict):
         raise UserError(f"{vision / 'config.json'} has {tower!r} for vision_config, not its fields; copy it again")
-    if kind not in [*VISION_CONFIGS]:
-        raise UserError(f"{vision} is a checkpoint of {kind!r}, not of {', '.join(map(repr, VISION_CONFIGS))}")
+    if kind not in [*TOWERS]:
+        raise UserError(f"{vision} is a checkpoint of {kind!r}, not of {', '.join(map(repr, TOWERS))}")
     own = {name: value for name, value in tower.items() if name not in ("architectures", "torch_dtype", "dtype")}
     base = {name: value for name, value in config_fields(text).items() if name not in REPLACED_FIELDS}
     new = {"vision_config": own | {"model_type": kind}, "dtype": dtype}
     with buildable(vision / "config.json"):
-        VISION_CONFIGS[kind](**own)  # by itself, so that what else may be wrong is not taken for the tower's
+        tower_config(
+            own | {"model_type": kind}
+        )  # by itself, so that what else may be wrong is not taken for the tower's
     return GPTOSSVisionConfig.from_dict(base | new | dict(fields))
 
 

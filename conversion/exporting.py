@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import Quantizer
+from ..bridge.weight_map import LANGUAGE_MODEL, group_of
 from ..errors import UserError
 from .engine.job import ShardedWork, run_conversion
 from .engine.report import Digest
@@ -31,7 +32,7 @@ from .formats.torch_dist_reader import (
     region_of,
 )
 from .lora import Adapters, check_adapters, is_adapter_checkpoint, open_base, read_adapters
-from .parameters import KEPT_WHOLE, MXFP4_PARTS, MegatronParameter, is_of_vision, pack, parameters, to_hf
+from .parameters import KEPT_WHOLE, MXFP4_PARTS, MegatronParameter, pack, parameters, to_hf
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def plan_export(
         check_config(adapters.folder, config)
     model = meta_model(config, DTYPES[dtype], text_only=text_only)
     targets = tensors_of(model, packed=dtype == "mxfp4")
-    written = [one for one in everything if not (text_only and is_of_vision(one.name))]
+    written = [one for one in everything if not text_only or group_of(one.name) == LANGUAGE_MODEL]
     shards = plan_shards(targets, shard_bytes=SHARD_BYTES)
     by_name = {target.name: target for target in targets}
     return Export(checkpoint, folder, model, written, by_name, shards, dtype, adapters)

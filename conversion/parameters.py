@@ -16,9 +16,6 @@ from ..bridge.weight_map import ROWS, Layout, Row
 MXFP4_PARTS = ("_blocks", "_scales")
 """What is added to the name of a tensor that is stored as MXFP4."""
 
-VISION_KEYS = ("vision_adapter.", "mlp.router.vision_bias")
-"""In the names of what a stock gpt-oss has not, in Megatron's parameters and checkpoints alike."""
-
 MADE_OF_EXPERTS = (Layout.EXPERT_GATE_UP, Layout.EXPERT_DOWN)
 KEPT_WHOLE = (Layout.REPLICATED, Layout.COLUMN, Layout.ROW)
 """Layouts whose numbers are the same, in the same order, on both sides."""
@@ -37,6 +34,7 @@ class MegatronParameter:
         hf: the tensors of transformers' checkpoint that it is made of: one, or q, k and v.
         layout: how.
         groups: key/value groups of the attention.
+        keep_fp32: whether it stays fp32 whatever the precision of the model.
     """
 
     name: str
@@ -47,16 +45,12 @@ class MegatronParameter:
     hf: tuple[str, ...]
     layout: Layout
     groups: int
+    keep_fp32: bool
 
     @property
     def expert(self) -> int | None:
         """Which entry of the transformers tensor this parameter is; None where it is the whole of it."""
         return self.index[-1] if self.layout in MADE_OF_EXPERTS else None
-
-    @property
-    def stays_fp32(self) -> bool:
-        """Whether the model keeps it in fp32 whatever its own precision is."""
-        return self.name.endswith(".vision_bias")
 
     @property
     def chunks(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -102,20 +96,16 @@ def _at(
     of_layer = row.megatron.startswith("decoder.layers.")
     index, axes = ((int(numbers[0]),), (count,)) if of_layer else ((), ())
     shape = _megatron_shape(row.layout, shapes)
+    rest = (shape, hf, row.layout, groups, row.keep_fp32)
     if row.layout not in MADE_OF_EXPERTS:
         name = _fill(row.megatron, numbers)
-        return [MegatronParameter(name, checkpoint_key(name), index, axes, shape, hf, row.layout, groups)]
+        return [MegatronParameter(name, checkpoint_key(name), index, axes, *rest)]
     experts = shapes[0][0]
     names = [_fill(row.megatron, (*numbers, str(expert))) for expert in range(experts)]
     return [
-        MegatronParameter(name, checkpoint_key(name), (*index, expert), (*axes, experts), shape, hf, row.layout, groups)
+        MegatronParameter(name, checkpoint_key(name), (*index, expert), (*axes, experts), *rest)
         for expert, name in enumerate(names)
     ]
-
-
-def is_of_vision(name: str) -> bool:
-    """Whether a stock gpt-oss has no such parameter."""
-    return any(word in name for word in VISION_KEYS)
 
 
 def checkpoint_key(name: str) -> str:

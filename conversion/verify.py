@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from ..bridge.ops.mxfp4 import Dequantizer
+from ..bridge.weight_map import LANGUAGE_MODEL, group_of
 from ..terminal import Progress
 from .comparison.difference import Difference
 from .engine.report import Digest, check_target, make_report, replace_report
@@ -34,7 +35,7 @@ from .formats.torch_dist_reader import (
     region_of,
 )
 from .messages import listed
-from .parameters import KEPT_WHOLE, MegatronParameter, is_of_vision, to_hf
+from .parameters import KEPT_WHOLE, MegatronParameter, to_hf
 
 VISION_FIELDS = ("use_vision", "vision_pool_token", "image_token_id", "num_image_tokens", "vision_config")
 """Of a config, in both its spellings: what a stock gpt-oss does not say."""
@@ -181,9 +182,9 @@ def _in_common(source: Source, checkpoint: TorchDistCheckpoint) -> tuple[Compari
     """
     parameters, config, left_out = source.parameters, source.config, []
     if source.missing and any(key.startswith("vision_adapter.") for key in checkpoint.tensors):
-        left_out = sorted(key for key in checkpoint.tensors if is_of_vision(key))
-        parameters = [parameter for parameter in parameters if not is_of_vision(parameter.key)]
-        tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if not is_of_vision(key)}
+        left_out = sorted(key for key in checkpoint.tensors if group_of(key) != LANGUAGE_MODEL)
+        parameters = [parameter for parameter in parameters if group_of(parameter.key) == LANGUAGE_MODEL]
+        tensors = {key: tensor for key, tensor in checkpoint.tensors.items() if group_of(key) == LANGUAGE_MODEL}
         checkpoint = replace(checkpoint, tensors=tensors)
         trained = model_fields(checkpoint.folder)
         vision = {name: trained[name] for name in VISION_FIELDS if name in trained}

@@ -46,7 +46,9 @@ RULES = {
     "bridge/hf_attention.py": Rule(("bridge.ops.attention",), frozenset({"torch", "transformers"})),
     "bridge/weight_map.py": Rule((), frozenset()),
     "bridge/config_map.py": Rule(("bridge.hf.configuration_gpt_oss_vision", "errors"), frozenset()),
-    "bridge/hf_int8.py": Rule(("errors",), frozenset({"torch", "transformers", "torchao"})),
+    "bridge/hf_int8.py": Rule(
+        ("bridge.hf.configuration_gpt_oss_vision", "errors"), frozenset({"torch", "transformers", "torchao"})
+    ),
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
     "conversion": Rule(("bridge", "errors", "arguments", "atomic", "terminal")),
     "recipes/commands.py": Rule(

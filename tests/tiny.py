@@ -9,7 +9,7 @@ from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionCo
 from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
 
 
 def tiny_config(**overrides: Any) -> GPTOSSVisionConfig:
@@ -136,7 +136,7 @@ def tiny_processor(config: GPTOSSVisionConfig | None = None) -> GPTOSSVisionProc
     """
     config = config if config is not None else tiny_config()
     texts = ["user assistant system developer final analysis", "Which digit is this? It is a seven. What is in there?"]
-    tokenizer = GPTOSSVisionTokenizer.train_from_texts(texts, vocab_size=320)
+    tokenizer = train_tokenizer(texts, vocab_size=320)
     return GPTOSSVisionProcessor(
         GPTOSSVisionImageProcessor.from_config(config), tokenizer, num_image_tokens=config.num_image_tokens
     )

@@ -1,11 +1,11 @@
 """The transformers model: configuration, model, image processor, processor, tokenizer.
 
-The five files import one another by relative names only, so that they also work uploaded flat to the Hub.
+The five files import only one another, by relative names, so that they also work when uploaded to the Hub.
 """
 
 
 def register_auto_classes() -> None:
-    """Makes transformers' Auto classes know `gpt_oss_vision` checkpoints. Calling it again changes nothing."""
+    """Register `gpt_oss_vision` in transformers' Auto classes. Idempotent."""
     from transformers import (
         AutoConfig,
         AutoImageProcessor,
@@ -31,7 +31,7 @@ def register_auto_classes() -> None:
     AutoImageProcessor.register(GPTOSSVisionConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(GPTOSSVisionConfig, GPTOSSVisionProcessor, exist_ok=True)
     AutoTokenizer.register(GPTOSSVisionConfig, GPTOSSVisionTokenizer, exist_ok=True)
-    # The Trainer looks a class up by name, in the tables of transformers' own: whether to shift labels hangs on it.
+    # The Trainer looks the class up by name in these tables to decide whether labels are shifted.
     modeling_auto.MODEL_MAPPING_NAMES[GPTOSSVisionConfig.model_type] = GPTOSSVisionModel.__name__
     for names in (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -1,14 +1,106 @@
 # Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
 """The configuration of GPT-OSS-Vision: gpt-oss's own, plus a vision tower, NoPE layers and a placeholder token."""
 
-import copy
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPVisionConfig, GptOssConfig, PreTrainedConfig, SiglipVisionConfig, ViTConfig
 
-VISION_CONFIGS = {config.model_type: config for config in (ViTConfig, CLIPVisionConfig, SiglipVisionConfig)}
-TOWERS_WITHOUT_CLS = {SiglipVisionConfig.model_type}
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """
+    One kind of vision tower. Parameters that reach only a pooled output are not built: they would never get a gradient.
+
+    Args:
+        config (`type[PreTrainedConfig]`): Its configuration class.
+        model (`str`): Its model class in transformers. `last_hidden_state` is `(n, [CLS +] patches, hidden_size)`.
+        linears (`tuple[str, ...]`): Last parts of the names of its linear layers.
+        has_cls (`bool`): Whether a CLS token precedes the patches.
+        image_mean, image_std (`float` or `list[float]`): The normalisation it was pretrained with; a list is for RGB.
+        arguments (`dict`): Arguments of the model class.
+        fields (`dict`): Configuration fields that are always set.
+        unused (`tuple[str, ...]`): Modules replaced by an identity.
+        outer (`str`, *optional*): `model_type` of the checkpoints that have this tower as their `vision_config`.
+    """
+
+    config: type[PreTrainedConfig]
+    model: str
+    linears: tuple[str, ...]
+    has_cls: bool = True
+    image_mean: float | list[float] = 0.5  # one number for every channel also fits grey
+    image_std: float | list[float] = 0.5
+    arguments: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    outer: str | None = None
+
+
+# Key: `vision_config.model_type`. A new tower is a row here, its semantics in tests/oracle.py, and a page of docs.
+TOWERS = {
+    "vit": Tower(
+        config=ViTConfig,
+        model="ViTModel",
+        linears=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+        arguments={"add_pooling_layer": False},
+    ),
+    "clip_vision_model": Tower(
+        config=CLIPVisionConfig,
+        model="CLIPVisionModel",
+        linears=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        image_mean=[0.48145466, 0.4578275, 0.40821073],
+        image_std=[0.26862954, 0.26130258, 0.27577711],
+        unused=("post_layernorm",),
+        outer="clip",
+    ),
+    "siglip_vision_model": Tower(
+        config=SiglipVisionConfig,
+        model="SiglipVisionModel",
+        linears=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        has_cls=False,
+        fields={"vision_use_head": False},
+        outer="siglip",
+    ),
+}
+
+
+def tower_config(vision_config: dict[str, Any]) -> PreTrainedConfig:
+    """
+    The configuration of a tower from its fields; without `model_type` it is a ViT.
+
+    Raises:
+        ValueError: when `model_type` is not in `TOWERS`.
+    """
+    model_type = vision_config.get("model_type", ViTConfig.model_type)
+    if model_type not in TOWERS:
+        raise ValueError(f"`{model_type}` is not a supported vision tower; use one of {', '.join(TOWERS)}.")
+    return TOWERS[model_type].config(**vision_config | TOWERS[model_type].fields)
+
+
+def build_tower(config: PreTrainedConfig) -> Any:
+    """The model of a tower's configuration, with random weights."""
+    from torch.nn import Identity
+
+    config._experts_implementation = None  # transformers sets the decoder's; a tower has no experts
+    tower = TOWERS[config.model_type]
+    model = getattr(transformers, tower.model)(config, **tower.arguments)
+    for name in tower.unused:
+        setattr(model, name, Identity())
+    return model
+
+
+def image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Channels, height and width of the images of a tower's configuration."""
+    return config.num_channels, *_height_width(config.image_size)
+
+
+def tower_tokens(config: PreTrainedConfig) -> int:
+    """Tokens of an image that the tower of a configuration returns: the patches, and CLS if it has one."""
+    (height, width), (patch_height, patch_width) = _height_width(config.image_size), _height_width(config.patch_size)
+    return (height // patch_height) * (width // patch_width) + (1 if TOWERS[config.model_type].has_cls else 0)
+
 
 # The flat arguments of the original model, and the field of the vision config that each one names.
 FLAT_VISION_ARGUMENTS = {
@@ -20,12 +112,12 @@ FLAT_VISION_ARGUMENTS = {
     "vision_image_size": ("image_size", 224),
 }
 
-# A stock gpt-oss checkpoint is a GPT-OSS-Vision checkpoint whose added weights are still missing.
+# A stock gpt-oss checkpoint loads as a GPT-OSS-Vision checkpoint without the added weights.
 LOADABLE_MODEL_TYPES = ("gpt_oss_vision", GptOssConfig.model_type)
 
 
 def _vision_field(name: str) -> property:
-    """A flat vision argument as a view of `vision_config`, so that each number is kept once."""
+    """A property that reads and writes a field of `vision_config`, so that each value is stored once."""
 
     def read(self: "GPTOSSVisionConfig") -> Any:
         return getattr(self.vision_config, name)
@@ -115,7 +207,7 @@ class GPTOSSVisionConfig(GptOssConfig):
             kwargs.pop(derived, None)
         self.vision_config = self._build_vision_config(flat)
         super().__post_init__(**kwargs)
-        # The decorator calls every validator after this, but wraps what it raises; users get the sentence itself.
+        # The decorator calls every validator after this, but wraps their errors; here users get the plain message.
         self.validate_text_shape()
         self.validate_vision()
 
@@ -124,13 +216,7 @@ class GPTOSSVisionConfig(GptOssConfig):
         if config is None:
             fields = {field: flat[name] for name, (field, _) in FLAT_VISION_ARGUMENTS.items()}
             return ViTConfig(intermediate_size=4 * fields["hidden_size"], **fields)
-        model_type = config.get("model_type", ViTConfig.model_type) if isinstance(config, dict) else config.model_type
-        if model_type not in VISION_CONFIGS:
-            raise ValueError(f"`{model_type}` is not a supported vision tower; use one of {', '.join(VISION_CONFIGS)}.")
-        config = VISION_CONFIGS[model_type](**config) if isinstance(config, dict) else copy.deepcopy(config)
-        if model_type == SiglipVisionConfig.model_type:
-            config.vision_use_head = False  # its output would reach nothing
-        return config
+        return tower_config(config if isinstance(config, dict) else config.to_dict())
 
     @property
     def nope_layers(self) -> list[int]:
@@ -141,22 +227,18 @@ class GPTOSSVisionConfig(GptOssConfig):
         return [int(self.use_nope and (i + 1) % self.nope_stride == 0) for i in range(self.num_hidden_layers)]
 
     @property
-    def vision_grid(self) -> tuple[int, int]:
-        """Patches per image, down and across."""
-        height, width = _height_width(self.vision_image_size)
-        patch_height, patch_width = _height_width(self.vision_patch_size)
-        return height // patch_height, width // patch_width
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return image_shape(self.vision_config)
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholder tokens per image: the patches, CLS if the tower has one, the pool token if there is one."""
-        rows, columns = self.vision_grid
-        has_cls = self.vision_config.model_type not in TOWERS_WITHOUT_CLS
-        return rows * columns + int(has_cls) + int(self.vision_pool_token)
+        """Placeholder tokens per image: the tower's tokens, and the pool token if there is one."""
+        return tower_tokens(self.vision_config) + (1 if self.vision_pool_token else 0)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "GPTOSSVisionConfig":
-        """As in transformers, but a configuration of another architecture is refused by name, not reinterpreted."""
+        """As in transformers, but the configuration of another architecture raises a ValueError with its name."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in LOADABLE_MODEL_TYPES:
             raise ValueError(
@@ -199,7 +281,7 @@ class GPTOSSVisionConfig(GptOssConfig):
             )
 
 
-# A saved checkpoint carries these files and names them in its `auto_map`, so that it loads where this package isn't.
+# Saved checkpoints contain these files and an `auto_map`, so that they load where this package is not installed.
 GPTOSSVisionConfig.register_for_auto_class()
 
 __all__ = ["GPTOSSVisionConfig"]

@@ -1,5 +1,5 @@
 # Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
-"""The image processor: any picture in, the tower's square of normalised channels out."""
+"""The image processor: images of any kind to normalised arrays of the tower's size."""
 
 import base64
 import binascii
@@ -15,8 +15,6 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
     ImageInput,
     PILImageResampling,
     is_valid_image,
@@ -24,8 +22,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-# What each tower was pretrained with; a ViT and SigLIP share theirs.
-MEAN_AND_STD = {"clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)}
+from .configuration_gpt_oss_vision import TOWERS
+
 PIL_MODES = {1: "L", 3: "RGB"}
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -33,7 +31,7 @@ SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 class GPTOSSVisionImageProcessorKwargs(ImagesKwargs, total=False):
     """
     num_channels (`int`, *optional*, defaults to 3):
-        What the tower sees: 3 for RGB, 1 for grey.
+        Channels of the tower: 3 for RGB, 1 for grey.
     """
 
     num_channels: int
@@ -43,17 +41,17 @@ class GPTOSSVisionImageProcessor(PilBackend):
     r"""
     Resizes to the tower's size (bicubic), rescales to 0…1 and normalises.
 
-    Takes paths, URLs, base64 strings, PIL images, NumPy arrays and tensors, one or lists of them, in any size and mode:
-    EXIF rotation is applied, of an animation the first frame is taken, transparency is laid on white, and 16-bit greys
-    keep their range. Arrays of floats are taken as they are; set `do_rescale=False` if they are 0…1 already.
+    Takes paths, URLs, base64 strings, PIL images, NumPy arrays and tensors, one or lists of them, of any size and mode:
+    EXIF rotation is applied, the first frame of an animation is used, transparency is composited on white, and 16-bit
+    grey is scaled to 8 bits. Float arrays are not converted; set `do_rescale=False` if they are 0…1 already.
 
     Args:
         size (`dict`, *optional*, defaults to `{"height": 224, "width": 224}`): The tower's image size.
-        num_channels (`int`, *optional*, defaults to 3): 3 for a tower that sees RGB, 1 for grey.
+        num_channels (`int`, *optional*, defaults to 3): 3 for an RGB tower, 1 for grey.
         image_mean, image_std (`float` or `list[float]`, *optional*, defaults to 0.5): For normalisation.
 
     Raises:
-        ValueError: when an image can't be read or has no pixels; the sentence names it.
+        ValueError: when an image can't be read or has no pixels; the message names it.
 
     Example:
 
@@ -75,16 +73,15 @@ class GPTOSSVisionImageProcessor(PilBackend):
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> "GPTOSSVisionImageProcessor":
-        """The processor that fits the tower of a [`GPTOSSVisionConfig`]; `kwargs` override what follows from it."""
-        tower = config.vision_config
-        height, width = tower.image_size if isinstance(tower.image_size, (list, tuple)) else [tower.image_size] * 2
-        fields = {"size": {"height": height, "width": width}, "num_channels": tower.num_channels}
-        if tower.model_type in MEAN_AND_STD and tower.num_channels == 3:
-            fields["image_mean"], fields["image_std"] = MEAN_AND_STD[tower.model_type]
+        """The processor of the tower of a [`GPTOSSVisionConfig`]; `kwargs` override its values."""
+        tower, (channels, height, width) = TOWERS[config.vision_config.model_type], config.image_shape
+        fields = {"size": {"height": height, "width": width}, "num_channels": channels}
+        if channels == 3:
+            fields |= {"image_mean": tower.image_mean, "image_std": tower.image_std}
         return cls(**(fields | kwargs))
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Opens what is named by a path, a URL or base64, keeping the nesting; images pass through."""
+        """Opens paths, URLs and base64 strings, keeping the nesting; images are returned unchanged."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
@@ -98,7 +95,7 @@ class GPTOSSVisionImageProcessor(PilBackend):
         )
 
     def process_image(self, image: ImageInput, num_channels: int = 3, **kwargs: Any) -> np.ndarray:
-        """One image of any kind to an array `(num_channels, height, width)`, 8-bit unless it came as floats."""
+        """One image of any kind to an array `(num_channels, height, width)`, 8-bit unless given as floats."""
         if num_channels not in PIL_MODES:
             raise ValueError(f"num_channels must be one of {', '.join(map(str, PIL_MODES))}, got {num_channels}.")
         if not isinstance(image, Image.Image):
@@ -118,7 +115,7 @@ class GPTOSSVisionImageProcessor(PilBackend):
 
 
 def _open(source: str) -> Image.Image:
-    """The image that a string stands for, decoded, so that a file cut short is reported here and by name."""
+    """The image of a path, URL or base64 string, decoded, so that a truncated file is reported by name."""
     if source.startswith(("http://", "https://")):
         return load_image(source)
     name = source if len(source) < 200 else f"{source[:40]}…"
@@ -153,12 +150,12 @@ def _to_pil(array: np.ndarray, input_data_format: Any = None, **kwargs: Any) -> 
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """The picture that a viewer would show, as RGB or grey."""
+    """The image as a viewer shows it, in RGB or grey."""
     if getattr(image, "is_animated", False):
         image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES:
-        # PIL's own conversion cuts everything above 255 off.
+        # PIL's own conversion clips values above 255.
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("An image of floats has no fixed range; convert it to 8 bits first.")

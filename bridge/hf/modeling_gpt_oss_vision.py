@@ -1,7 +1,7 @@
 # Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
 """
 The GPT-OSS-Vision model, written as its differences to transformers' gpt-oss: image features at placeholder tokens,
-layers without rotation, and a router that knows which tokens are visual.
+layers without rotation, and a router bias for visual tokens.
 
 Shapes: b rows, s positions, t = b * s tokens, h hidden size, e experts, k chosen experts, n images, p tokens per image.
 """
@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel, SiglipVisionModel, ViTModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -26,7 +25,7 @@ from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssDecoderLayer,
     GptOssExperts,
@@ -42,11 +41,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.import_utils import is_tracing, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .configuration_gpt_oss_vision import GPTOSSVisionConfig
+from .configuration_gpt_oss_vision import GPTOSSVisionConfig, build_tower
 
 logger = logging.get_logger(__name__)
 
-# What gpt-oss doesn't have, by name. A checkpoint lacks all of a kind, being gpt-oss's own, or it is broken.
+# Name parts of the weights that gpt-oss does not have. A checkpoint has all weights of a kind, or none.
 ADDED_WEIGHTS = ("vision_adapter", "vision_bias")
 AUTO_CLASSES = {
     "AutoModel": "GPTOSSVisionModel",
@@ -56,12 +55,12 @@ AUTO_CLASSES = {
 
 
 class GPTOSSVisionAdapter(nn.Module):
-    """Images to tokens of the decoder: the tower, an optional learned token in front, a norm, a projection."""
+    """Images to tokens of the decoder: tower, optional pool token, norm, projection."""
 
     def __init__(self, config: GPTOSSVisionConfig):
         super().__init__()
         vision = config.vision_config
-        self.vit = _build_tower(vision)
+        self.vit = build_tower(vision)
         self.pool_token = nn.Parameter(torch.zeros(1, 1, vision.hidden_size)) if config.vision_pool_token else None
         self.norm = nn.LayerNorm(vision.hidden_size)
         self.proj = nn.Linear(vision.hidden_size, config.hidden_size)
@@ -83,24 +82,12 @@ class GPTOSSVisionAdapter(nn.Module):
         return outputs
 
 
-def _build_tower(config: Any) -> PreTrainedModel:
-    """The tower without what only a pooled output would use: those parameters would never get a gradient."""
-    config._experts_implementation = None  # transformers hands the decoder's down, and a tower has no experts
-    if config.model_type == "vit":
-        return ViTModel(config, add_pooling_layer=False)
-    if config.model_type == "siglip_vision_model":
-        return SiglipVisionModel(config)  # the config has switched its pooling head off
-    tower = CLIPVisionModel(config)
-    tower.post_layernorm = nn.Identity()
-    return tower
-
-
 class GPTOSSVisionTopKRouter(GptOssTopKRouter):
     """gpt-oss's router, with a learned bias per expert that is added to the logits of visual tokens only."""
 
     def __init__(self, config: GPTOSSVisionConfig):
         super().__init__(config)
-        # Steps in bf16 would round away the small updates that a bias lives on.
+        # In bf16 the small updates of a bias would be rounded away.
         self.vision_bias = nn.Parameter(torch.zeros(self.num_experts, dtype=torch.float32))
 
     def forward(
@@ -115,8 +102,8 @@ class GPTOSSVisionTopKRouter(GptOssTopKRouter):
             Logits `(t, e)` with the bias included, weights `(t, k)` and indices `(t, k)` of the chosen experts.
         """
         router_logits = F.linear(hidden_states, self.weight, self.bias)
-        # Not behind `if is_visual.any()`: that waits for the GPU, and leaves the bias without a gradient on text.
-        # Back to the type of the logits, so that a bias of zero is gpt-oss bit for bit in bf16 too.
+        # No `if is_visual.any()`: it synchronizes with the GPU, and leaves the bias without a gradient on text.
+        # Cast back to the type of the logits, so that a bias of zero is gpt-oss bit for bit in bf16 too.
         router_logits = (router_logits + is_visual[:, None] * self.vision_bias).to(router_logits.dtype)
         top_logits, router_indices = torch.topk(router_logits, self.top_k, dim=-1)
         return router_logits, F.softmax(top_logits, dim=-1, dtype=top_logits.dtype), router_indices
@@ -126,8 +113,8 @@ def dequantized_experts_forward(
     self: GptOssExperts, hidden_states: torch.Tensor, router_indices: torch.Tensor, routing_weights: torch.Tensor
 ) -> torch.Tensor:
     """
-    gpt-oss's experts where a library holds their weights in few bits, as torchao does: those kernels know no batch of
-    experts, so the chosen ones are unpacked one after the other, and never more than one at a time.
+    gpt-oss's experts with weights quantised by torchao: its kernels have no batched experts, so the chosen ones are
+    dequantised one at a time.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(t, h)`).
@@ -148,7 +135,7 @@ ALL_EXPERTS_FUNCTIONS.register("dequantized", dequantized_experts_forward)
 
 
 class GPTOSSVisionMLP(nn.Module):
-    """Router and experts. Not a `GptOssMLP`: hub kernels replace that one's whole forward, and would drop the bias."""
+    """Router and experts. Not a `GptOssMLP`: hub kernels replace that class's forward, and would drop the bias."""
 
     def __init__(self, config: GPTOSSVisionConfig):
         super().__init__()
@@ -161,14 +148,14 @@ class GPTOSSVisionMLP(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         router_logits, router_scores, router_indices = self.router(tokens, is_visual.reshape(-1))
         if isinstance(self.experts, Mxfp4GptOssExperts):
-            # Packed experts: the kernels choose and weigh by the logits themselves, and want their own indices.
+            # Packed experts: the kernels compute the routing from the logits, with indices of their own.
             routing, *places = mxfp4.triton_kernels_hub.routing.routing(router_logits, self.router.top_k)
             return self.experts(tokens, routing, *places).reshape(hidden_states.shape)
         return self.experts(tokens, router_indices, router_scores).reshape(hidden_states.shape)
 
 
 class GPTOSSVisionDecoderLayer(GptOssDecoderLayer):
-    """gpt-oss's layer, told which tokens are visual, and without rotation where the config says so."""
+    """gpt-oss's layer with the visual mask as an argument, and without rotation in NoPE layers."""
 
     def __init__(self, config: GPTOSSVisionConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -182,7 +169,7 @@ class GPTOSSVisionDecoderLayer(GptOssDecoderLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """From `(b, s, h)`, the modality `(b, s)` and cos, sin `(b, s, head_dim / 2)` to `(b, s, h)`."""
+        """From `(b, s, h)`, the visual mask `(b, s)` and cos, sin `(b, s, head_dim / 2)` to `(b, s, h)`."""
         if self.skips_rotation:
             cos, sin = position_embeddings
             position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
@@ -200,7 +187,7 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
     config: GPTOSSVisionConfig
     input_modalities = ("image", "text")
     _no_split_modules: ClassVar[list[str]] = ["GPTOSSVisionDecoderLayer", "GPTOSSVisionAdapter"]
-    # gpt-oss's list says "norm", which would also take in the LayerNorms of a tower, and those don't mix types.
+    # gpt-oss's list has "norm", which would match the LayerNorms of a tower too; those don't mix types.
     _keep_in_fp32_modules: ClassVar[list[str]] = [
         "post_attention_layernorm",
         "input_layernorm",
@@ -210,11 +197,11 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the experts' decorator in the file of the class; ours are gpt-oss's, in its file.
+        # transformers searches the file of the class for the experts' decorator; our experts are in gpt-oss's file.
         return GptOssPreTrainedModel._can_set_experts_implementation()
 
     def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
-        """As in transformers; a name alone is meant for the decoder, since the tower has no experts."""
+        """As in transformers; a name alone applies to the decoder, since the tower has no experts."""
         by_config = experts_implementation if isinstance(experts_implementation, dict) else {"": experts_implementation}
         super().set_experts_implementation(by_config)
 
@@ -225,12 +212,12 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
         return super().get_correct_experts_implementation(requested_experts)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        # transformers takes every name with "sdpa" in it for its own.
+        # transformers treats every name that contains "sdpa" as its own.
         if requested_attention != "sink_sdpa":
             return super().get_correct_attn_implementation(requested_attention, is_init_check)
         if requested_attention not in ALL_ATTENTION_FUNCTIONS:
             raise ValueError(
-                'attn_implementation="sink_sdpa" comes with gpt_oss_vision: call gpt_oss_vision.register().'
+                'attn_implementation="sink_sdpa" is part of gpt_oss_vision: call gpt_oss_vision.register().'
             )
         return requested_attention
 
@@ -245,14 +232,14 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
         cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
         """
-        As in transformers, but a checkpoint that doesn't fit is an error, not a warning. What this model adds to
-        gpt-oss may be missing as a whole; it is then initialised, and reported.
+        As in transformers, but missing or unexpected weights are an error, not a warning. All weights of a kind that
+        this model adds to gpt-oss may be missing; they are then initialised, with a warning.
 
-        With `output_loading_info`, or a `state_dict` in place of a checkpoint, fitting is the caller's affair.
+        With `output_loading_info`, or a `state_dict` in place of a checkpoint, nothing is checked.
 
         Raises:
-            ValueError: when the checkpoint lacks weights or has others; the sentence lists them.
-            OSError: when a file is damaged; the sentence names it.
+            ValueError: when weights are missing or unexpected; the message lists them.
+            OSError: when a file is damaged; the message names it.
         """
         try:
             model, report = super().from_pretrained(
@@ -260,7 +247,7 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
             )
         except SafetensorError as error:
             file = _damaged_file(pretrained_model_name_or_path)
-            raise OSError(f"{file} is cut short or damaged ({error}); get it again.") from error
+            raise OSError(f"{file} is truncated or damaged ({error}); download or copy it again.") from error
         if output_loading_info:
             return model, report
         if kwargs.get("state_dict") is None:
@@ -268,7 +255,7 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
         return model
 
     def _check_fit(self, checkpoint: Any, report: dict[str, Any]) -> None:
-        """Raises where the checkpoint isn't one of this model, nor of gpt-oss; says what was initialised."""
+        """Raises when a checkpoint fits neither this model nor gpt-oss; warns of weights that were initialised."""
         missing, foreign = set(report["missing_keys"]), set(report["unexpected_keys"])
         for kind in ADDED_WEIGHTS:
             added = {name for name, _ in self.named_parameters() if kind in name.split(".")}
@@ -290,7 +277,7 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
         if missing or foreign:
             raise ValueError(
                 f"{checkpoint} doesn't fit the model of its config: it lacks {_listed(missing)}, and has "
-                f"{_listed(foreign)} that the model doesn't know; output_loading_info=True loads it all the same."
+                f"{_listed(foreign)} that the model doesn't have; output_loading_info=True loads it anyway."
             )
 
     @torch.no_grad()
@@ -302,9 +289,9 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
             init.normal_(module.pool_token, mean=0.0, std=self.config.initializer_range)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but a ViT is saved under the names it has here, not under those of transformers 4."""
+        """As in transformers, but a ViT is saved under its current names, not those of transformers 4."""
         kwargs.setdefault("save_original_format", False)
-        # transformers names the class that is saved; the other Auto classes must find theirs too.
+        # transformers writes the saved class only; the other Auto classes need theirs too.
         self.config.auto_map = {auto: f"{__name__.rsplit('.', 1)[-1]}.{name}" for auto, name in AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -320,19 +307,21 @@ def _damaged_file(checkpoint: Any) -> str:
 
 
 def _listed(names: set[str]) -> str:
-    """Names in words, those that differ only in the number of their layer once."""
+    """A list of names, with one entry for names that differ only in their layer number."""
     by_pattern: dict[str, list[str]] = {}
     for name in sorted(names):
         by_pattern.setdefault(re.sub(r"layers\.\d+\.", "layers.*.", name), []).append(name)
     named = [pattern if len(same) > 1 else same[0] for pattern, same in by_pattern.items()]
-    return f"{len(names)} weight{'s' * (len(names) > 1)} ({', '.join(named)})" if names else "nothing"
+    if not names:
+        return "nothing"
+    return f"{len(names)} {'weight' if len(names) == 1 else 'weights'} ({', '.join(named)})"
 
 
 class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
     """The decoder with its vision adapter, without a language-model head."""
 
     def __init__(self, config: GPTOSSVisionConfig):
-        # Fields may have been set since the config was built, as the model card does.
+        # Fields may have been set after the config was built, as in the model card.
         config.validate_text_shape()
         config.validate_vision()
         # GptOssModel would build its own layers first, experts and all.
@@ -356,30 +345,25 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
             pixel_values (`torch.Tensor` of shape `(n, channels, height, width)`).
 
         Returns:
-            [`BaseModelOutputWithPooling`]: `pooler_output` holds what the decoder gets, `(n, p, h)`;
-            `last_hidden_state` the tower's own `(n, patches [+ 1], vision_embed_dim)`.
+            [`BaseModelOutputWithPooling`]: `pooler_output` is the decoder's input, `(n, p, h)`; `last_hidden_state` is
+            the tower's, `(n, patches [+ 1], vision_embed_dim)`.
 
         Raises:
             ValueError: when the model was built without vision, or images don't have the tower's shape.
         """
         if self.vision_adapter is None:
             raise ValueError("This model was built with use_vision=False and takes no images.")
-        expected = self._image_shape()
+        expected = self.config.image_shape
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(f"pixel_values must be (n, *{expected}), got {tuple(pixel_values.shape)}.")
         return self.vision_adapter(pixel_values, **kwargs)
-
-    def _image_shape(self) -> tuple[int, int, int]:
-        size = self.config.vision_image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.config.vision_num_channels, height, width
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
     ) -> torch.BoolTensor:
         """
-        Which positions are visual, `(b, s)`: those of `image_token_id`, or, given embeddings only, those that equal its
-        embedding. None are in a model without vision.
+        The visual mask `(b, s)`: positions of `image_token_id`, or, given embeddings only, those equal to its
+        embedding. In a model without vision, all False.
         """
         if self.vision_adapter is None:
             positions = input_ids if input_ids is not None else inputs_embeds[..., 0]
@@ -392,7 +376,7 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
     def _merge_images(
         self, inputs_embeds: torch.Tensor, is_visual: torch.Tensor, pixel_values: torch.Tensor | None
     ) -> torch.Tensor:
-        """Puts image features `(n, p, h)` in the place of the placeholders of `(b, s, h)`, in order."""
+        """Replaces the placeholders of `(b, s, h)` by image features `(n, p, h)`, in order."""
         if self.vision_adapter is None and pixel_values is None:
             return inputs_embeds
         if pixel_values is not None:
@@ -400,14 +384,14 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
             return inputs_embeds.masked_scatter(is_visual[..., None], features.to(inputs_embeds))
         if not (self.training and torch.is_grad_enabled()):
             return inputs_embeds
-        # Every rank must run the adapter in every step, or the reduction of its gradients waits for ever.
-        blank = inputs_embeds.new_zeros(1, *self._image_shape())
+        # Every rank must run the adapter in every step, or the reduction of its gradients never ends.
+        blank = inputs_embeds.new_zeros(1, *self.config.image_shape)
         features = self.get_image_features(blank, return_dict=True).pooler_output
         return inputs_embeds + 0.0 * features.mean().to(inputs_embeds)  # a sum could overflow in fp16
 
     def _check_placeholders(self, is_visual: torch.Tensor, num_images: int) -> None:
         if num_images == 0 and is_tracing():
-            return  # a compiled step of generation makes no placeholders, and can't look at their number
+            return  # a compiled step of generation has no placeholders, and can't count them
         needed = num_images * self.config.num_image_tokens
         torch_compilable_check(
             is_visual.sum() == needed,
@@ -434,7 +418,7 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
                 The batch's images, in the order of their placeholders. In cached generation, at the first step only.
 
         Raises:
-            ValueError: when the images and the placeholders don't match in number; the sentence names both.
+            ValueError: when the numbers of images and placeholders don't match; the message has both.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -445,7 +429,7 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
             inputs_embeds = self.embed_tokens(input_ids)
         inputs_embeds = self._merge_images(inputs_embeds, is_visual, pixel_values)
         if attention_mask is None and position_ids is not None and past_key_values is None:
-            # Positions that start again are samples packed into one row, which gpt-oss's own masks don't look for.
+            # Positions that restart mark packed samples, which gpt-oss's own masks ignore.
             attention_mask = create_masks_for_generate(self.config, inputs_embeds, None, None, position_ids)
         return super().forward(
             attention_mask=attention_mask,
@@ -463,8 +447,8 @@ def load_balancing_loss_per_modality(
 ) -> torch.Tensor:
     """
     The load-balancing loss of Switch Transformer (equations 4 to 6 of arXiv 2101.03961, over all layers together as in
-    transformers), taken over visual and over text tokens apart, each weighted by its share of the tokens. Where there
-    is one modality only it is transformers' own.
+    transformers), computed separately for visual and text tokens, each weighted by its share of the tokens. With one
+    modality it is transformers' own.
 
     Args:
         router_logits (`tuple[torch.Tensor]` of shape `(t, e)`): One a layer.
@@ -525,7 +509,7 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
                 The batch's images, in the order of their placeholders. In cached generation, at the first step only.
 
         Raises:
-            ValueError: when the images and the placeholders don't match in number; the sentence names both.
+            ValueError: when the numbers of images and placeholders don't match; the message has both.
         """
         outputs = super().forward(
             input_ids=input_ids,
@@ -561,7 +545,7 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Images go in at the first step; afterwards they are in the cache. Without a cache, at every step."""
+        """Passes images in the first step only, the cache has them afterwards; without a cache in every step."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -569,7 +553,7 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        # In assisted decoding, transformers calls no step of the assistant its first.
+        # In assisted decoding, transformers marks no step of the assistant as the first.
         in_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
         if is_first_iteration or not in_cache or not kwargs.get("use_cache", True):
             inputs["pixel_values"] = pixel_values
@@ -580,7 +564,7 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
     def _images_not_in_cache(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, new_ids: torch.Tensor
     ) -> torch.Tensor | None:
-        """Given all images of chats `(b, s)`, those of their last tokens `(b, s')`; only the new ones stay as given."""
+        """The images of the last tokens `(b, s')` of chats `(b, s)`; returns all where only those were given."""
         in_chat, new = ((ids == self.config.image_token_id).sum(1) for ids in (input_ids, new_ids))
         in_chat, new = ((count // self.config.num_image_tokens).tolist() for count in (in_chat, new))
         if sum(in_chat) != len(pixel_values):
@@ -595,7 +579,7 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Beams and samples: a row is repeated with all of its images, where transformers would repeat each image."""
+        """Beams and samples: repeats a row with all of its images; transformers would repeat each image."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1:
             inputs_embeds = model_kwargs.get("inputs_embeds")
@@ -612,11 +596,11 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """A placeholder is never generated: no image would stand behind it."""
+        """Suppresses the placeholder token, which must not be generated without an image."""
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("pixel_values") is not None:
             raise ValueError(
-                f"prefill_chunk_size={generation_config.prefill_chunk_size} would cut the prompt, and may cut the "
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} splits the prompt, and may split the "
                 "placeholders of an image; leave it out for prompts with images."
             )
         if self.config.use_vision:

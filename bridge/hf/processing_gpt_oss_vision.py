@@ -1,5 +1,5 @@
 # Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
-"""The processor: text with `<image>` marks and images in, token ids with placeholders and pixels out."""
+"""The processor: text with `<image>` tags and images to token ids with placeholders and pixels."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from .image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
 from .tokenization_gpt_oss_vision import CHAT_TEMPLATE, IMAGE_TOKEN, GPTOSSVisionTokenizer
 
-IMAGE_MARK = "<image>"
+IMAGE_TAG = "<image>"
 
 
 class GPTOSSVisionProcessorKwargs(ProcessingKwargs, total=False):
@@ -23,15 +23,15 @@ class GPTOSSVisionProcessorKwargs(ProcessingKwargs, total=False):
 
 class GPTOSSVisionProcessor(ProcessorMixin):
     r"""
-    Wraps a [`GPTOSSVisionImageProcessor`] and a tokenizer. Each image stands at a mark in the text: `<image>`, or the
-    placeholder token itself. Every mark becomes `num_image_tokens` placeholders and takes one image, so text alone
-    can't smuggle visual tokens in: a mark without an image, typed by whomever, is an error.
+    Wraps a [`GPTOSSVisionImageProcessor`] and a tokenizer. The place of an image is a tag in the text: `<image>` or
+    the placeholder token. Every tag takes one image and becomes `num_image_tokens` placeholders; a tag without an
+    image is an error, so that text alone never makes visual tokens.
 
-    Images go to the rows of a batch
+    Images are assigned to the rows of a batch
     - by nesting, one list per row, or
-    - flat, by the marks of the rows, or one image to each row where no row has any mark.
+    - in a flat list, by the tags of the rows, or one image per row where no row has a tag.
 
-    The images of a row that has no marks are put in front of its text.
+    The images of a row without tags are put in front of its text.
 
     Args:
         image_processor ([`GPTOSSVisionImageProcessor`]): Makes pixels.
@@ -41,7 +41,7 @@ class GPTOSSVisionProcessor(ProcessorMixin):
         image_token (`str`, *optional*, defaults to `"<|reserved_200013|>"`): The token of `config.image_token_id`.
 
     Raises:
-        ValueError: when images and marks don't match; the sentence names both numbers.
+        ValueError: when images and tags don't match; the message has both numbers.
 
     Example:
 
@@ -65,17 +65,17 @@ class GPTOSSVisionProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
-        # Saving sets it anyway; here, so that a processor is the same before it was saved and after.
+        # Saving sets it; set here too, so that a processor is equal before and after saving.
         self.auto_map = {"AutoProcessor": f"{__name__.rsplit('.', 1)[-1]}.{type(self).__name__}"}
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
-            raise ValueError(f"The tokenizer has no token {image_token} to hold the places of images.")
+            raise ValueError(f"The tokenizer has no token {image_token} for images.")
 
     @classmethod
     def from_config(
         cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, **kwargs: Any
     ) -> "GPTOSSVisionProcessor":
-        """The processor that fits a [`GPTOSSVisionConfig`]: its tower, its tokens per image, its placeholder."""
+        """The processor of a [`GPTOSSVisionConfig`]: its tower, its tokens per image, its placeholder."""
         return cls(
             GPTOSSVisionImageProcessor.from_config(config),
             tokenizer,
@@ -86,7 +86,7 @@ class GPTOSSVisionProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        # Our own classes, not what the Auto classes know: this must work in a process that has registered nothing.
+        # Our own classes, not the Auto classes: this must work in a process where nothing is registered.
         kwargs.pop("trust_remote_code", None)
         kwargs.pop("_from_auto", None)
         return [
@@ -102,8 +102,8 @@ class GPTOSSVisionProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """
         Returns `input_ids` and `attention_mask`, `(b, s)`, and where there are images `pixel_values (n, c, h, w)`, in
-        the order of their marks. Character offsets, if asked for, are those of the text as given, each placeholder
-        having those of its mark.
+        the order of their tags. Character offsets, if requested, refer to the text as given; those of a placeholder are
+        those of its tag.
         """
         outputs = super().__call__(images=images, text=text, **kwargs)
         if "offset_mapping" in outputs and "pixel_values" in outputs:
@@ -122,11 +122,11 @@ class GPTOSSVisionProcessor(ProcessorMixin):
         audio: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any, Any]:
-        """Opens the images, gives them to the rows of `text`, and marks their places where the text doesn't."""
+        """Opens the images, assigns them to the rows of `text`, and inserts missing tags."""
         images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
         if text is not None:
             rows = self._images_by_row(images, text)
-            text = [self._marked(row, index, len(rows[index])) for index, row in enumerate(text)]
+            text = [self._tagged(row, index, len(rows[index])) for index, row in enumerate(text)]
             images = [image for row in rows for image in row] or None
         return images, text, videos, audio
 
@@ -139,33 +139,36 @@ class GPTOSSVisionProcessor(ProcessorMixin):
             if len(images) != len(text):
                 raise ValueError(f"{_count(len(images), 'list')} of images can't go to {_count(len(text), 'text')}.")
             return [list(row) for row in images]
-        marks = [len(self._mark.findall(row)) for row in text]
+        tags = [len(self._tag.findall(row)) for row in text]
         if len(text) == 1:
             return [list(images)]
-        if not any(marks) and len(images) in (0, len(text)):
+        if not any(tags) and len(images) in (0, len(text)):
             return [[image] for image in images] or [[] for _ in text]
-        if sum(marks) != len(images):
-            raise ValueError(f"The texts have {sum(marks)} {IMAGE_MARK} for {_count(len(images), 'image')}.")
+        if sum(tags) != len(images):
+            raise ValueError(f"The texts have {sum(tags)} {IMAGE_TAG} for {_count(len(images), 'image')}.")
         rest = iter(images)
-        return [[next(rest) for _ in range(count)] for count in marks]
+        return [[next(rest) for _ in range(count)] for count in tags]
 
-    def _marked(self, row: str, index: int, num_images: int) -> str:
-        marks = len(self._mark.findall(row))
-        if marks not in (0, num_images) or (marks and not num_images):
-            raise ValueError(f"Text {index} has {marks} {IMAGE_MARK} for {_count(num_images, 'image')}.")
-        return self._mark.sub(self.image_token, row) if marks else self.image_token * num_images + row
+    def _tagged(self, row: str, index: int, num_images: int) -> str:
+        tags = len(self._tag.findall(row))
+        if tags not in (0, num_images) or (tags and not num_images):
+            raise ValueError(f"Text {index} has {tags} {IMAGE_TAG} for {_count(num_images, 'image')}.")
+        return self._tag.sub(self.image_token, row) if tags else self.image_token * num_images + row
 
     @property
-    def _mark(self) -> re.Pattern[str]:
-        return re.compile(f"{re.escape(IMAGE_MARK)}|{re.escape(self.image_token)}")
+    def _tag(self) -> re.Pattern[str]:
+        return re.compile(f"{re.escape(IMAGE_TAG)}|{re.escape(self.image_token)}")
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int) -> str:
-        """What stands in the text for one image."""
+        """The text of one image: its placeholders."""
         return self.image_token * self.num_image_tokens
 
     def _offsets_as_given(self, row: str, input_ids: Any, offsets: Any) -> list[tuple[int, int]]:
-        """Offsets `(s, 2)` in a row whose marks were expanded, to offsets in the row as it was given."""
-        spans = [match.span() for match in self._mark.finditer(row)]
+        """
+        Maps offsets `(s, 2)` in a row with expanded tags to offsets in the row as given. transformers uses offsets for
+        `return_assistant_tokens_mask`, with character positions of the unexpanded chat.
+        """
+        spans = [match.span() for match in self._tag.finditer(row)]
         given, placeholders, shift = [], 0, 0
         for token, (start, end) in zip(input_ids, offsets, strict=True):
             if token == self.image_token_id:
@@ -179,7 +182,7 @@ class GPTOSSVisionProcessor(ProcessorMixin):
         return given
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **_: Any) -> MultiModalData:
-        # Asked by vLLM. Every image is resized to one square, so its size doesn't matter.
+        # Called by vLLM. Every image is resized to the tower's size, so its own size doesn't matter.
         num_images = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * num_images, num_image_patches=[1] * num_images)
 

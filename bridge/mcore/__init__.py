@@ -1,6 +1,6 @@
-"""The Megatron-Core model of GPT-OSS-Vision, and its place in Megatron-Bridge.
+"""The Megatron-Core model of GPT-OSS-Vision and its registration in Megatron-Bridge.
 
-Importing this package imports Megatron-Bridge (10 to 20 s), also where there is no CUDA and no Transformer Engine.
+Importing this package imports Megatron-Bridge (10 to 20 s), with or without CUDA and Transformer Engine.
 """
 
 from .cpu import import_megatron_bridge
@@ -9,9 +9,9 @@ import_megatron_bridge()
 
 
 def register() -> None:
-    """Make Megatron-Bridge know this model: its bridge, and its classes in ``run_config.yaml``.
+    """Register the bridge in Megatron-Bridge, allow our classes in ``run_config.yaml``, and apply the work-arounds.
 
-    A part of `gpt_oss_vision.register`. Calling it again changes nothing.
+    Called by `gpt_oss_vision.register`. Idempotent.
     """
     from . import bridge, upstream  # importing the bridge registers it
 

@@ -18,10 +18,10 @@ from .packing import sample_boundaries
 
 
 class SinkAttention(MegatronModule):
-    """`ModuleSpec` core attention with ``softmax_type="learnable"``, causal, windowed where the config says so.
+    """`ModuleSpec` core attention with ``softmax_type="learnable"``: causal, with a window in the layers that have one.
 
-    Holds one parameter, ``softmax_offset [heads / tp]``, under the name that Megatron-Core's own and Transformer
-    Engine's core attention give it. Runs on any device: Megatron-Core 0.19.2's ``DotProductAttention`` allocates
+    Has one parameter, ``softmax_offset [heads / tp]``, named as in Megatron-Core's and Transformer Engine's core
+    attention. Runs on any device: Megatron-Core 0.19.2's ``DotProductAttention`` allocates
     this parameter on the current CUDA device.
     """
 
@@ -47,7 +47,7 @@ class SinkAttention(MegatronModule):
         self.window = config.window_size[0] + 1 if windowed else None
         heads = divide(config.num_attention_heads, self.tp_group.size())
         self.softmax_offset = nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
-        # Without this mark Megatron takes it for a copy, and leaves all but one rank's part out of the gradient norm.
+        # Without this attribute Megatron treats it as replicated and counts one rank's shard only in the gradient norm.
         set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         if config.perform_initialization:
             with get_cuda_rng_tracker().fork():
@@ -65,9 +65,8 @@ class SinkAttention(MegatronModule):
     ) -> torch.Tensor:
         """Query ``[s/cp, b, heads/tp, d]``, key and value ``[s/cp, b, groups/tp, d]`` to ``[s/cp, b, heads/tp * d]``.
 
-        With ``packed_seq_params``, samples one after the other in a row: ``[t, heads/tp, d]`` and so on to
-        ``[t, heads/tp * d]``, each sample seeing itself only. ``attention_mask`` is not read: padding is on the right,
-        where a causal query cannot see it.
+        With ``packed_seq_params``, query ``[t, heads/tp, d]`` and so on to ``[t, heads/tp * d]``; samples do not attend
+        to one another. ``attention_mask`` is ignored: padding is on the right, where a causal query never attends.
         """
         if attention_bias is not None:
             raise ValueError("The `torch` back end takes no attention bias.")
@@ -84,7 +83,7 @@ class SinkAttention(MegatronModule):
         return heads_to_sequence(context.permute(2, 0, 1, 3), self.cp_group).flatten(2).contiguous()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
-        """One entry, split over the tensor-parallel ranks along the heads."""
+        """One entry, sharded over the tensor-parallel ranks along the heads."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,

@@ -1,4 +1,4 @@
-"""The bridge that Megatron-Bridge's `AutoBridge` finds for GPT-OSS-Vision checkpoints."""
+"""The Megatron-Bridge bridge of GPT-OSS-Vision, used by `AutoBridge`."""
 
 from collections.abc import Iterable, Mapping
 
@@ -26,37 +26,37 @@ MXFP4_PARTS = ("_blocks", "_scales")
 
 
 class ExpertMapping(MegatronParamMapping[torch.Tensor]):
-    """One expert of a tensor that transformers keeps for all experts: ``[E, …]``.
+    """One expert of a transformers tensor ``[E, …]`` with all experts.
 
-    Megatron has a parameter per expert, so several parameters read the same source tensor and export stacks them.
+    Megatron has a parameter per expert: on import several parameters read the same tensor, on export they are stacked.
     """
 
     is_grouped_export = True
 
     def __init__(self, megatron_param: str, hf_param: str):
         super().__init__(megatron_param, hf_param)
-        # The source may hold the tensor as MXFP4, under two other names.
+        # As MXFP4 the tensor is stored under two other names.
         self.allow_hf_name_mismatch = True
 
     @property
     def group_key(self) -> str:
-        """The tensor that the experts are stacked into."""
+        """Name of the tensor with all experts."""
         return str(self.hf_param)
 
     @property
     def expert(self) -> int:
-        """Which expert, counted over all ranks."""
+        """Global index of the expert."""
         return extract_expert_number_from_param(self.megatron_param)
 
     def _parallel[M: MegatronParamMapping](self, mapping: M) -> M:
-        """The same cut as `mapping` makes, on this mapping's process groups."""
+        """Let `mapping` shard on this mapping's process groups."""
         if self._pg_collection is not None:
             mapping.set_process_groups_from_pg_collection(self._pg_collection)
         return mapping
 
 
 class GateUpMapping(ExpertMapping):
-    """``[E, h, 2f]`` or ``[E, 2f]``, gate and up in turns, and per expert ``[2f, h]`` or ``[2f]``, gate before up."""
+    """``[E, h, 2f]`` or ``[E, 2f]``, gate and up interleaved; per expert ``[2f, h]`` or ``[2f]``, gate before up."""
 
     def _gated(self) -> GatedMLPMapping:
         gate, up = self._part_names
@@ -67,7 +67,7 @@ class GateUpMapping(ExpertMapping):
         return f"{self.hf_param}[gate]", f"{self.hf_param}[up]"
 
     def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
-        """Take this expert, turn it, part gate from up, and give each expert-TP rank its piece of both."""
+        """Select the expert, transpose it, separate gate and up, and shard both over the expert-TP ranks."""
         mine = hf_weights[self.expert]
         mine = mine.mT if mine.ndim == 2 else mine
         parts = {"gate": mine[0::2].contiguous(), "up": mine[1::2].contiguous()}
@@ -76,7 +76,7 @@ class GateUpMapping(ExpertMapping):
     def megatron_to_hf(
         self, megatron_weights: torch.Tensor | None, megatron_module: torch.nn.Module | None
     ) -> dict[str, torch.Tensor]:
-        """Gather both halves and put them back in turns; with expert parallelism a leading axis of EP ranks stays."""
+        """Gather both halves and interleave them; with expert parallelism a leading axis of EP ranks remains."""
         parts = self._gated().megatron_to_hf(megatron_weights, megatron_module)
         if not parts:
             return {}
@@ -90,21 +90,21 @@ class GateUpMapping(ExpertMapping):
 class DownMapping(ExpertMapping):
     """``[E, f, h]`` or ``[E, h]``, and per expert ``[h, f]`` or ``[h]``.
 
-    The direction is known, never guessed from the shape: gpt-oss has h = f.
+    The orientation is never inferred from the shape: gpt-oss has h = f.
     """
 
     def _row(self) -> RowParallelMapping:
         return self._parallel(RowParallelMapping(self.megatron_param, str(self.hf_param)))
 
     def hf_to_megatron(self, hf_weights: torch.Tensor, megatron_module: torch.nn.Module) -> torch.Tensor:
-        """Take this expert, turn it, and give each expert-TP rank its piece."""
+        """Select the expert, transpose it, and shard it over the expert-TP ranks."""
         mine = hf_weights[self.expert]
         return self._row().hf_to_megatron(mine.mT.contiguous() if mine.ndim == 2 else mine, megatron_module)
 
     def megatron_to_hf(
         self, megatron_weights: torch.Tensor | None, megatron_module: torch.nn.Module | None
     ) -> dict[str, torch.Tensor]:
-        """Gather and turn back; with expert parallelism a leading axis of EP ranks stays."""
+        """Gather and transpose; with expert parallelism a leading axis of EP ranks remains."""
         gathered = self._row().megatron_to_hf(megatron_weights, megatron_module)
         if str(self.hf_param).endswith("_bias"):
             return gathered
@@ -121,7 +121,7 @@ MAPPINGS = {
 
 
 def mapping_of(row: Row) -> MegatronParamMapping:
-    """The Megatron-Bridge mapping that a row of the table asks for."""
+    """The Megatron-Bridge mapping of a row."""
     if row.layout is Layout.QKV:
         assert isinstance(row.hf, dict)
         return QKVMapping(row.megatron, **row.hf)
@@ -137,8 +137,8 @@ def mapping_of(row: Row) -> MegatronParamMapping:
 class GPTOSSVisionBridge(MegatronModelBridge):
     """GPT-OSS-Vision between transformers and Megatron-Core.
 
-    Used through ``AutoBridge.from_hf_pretrained(path)`` after ``gpt_oss_vision.register()``. Where other bridges warn
-    of a parameter without a mapping and go on, this one stops and names it.
+    Used through ``AutoBridge.from_hf_pretrained(path)`` after ``gpt_oss_vision.register()``. Other bridges only warn of
+    a parameter without a mapping; this one raises an error with its name.
     """
 
     def provider_bridge(self, hf_pretrained) -> GPTOSSVisionProvider:
@@ -146,14 +146,14 @@ class GPTOSSVisionBridge(MegatronModelBridge):
         return provider_from_config(hf_pretrained.config)
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        """The table as Megatron-Bridge's mappings."""
+        """The weight map as Megatron-Bridge's mappings."""
         return MegatronMappingRegistry(*(mapping_of(row) for row in ROWS))
 
     def build_conversion_tasks(self, hf_pretrained, megatron_model, weight_dtype: torch.dtype | None = None):
-        """As in the base class, after checking that both sides are covered.
+        """As in the base class, after `check_coverage`.
 
         Raises:
-            ValueError: listing every Megatron parameter without a source and every source tensor without a use.
+            UserError: listing every Megatron parameter without a source and every source tensor without a use.
         """
         source = getattr(getattr(hf_pretrained, "state", None), "source", None)
         names = upstream.global_parameter_names(self, megatron_model)
@@ -163,7 +163,7 @@ class GPTOSSVisionBridge(MegatronModelBridge):
     def maybe_modify_loaded_hf_weight(
         self, hf_param: str | dict[str, str], hf_state_dict: Mapping[str, torch.Tensor]
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Read a tensor; from MXFP4, dequantised and turned to the orientation of unquantised checkpoints."""
+        """Read a tensor; MXFP4 is dequantised and transposed to the orientation of unquantised checkpoints."""
         if isinstance(hf_param, str) and hf_param not in hf_state_dict:
             blocks, scales = (hf_state_dict[hf_param + part] for part in MXFP4_PARTS)
             return dequantize(blocks, scales).mT
@@ -181,7 +181,7 @@ def check_coverage(
         registry: the mappings between them.
 
     Raises:
-        ValueError: listing what is unmapped, missing and unused.
+        UserError: listing unmapped, missing and unused names.
     """
     wanted, unmapped = set(), []
     for name in megatron_names:

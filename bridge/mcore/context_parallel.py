@@ -1,8 +1,7 @@
 """Context parallelism by all-to-all over heads, the only kind that is exact with learnable sinks.
 
-Megatron deals a sequence out in 2·cp equal pieces, rank r holding pieces r and 2·cp − 1 − r, so that causal attention
-is equal work everywhere. Here attention sees whole sequences of a part of the heads (DeepSpeed-Ulysses, arXiv
-2309.14509).
+Megatron shards a sequence into 2·cp equal pieces, rank r holding pieces r and 2·cp − 1 − r, which balances causal
+attention. Here attention runs on whole sequences with a share of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
 
 Shapes: s positions of the whole sequence, b rows, h heads on this tensor-parallel rank, d head size, cp ranks.
 """
@@ -15,10 +14,10 @@ from ...errors import UserError
 
 
 def slice_for_context_parallel(tensor: torch.Tensor, dim: int, group: ProcessGroup) -> torch.Tensor:
-    """Of a tensor with the whole sequence along ``dim``, the two pieces that this rank holds; a copy.
+    """This rank's two pieces of a tensor with the whole sequence along ``dim``, as a copy.
 
     Raises:
-        ValueError: when the sequence cannot be cut into ``2 · cp`` equal pieces.
+        UserError: when the sequence length is no multiple of ``2 · cp``.
     """
     ranks, rank = group.size(), group.rank()
     if ranks == 1:
@@ -32,7 +31,7 @@ def slice_for_context_parallel(tensor: torch.Tensor, dim: int, group: ProcessGro
 
 
 def sequence_to_heads(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """``[s / cp, b, h, d]``, this rank's pieces of all heads, to ``[s, b, h / cp, d]``, whole and in order."""
+    """``[s / cp, b, h, d]``, this rank's pieces of all heads, to ``[s, b, h / cp, d]``, the sequence in order."""
     ranks = group.size()
     if ranks == 1:
         return tensor
@@ -42,7 +41,7 @@ def sequence_to_heads(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor
 
 
 def heads_to_sequence(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-    """The way back: ``[s, b, h / cp, d]`` to ``[s / cp, b, h, d]``."""
+    """The inverse: ``[s, b, h / cp, d]`` to ``[s / cp, b, h, d]``."""
     ranks = group.size()
     if ranks == 1:
         return tensor

@@ -1,6 +1,7 @@
 """Grouped experts of the `torch` back end, with the parameter names of Transformer Engine's grouped linears."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -25,13 +26,13 @@ from ..ops.experts import clamped_gate, grouped_linear
 class GroupedLinear(nn.Module):
     """One linear layer per local expert: parameters ``weight{i} [out, in]`` and ``bias{i} [out]``.
 
-    Called as Transformer Engine's is, so that Megatron-Bridge's LoRA can wrap it.
+    Has the signature of Transformer Engine's, so that Megatron-Bridge's LoRA can wrap it.
 
     Args:
         config: the TransformerConfig, for precision and initialisation.
         num_gemms: experts on this rank, by Transformer Engine's name.
-        shape: ``(out, in)`` of this rank's part.
-        partition_dim: the axis of the weight that expert tensor parallelism splits; 0 splits the bias too.
+        shape: ``(out, in)`` of this rank's shard.
+        partition_dim: the axis of the weight that expert tensor parallelism shards; with 0 it shards the bias too.
         init_method: fills a weight in place.
         pg_collection: the groups of expert, expert tensor and expert data parallelism.
     """
@@ -55,14 +56,14 @@ class GroupedLinear(nn.Module):
         sizes = list(shape)
         sizes[partition_dim] *= self.tp_group.size()
         self.out_features, self.in_features = sizes
-        """Of the whole layer, not of this rank's part."""
+        """Sizes of the whole layer, not of this rank's shard."""
         for expert in range(num_gemms):
             weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
             bias = nn.Parameter(torch.zeros(shape[0], dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(weight, True, partition_dim, 1)
             set_tensor_model_parallel_attributes(bias, partition_dim == 0, 0, 1)
             for parameter in (weight, bias):
-                # Megatron's word for «reduce over the expert data-parallel group, not the dense one».
+                # Makes Megatron reduce the gradient over the expert data-parallel group, not the dense one.
                 parameter.allreduce = False
             self.register_parameter(f"weight{expert}", weight)
             self.register_parameter(f"bias{expert}", bias)
@@ -71,7 +72,7 @@ class GroupedLinear(nn.Module):
                     init_method(weight)
 
     def forward(self, tokens: torch.Tensor, tokens_per_expert: Sequence[int]) -> tuple[torch.Tensor, None]:
-        """Tokens ``[t, in]`` sorted by local expert and counts to ``[t, out]`` and no bias: it is added already."""
+        """Tokens ``[t, in]`` sorted by local expert and counts to ``[t, out]`` and None: the bias is added already."""
         pairs = [(weight, self._share(bias)) for weight, bias in self.pairs()]
         return grouped_linear(tokens, tokens_per_expert, pairs), None
 
@@ -80,7 +81,7 @@ class GroupedLinear(nn.Module):
         return [(getattr(self, f"weight{i}"), getattr(self, f"bias{i}")) for i in range(self.num_gemms)]
 
     def _share(self, bias: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a bias; a part of the value where ranks sum their outputs."""
+        """This rank's shard of a bias; where ranks sum their outputs, the bias divided by their number."""
         size = self.tp_group.size()
         if size == 1 or self.partition_dim == 0:
             return bias
@@ -89,7 +90,7 @@ class GroupedLinear(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """``{prefix}{weight,bias}`` with an axis for experts, gate and up as two chunks."""
+        """Entries ``{prefix}{weight,bias}`` with an axis for experts, gate and up as two chunks."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         entries = {}
         for expert in range(self.num_gemms):
@@ -125,10 +126,10 @@ class GroupedLinear(nn.Module):
 
 
 class GroupedExperts(MegatronModule):
-    """The experts of one MoE layer on one rank; takes the place of Megatron-Core's ``TEGroupedMLP``.
+    """The experts of one MoE layer on one rank, in place of Megatron-Core's ``TEGroupedMLP``.
 
-    Same constructor, same parameter names (``linear_fc1.weight0``, …), same checkpoint keys for them; Transformer
-    Engine's own extra states are not written.
+    Constructor, parameter names (``linear_fc1.weight0``, …) and their checkpoint keys are the same; Transformer
+    Engine's extra states are not written.
     """
 
     def __init__(
@@ -141,21 +142,10 @@ class GroupedExperts(MegatronModule):
         super().__init__(config=config)
         assert pg_collection is not None and config.add_bias_linear and config.gated_linear_unit
         ffn = divide(config.moe_ffn_hidden_size, pg_collection.expt_tp.size())
-        self.linear_fc1 = GroupedLinear(
-            config,
-            num_local_experts,
-            (2 * ffn, config.hidden_size),
-            partition_dim=0,
-            init_method=config.init_method,
-            pg_collection=pg_collection,
-        )
-        self.linear_fc2 = GroupedLinear(
-            config,
-            num_local_experts,
-            (config.hidden_size, ffn),
-            partition_dim=1,
-            init_method=config.output_layer_init_method,
-            pg_collection=pg_collection,
+        linear = partial(GroupedLinear, config, num_local_experts, pg_collection=pg_collection)
+        self.linear_fc1 = linear((2 * ffn, config.hidden_size), partition_dim=0, init_method=config.init_method)
+        self.linear_fc2 = linear(
+            (config.hidden_size, ffn), partition_dim=1, init_method=config.output_layer_init_method
         )
 
     def forward(
@@ -164,7 +154,7 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """Tokens ``[t, h]`` sorted by local expert, counts ``[E]``, weights ``[t]`` to ``[t, h]`` and no bias."""
+        """Tokens ``[t, h]`` sorted by local expert, counts ``[E]``, routing weights ``[t]`` to ``[t, h]`` and None."""
         counts = tokens_per_expert.tolist()
         gate_up, _ = self.linear_fc1(permuted_local_hidden_states, counts)
         limit, offset = self.config.activation_func_clamp_value, self.config.glu_linear_offset
@@ -174,7 +164,7 @@ class GroupedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """``{prefix}experts.linear_fc{1,2}.…``: weights, biases, and the adapters of LoRA."""
+        """Entries ``{prefix}experts.linear_fc{1,2}.…``: weights, biases, and LoRA adapters."""
         entries = {}
         for name, linear in self.named_children():
             part = linear.sharded_state_dict(f"{name}.", sharded_offsets, metadata)

@@ -5,6 +5,9 @@ Norms, activations, softmax and the embedding look-up, under 1 % together, are l
 """
 
 from dataclasses import dataclass
+from math import prod
+
+from ..hf.configuration_gpt_oss_vision import image_shape, tower_config, tower_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +61,8 @@ def _active_matrix_weights(provider) -> float:
 
 def image_flops(provider) -> Flops:
     """One image through tower and projection."""
-    vision = provider.vision_config
-    width, layers, channels = vision["hidden_size"], vision["num_hidden_layers"], vision["num_channels"]
-    tokens = provider.num_image_tokens - provider.vision_pool_token
-    patches = tokens - (vision["model_type"] != "siglip_vision_model")  # the others put a CLS token in front
-    blocks = tokens * layers * (4 * width**2 + 2 * width * vision["intermediate_size"])
-    ends = patches * width * channels * vision["patch_size"] ** 2
-    ends += provider.num_image_tokens * width * provider.hidden_size
+    vision = tower_config(provider.vision_config)
+    width, layers, tokens = vision.hidden_size, vision.num_hidden_layers, tower_tokens(vision)
+    blocks = tokens * layers * (4 * width**2 + 2 * width * vision.intermediate_size)
+    ends = prod(image_shape(vision)) * width + provider.num_image_tokens * width * provider.hidden_size
     return Flops(weights=2.0 * (blocks + ends), attention=4.0 * layers * tokens**2 * width)

@@ -1,4 +1,4 @@
-"""Which modules a layer is made of, on each of the two back ends."""
+"""The modules of a decoder layer on each of the two back ends."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ from .router import VisionBiasedTopKRouter
 
 
 class TorchSpecProvider(LocalSpecProvider):
-    """Megatron-Core's linears and embeddings with our norm, sink attention and grouped experts; runs anywhere."""
+    """Megatron-Core's linears and embeddings with our norm, sink attention and grouped experts; runs on any device."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False):
         """An RMSNorm that allows sequence parallelism."""
@@ -81,7 +81,7 @@ def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=_with_vision_bias(get_moe_module_spec_for_backend(backend, num_experts=config.num_moe_experts)),
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine fuses this norm into the projection and saves it under that name; so do we.
+            # Transformer Engine fuses this norm into the projection; its checkpoint key is used here too.
             sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
         ),
     )
@@ -95,6 +95,6 @@ def transformer_engine_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def _with_vision_bias(moe: partial) -> partial:
-    """The MoE builder with the router exchanged."""
+    """The MoE builder with our router."""
     moe.keywords["submodules"].router = VisionBiasedTopKRouter
     return moe

@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-from .vision import build_tower
+from ..hf.configuration_gpt_oss_vision import build_tower, tower_config
 
 GIB = 2**30
 
@@ -53,14 +53,13 @@ def parameters_of_stage(provider, stage: int) -> Iterator[ParameterCount]:
     yield ParameterCount("language_model", False, layers * _dense_parameters_of_layer(provider))
     yield ParameterCount("language_model", True, layers * _expert_parameters_of_layer(provider))
     yield ParameterCount("vision_bias", False, layers * provider.num_moe_experts)
-    for has_vocabulary in (is_first, is_last):
-        if has_vocabulary:
-            yield ParameterCount("language_model", False, hidden * provider.vocab_size // tp)
+    vocabularies = [is_first, is_last].count(True)  # the embedding, the head
+    yield ParameterCount("language_model", False, vocabularies * hidden * provider.vocab_size // tp)
     if is_last:
         yield ParameterCount("language_model", False, hidden)
     if is_first and provider.use_vision:
         with torch.device("meta"):
-            tower = build_tower(provider.vision_config)
+            tower = build_tower(tower_config(provider.vision_config))
         width = provider.vision_config["hidden_size"]
         vectors = 3 if provider.vision_pool_token else 2  # the norm's weight and bias, the pool token
         yield ParameterCount("vision_model", False, sum(parameter.numel() for parameter in tower.parameters()))

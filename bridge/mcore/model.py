@@ -1,4 +1,4 @@
-"""GPT-OSS-Vision on Megatron-Core: a GPTModel with images in the place of placeholder tokens.
+"""GPT-OSS-Vision on Megatron-Core: a GPTModel with image tokens in place of placeholder tokens.
 
 Shapes: b rows, s positions, h hidden size, n images of the microbatch, p placeholder tokens per image.
 """
@@ -17,12 +17,12 @@ from .vision import VisionStage
 class MCoreGPTOSSVisionModel(GPTModel):
     """Megatron-Core's `GPTModel` with a vision stage on the first pipeline stage.
 
-    The decoder keeps GPTModel's parameter names, so a text-only gpt-oss checkpoint is this model's without
-    ``vision_adapter.*`` and ``vision_bias``. Takes GPTModel's arguments; the config is a `GPTOSSVisionProvider`.
+    The decoder has GPTModel's parameter names; the added ones are ``vision_adapter.*`` and ``vision_bias``. Takes
+    GPTModel's arguments; the config is a `GPTOSSVisionProvider`.
     """
 
     def __init__(self, config, *args, **kwargs):
-        # Images are put between the embeddings of the whole sequence; only the result is scattered.
+        # Image tokens are merged into the embeddings of the whole sequence; only the result is scattered.
         super().__init__(config, *args, scatter_embedding_sequence_parallel=False, **kwargs)
         has_vision = self.pre_process and config.use_vision
         self.vision_adapter = VisionStage(config, self.pg_collection) if has_vision else None
@@ -40,24 +40,24 @@ class MCoreGPTOSSVisionModel(GPTModel):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As `GPTModel.forward`, and images.
+        """As `GPTModel.forward`, with images.
 
         Args:
-            input_ids: ``[b, s]`` token ids, on every pipeline stage: the modality is read from them.
+            input_ids: ``[b, s]`` token ids, on every pipeline stage: the visual mask is computed from them.
             pixel_values: ``[n, channels, height, width]``, the images of all rows in the order of their
                 placeholders; None or n = 0 without images. Read on the first stage only.
             labels: ``[b, s]``, of the whole sequence also under context parallelism.
             loss_mask: ``[b, s]``, likewise.
-            packed_seq_params: where the samples lie when ``input_ids`` is one row of several.
+            packed_seq_params: boundaries of the samples when ``input_ids`` is one row of several samples.
 
         Returns:
             Loss per token ``[b, s / cp]`` with labels, else logits ``[b, s / cp, vocab / tp]``; on stages that are not
             the last, hidden states ``[s / cp / tp, b, h]``. Under context parallelism, with labels and a loss mask,
-            the loss and this rank's part of the mask, as Megatron-Bridge's ``vlm_step`` takes them.
+            the loss and this rank's pieces of the mask, as Megatron-Bridge's ``vlm_step`` expects.
 
         Raises:
-            ValueError: when placeholders and images don't match; both numbers are named. For packed samples where
-                they would not be exact (`check_packing`).
+            UserError: when the numbers of placeholders and images don't match, and for packed samples that would not
+                be exact (`check_packing`).
         """
         if packed_seq_params is not None:
             check_packing(input_ids, packed_seq_params, self.pg_collection.cp.size(), self.config.transformer_impl)
@@ -85,7 +85,7 @@ class MCoreGPTOSSVisionModel(GPTModel):
         return (output, loss_mask) if is_loss and cp_group.size() > 1 else output
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """``[b, s]`` bool, true where a token stands for a piece of an image."""
+        """``[b, s]`` bool, true at placeholder tokens."""
         if not self.config.use_vision:
             return torch.zeros_like(input_ids, dtype=torch.bool)
         return input_ids == self.config.image_token_id
@@ -97,15 +97,15 @@ class MCoreGPTOSSVisionModel(GPTModel):
         is_visual: torch.Tensor,
         pixel_values: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Token embeddings with images merged in, this rank's part of the sequence: ``[s / cp / tp, b, h]``."""
+        """Token embeddings with image tokens merged in, this rank's shard of the sequence: ``[s / cp / tp, b, h]``."""
         embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
         if self.vision_adapter is not None:
             embeddings = self.merge(embeddings, is_visual, pixel_values)
         elif pixel_values is not None and len(pixel_values):
             raise UserError(f"{len(pixel_values)} images were given to a model that has use_vision=False.")
         if self.config.recompute_granularity is not None and torch.is_grad_enabled() and not embeddings.requires_grad:
-            # Everything before the decoder is frozen. Megatron's checkpoint gives gradients only to the parameters of
-            # a block whose input wants one.
+            # Everything before the decoder is frozen. Megatron's activation checkpointing computes gradients only for
+            # blocks whose input requires one.
             embeddings.requires_grad_()
         embeddings = slice_for_context_parallel(embeddings, 0, self.pg_collection.cp)
         if self.config.sequence_parallel:
@@ -115,23 +115,23 @@ class MCoreGPTOSSVisionModel(GPTModel):
     def merge(
         self, embeddings: torch.Tensor, is_visual: torch.Tensor, pixel_values: torch.Tensor | None
     ) -> torch.Tensor:
-        """Replace the placeholders of ``[s, b, h]`` embeddings by the tokens of the images."""
+        """Replace the placeholders of ``[s, b, h]`` embeddings by image tokens."""
         images = 0 if pixel_values is None else len(pixel_values)
         check_placeholders(is_visual, images, self.config.num_image_tokens)
         image_tokens = self.vision_adapter(pixel_values).flatten(0, 1).to(embeddings.dtype)
         if images == 0:
             return embeddings + image_tokens.sum()
-        # Rows before positions: that is the order in which images are counted. Unlike `masked_scatter`, whose backward
-        # asks for the number of placeholders, this never waits for the GPU.
+        # Images are counted row by row. Unlike `masked_scatter`, whose backward reads the number of placeholders, this
+        # never synchronizes with the GPU.
         nth = is_visual.flatten().cumsum(0).view_as(is_visual) - 1
         placed = image_tokens.index_select(0, nth.mT.flatten().clamp(0, len(image_tokens) - 1)).view_as(embeddings)
         return torch.where(is_visual.mT.unsqueeze(-1), placed, embeddings).contiguous()
 
     def local_visual_mask(self, is_visual: torch.Tensor) -> torch.Tensor:
-        """The modality of the tokens that this rank's layers see: of ``[b, s]`` its part under CP, of that under SP.
+        """This rank's shard of a ``[b, s]`` visual mask: sliced for context, then for sequence parallelism.
 
-        Megatron-Core 0.19.2 scatters what it calls ``padding_mask`` on the first pipeline stage only, and there only
-        when it embeds the tokens itself; here every stage takes its own part.
+        Megatron-Core 0.19.2 scatters ``padding_mask`` on the first pipeline stage only, and only when it embeds the
+        tokens itself; here every stage slices it.
         """
         is_visual = slice_for_context_parallel(is_visual, 1, self.pg_collection.cp)
         if not self.config.sequence_parallel:
@@ -141,17 +141,17 @@ class MCoreGPTOSSVisionModel(GPTModel):
 
 
 def check_placeholders(is_visual: torch.Tensor, images: int, tokens_per_image: int) -> None:
-    """Compare the room that a prompt has with the images that were given.
+    """Check that the number of placeholder tokens is that of the image tokens.
 
-    On a GPU the comparison is left to the device, so that the host need not wait for it in every microbatch; the
-    data loaders of `recipes` have compared before, with numbers.
+    On a GPU the check runs on the device, without a synchronization per microbatch; the data loaders of `recipes` have
+    checked each row before.
 
     Raises:
-        ValueError: when they differ. On a GPU the kernel aborts instead.
+        UserError: when they differ. On a GPU the kernel aborts instead.
     """
-    needs = f"{images} image{'s need' if images != 1 else ' needs'} {images * tokens_per_image} placeholder tokens"
-    room = is_visual.sum()
-    if room.is_cuda:
-        torch.ops.aten._assert_async.msg(room == images * tokens_per_image, f"{needs}; the batch has another number.")
-    elif room != images * tokens_per_image:
-        raise UserError(f"{needs}; the batch has {int(room)}.")
+    needed, found = images * tokens_per_image, is_visual.sum()
+    sentence = f"{images} image{' needs' if images == 1 else 's need'} {needed} placeholder tokens; the batch has"
+    if found.is_cuda:
+        torch.ops.aten._assert_async.msg(found == needed, f"{sentence} another number.")
+    elif found != needed:
+        raise UserError(f"{sentence} {int(found)}.")

@@ -5,10 +5,10 @@ from torch import nn
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm as gpt-oss computes it: in fp32, the weight multiplied in fp32, cast at the end.
+    """RMSNorm of gpt-oss: computed in fp32, multiplied by the weight in fp32, then cast.
 
-    Megatron-Core's ``WrappedTorchNorm`` refuses sequence parallelism; here the weight is marked, so that
-    its gradient is summed over the tensor-parallel ranks, each of which sees a part of the sequence.
+    Megatron-Core's ``WrappedTorchNorm`` refuses sequence parallelism. Here the weight has the attribute
+    ``sequence_parallel``, so that Megatron sums its gradient over the tensor-parallel ranks.
 
     Args:
         config: the TransformerConfig; only ``sequence_parallel`` and ``params_dtype`` are read.

@@ -1,22 +1,22 @@
-"""Packed sequences: several samples one after the other in a row, Megatron's ``thd`` format."""
+"""Packed sequences: several samples in one row, Megatron's ``thd`` format."""
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from ...errors import UserError
 
-# The first releases whose fused attention knows learnable sinks, as cudnn.version() counts: 9.13.1 and 9.18.
+# The first releases whose fused attention supports learnable sinks, by cudnn.version(): 9.13.1 and 9.18.
 CUDNN_WITH_SINKS = 91301
 CUDNN_WITH_PACKED_SINKS = 91800
 
 
 def sample_boundaries(packed: PackedSeqParams) -> torch.Tensor:
-    """``[samples + 1]``: where each sample starts in the row, and the end; padding belongs to the sample before it."""
+    """Starts of the samples in the row, and its end, ``[samples + 1]``; padding belongs to the sample before it."""
     return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
 
 
 def check_packing(input_ids: torch.Tensor, packed: PackedSeqParams, context_parallel: int, backend: str) -> None:
-    """Refuse what would not be exact, without a look at the device.
+    """Refuse packed samples that would not be exact; reads nothing from the device.
 
     Args:
         input_ids: ``[1, t]``.
@@ -25,7 +25,7 @@ def check_packing(input_ids: torch.Tensor, packed: PackedSeqParams, context_para
         backend: ``transformer_impl`` of the config.
 
     Raises:
-        ValueError: for more than one row, context parallelism, or a cuDNN that would drop the sinks.
+        UserError: for more than one row, context parallelism, or a cuDNN that would drop the sinks.
     """
     if packed.qkv_format != "thd" or len(input_ids) != 1:
         raise UserError(
@@ -33,17 +33,17 @@ def check_packing(input_ids: torch.Tensor, packed: PackedSeqParams, context_para
         )
     if context_parallel > 1:
         raise UserError(
-            f"Packed samples are not dealt out to context_parallel_size={context_parallel} ranks; use 1, or don't pack."
+            f"Packed samples do not support context_parallel_size={context_parallel}; use 1, or don't pack."
         )
     if backend == "transformer_engine":
         check_cudnn(CUDNN_WITH_PACKED_SINKS, "learnable sinks of packed samples")
 
 
 def check_cudnn(least: int, feature: str) -> None:
-    """Compare the cuDNN that torch has loaded.
+    """Refuse a cuDNN older than ``least``.
 
     Raises:
-        ValueError: when it is older.
+        UserError: when torch has loaded an older one.
     """
     found = torch.backends.cudnn.version() or 0
     if found < least:

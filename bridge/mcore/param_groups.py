@@ -1,6 +1,6 @@
-"""The groups of parameters that are frozen and given a learning rate of their own.
+"""Freezing of parameter groups, and a learning rate per group.
 
-The names are those of Megatron-Bridge's other vision models, ``freeze_language_model`` and so on, with one group more.
+The names are those of Megatron-Bridge's other vision models (``freeze_language_model``, …), with ``vision_bias`` added.
 """
 
 from collections.abc import Iterable
@@ -13,23 +13,11 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import nn
 
 from ...errors import UserError
-
-# A parameter belongs to the first group whose mark is in its name; the last mark is in all of them.
-PARAM_GROUPS = {
-    "vision_model": "vision_adapter.vit.",
-    "vision_projection": "vision_adapter.",
-    "vision_bias": ".router.vision_bias",
-    "language_model": "",
-}
-
-
-def group_of(name: str) -> str:
-    """The group of a parameter of the Megatron model, wrapped or not."""
-    return next(group for group, mark in PARAM_GROUPS.items() if mark in name)
+from ..weight_map import group_of
 
 
 def freeze(model: nn.Module, groups: Iterable[str]) -> None:
-    """Switch off the gradients of some groups, in place."""
+    """Set ``requires_grad`` of the parameters of some groups to False, in place."""
     groups = set(groups)
     for name, parameter in model.named_parameters():
         if group_of(name) in groups:
@@ -40,8 +28,8 @@ def freeze(model: nn.Module, groups: Iterable[str]) -> None:
 class LearningRateFactors(OptimizerConfigOverrideProvider):
     """Megatron-Bridge's ``optimizer_config_override_provider`` with a learning-rate factor per group.
 
-    A factor multiplies ``lr`` and ``min_lr`` of the optimizer, so warm-up and decay keep their form. It is set in a
-    ``ConfigContainer`` like any other field, on the command line too.
+    A factor multiplies ``lr`` and ``min_lr`` of the optimizer, so warm-up and decay keep their form. Factors are fields
+    of a ``ConfigContainer`` and can be set on the command line.
     """
 
     vision_model: float = 1.0
@@ -52,10 +40,10 @@ class LearningRateFactors(OptimizerConfigOverrideProvider):
     def build_config_overrides(
         self, context: OptimizerConfigOverrideProviderContext
     ) -> dict[ParamKey, ParamGroupOverride] | None:
-        """Megatron-Bridge's own overrides (no weight decay on vectors) and ours.
+        """Megatron-Bridge's own overrides (no weight decay on vectors) and one per factor other than 1.
 
         Raises:
-            ValueError: for a negative factor; 0 would still pay for gradients, freezing does not.
+            UserError: for a factor that is not above 0. With 0 gradients would still be computed; freezing avoids that.
         """
         optimizer, overrides = context.optimizer_config, dict(super().build_config_overrides(context) or {})
         for group, factor in asdict(self).items():

@@ -1,4 +1,4 @@
-"""Which experts see which modality: the routers' counts, summed over all ranks and written to TensorBoard."""
+"""Tokens per expert and modality: the routers' counts, summed over all ranks and written to TensorBoard."""
 
 import torch
 
@@ -8,13 +8,15 @@ MODALITIES = ("text", "visual")
 
 
 def pop_expert_counts(model: list[torch.nn.Module], num_layers: int, num_experts: int) -> torch.Tensor:
-    """Choices since the last call, on every rank those of all: ``[layers, 2, experts]``, text before visual.
+    """Return the counts of all ranks since the last call, ``[layers, 2, experts]``, text before visual, and reset them.
+
+    Layers are disjoint across pipeline ranks and tokens across all others (with tensor parallelism the sequence is
+    sharded too), so one world all-reduce counts each choice once.
 
     Args:
-        model: this rank's chunks. Its layers are elsewhere on no other pipeline rank, and its tokens on no other rank
-            of the same stage: with tensor parallelism the sequence is cut too.
-        num_layers: of the whole model.
-        num_experts: of a layer.
+        model: this rank's chunks.
+        num_layers: layers of the whole model.
+        num_experts: experts of a layer.
     """
     routers = [module for chunk in model for module in chunk.modules() if isinstance(module, VisionBiasedTopKRouter)]
     # A pipeline stage may have the embedding or the head only.
@@ -28,12 +30,12 @@ def pop_expert_counts(model: list[torch.nn.Module], num_layers: int, num_experts
 
 
 def entropy(counts: torch.Tensor) -> torch.Tensor:
-    """Of the experts' shares along the last axis, in nats: 0 for one expert, ln E for all alike, NaN for no tokens."""
+    """Entropy of the shares along the last axis in nats: 0 for one expert, ln E for equal shares, NaN for none."""
     return torch.special.entr(_shares(counts)).sum(-1)
 
 
 def overlap(counts: torch.Tensor) -> torch.Tensor:
-    """Of the shares of the two modalities, ``[…, 2, E]`` to ``[…]``: 0 without a common expert, 1 for equal shares."""
+    """Overlap of the modalities' shares, ``[…, 2, E]`` to ``[…]``: 0 without a common expert, 1 for equal shares."""
     return _shares(counts).amin(-2).sum(-1)
 
 
@@ -42,10 +44,10 @@ def _shares(counts: torch.Tensor) -> torch.Tensor:
 
 
 def write_router_statistics(writer, counts: torch.Tensor, step: int) -> None:
-    """Write ``[layers, 2, experts]`` counts to TensorBoard; nothing of a modality without tokens.
+    """Write ``[layers, 2, experts]`` counts to TensorBoard; a modality without tokens is left out.
 
-    Entropy and overlap per layer are scalars. The counts are a tensor and, to look at, a picture of each modality's
-    shares with a row per layer.
+    Written are the counts as a tensor, entropy and overlap per layer as scalars, and the shares of each modality as an
+    image with a row per layer.
     """
     writer.add_tensor("router/tokens_per_expert", counts, step)
     seen = counts.sum((0, 2)) > 0

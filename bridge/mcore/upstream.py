@@ -1,7 +1,7 @@
-"""Every touch of a private name of Megatron-Bridge or Megatron-Core, and every work-around, in one place.
+"""Uses of private names of Megatron-Bridge and Megatron-Core, and work-arounds for their bugs.
 
-Versions: megatron-bridge 0.6.2, megatron-core 0.19.2. A test asks for each name and for each bug: when one has moved
-or has been mended, the test says which.
+Versions: megatron-bridge 0.6.2, megatron-core 0.19.2. A test checks each name and each bug, and fails when a name has
+moved or a bug is fixed.
 """
 
 import importlib.util
@@ -22,35 +22,35 @@ from ...errors import UserError
 from .experts import GroupedLinear
 
 KEEP_IN_FP32 = "_keep_in_float32_parameter_names"
-"""Attribute of a module that names parameters which the half-precision wrapper leaves in fp32."""
+"""Attribute of a module: names of the parameters that the half-precision wrapper keeps in fp32."""
 
 
 def apply() -> None:
-    """Put the work-arounds in place and open Megatron-Bridge's seams to us; idempotent."""
+    """Install the work-arounds and allow our classes in Megatron-Bridge's config loader; idempotent."""
     register_allowed_target_prefix("gpt_oss_vision.")
-    # Megatron-Bridge 0.6.2 takes the names that Megatron-Core sets to None without Transformer Engine for its classes,
-    # and its LoRA asks each layer whether it is one of them.
+    # Without Transformer Engine, Megatron-Core sets its classes to None. Megatron-Bridge 0.6.2 takes them for classes,
+    # and its LoRA calls isinstance with them.
     bridge_peft.HAVE_TE = bridge_peft.HAVE_TE and HAVE_TE
-    bridge_lora.get_adapter_attributes_from_linear = _attributes_of_our_experts_too
+    bridge_lora.get_adapter_attributes_from_linear = _adapter_attributes_with_our_experts
     if not _helpers_can_be_compiled():
         bridge_initialize.compile_helpers = _nothing_to_compile
     if DistributedOptimizer._build_model_and_main_param_groups.__func__ is _build_groups:
         DistributedOptimizer._build_model_and_main_param_groups = classmethod(_build_groups_in_order)
-    DistributedOptimizer.state_dict = _state_dict_before_the_first_step_too
-    DistributedOptimizer.load_state_dict = _load_state_dict_and_part_the_steps
-    DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_but_step
+    DistributedOptimizer.state_dict = _state_dict_with_initial_state
+    DistributedOptimizer.load_state_dict = _load_state_dict_with_own_steps
+    DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_except_step
 
 
 adapter_attributes = bridge_peft.get_adapter_attributes_from_linear
 
 
-def _attributes_of_our_experts_too(module, **options) -> bridge_peft.AdapterAttributes:
-    """Let LoRA adapt the `torch` back end's experts as it does Transformer Engine's.
+def _adapter_attributes_with_our_experts(module, **options) -> bridge_peft.AdapterAttributes:
+    """Sizes of a layer for LoRA, for the `torch` back end's experts too.
 
-    Megatron-Bridge 0.6.2 knows a layer's sizes by its class, and refuses every class but Megatron-Core's.
+    Megatron-Bridge 0.6.2 reads a layer's sizes by its class, and refuses every class but Megatron-Core's.
 
     Raises:
-        ValueError: with expert tensor parallelism, where its adapters have not been shown to be exact.
+        UserError: with expert tensor parallelism, where its adapters have not been shown to be exact.
     """
     if not isinstance(module, GroupedLinear):
         return adapter_attributes(module, **options)
@@ -76,9 +76,9 @@ _build_groups = DistributedOptimizer._build_model_and_main_param_groups.__func__
 
 
 def _build_groups_in_order(cls, gbuf_ranges, param_gbuf_map, opt_group_ranges, config):
-    """Keep the parameters of an optimizer group in the order in which they were numbered.
+    """Keep the parameters of an optimizer group in the order of their indices.
 
-    Megatron-Core 0.19.2 puts fp32 parameters before half-precision ones here, but looks them up by the old numbers:
+    Megatron-Core 0.19.2 puts fp32 parameters before half-precision ones here, but looks them up by the old indices:
     with both in one group (``vision_bias`` is fp32) each state is taken for another parameter's, and saving fails.
     """
     result = _build_groups(cls, gbuf_ranges, param_gbuf_map, opt_group_ranges, config)
@@ -91,12 +91,12 @@ def _build_groups_in_order(cls, gbuf_ranges, param_gbuf_map, opt_group_ranges, c
     return result
 
 
-# The next three let a run with torch's Adam and the distributed optimizer be resumed. Megatron-Core 0.19.2 can do it
-# only with the Adam of Transformer Engine or Apex, which counts steps per group and not per parameter.
+# The next three functions make a run with torch's Adam and the distributed optimizer resumable. Megatron-Core 0.19.2
+# supports only the Adam of Transformer Engine or Apex, which counts steps per group and not per parameter.
 
 
-def _state_dict_before_the_first_step_too(self: DistributedOptimizer) -> dict:
-    """Give torch's Adam the state that it makes in its first step: loading asks for it before."""
+def _state_dict_with_initial_state(self: DistributedOptimizer) -> dict:
+    """Give torch's Adam the state that it makes in its first step: loading reads it before."""
     adam = self.optimizer
     if isinstance(adam, torch.optim.Adam | torch.optim.AdamW) and not adam.state:
         for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
@@ -105,25 +105,25 @@ def _state_dict_before_the_first_step_too(self: DistributedOptimizer) -> dict:
     return _state_dict(self)
 
 
-def _load_state_dict_and_part_the_steps(self: DistributedOptimizer, state_dict: dict) -> None:
-    """Give each parameter a step counter of its own: Megatron-Core hands one tensor to all, and each adds to it."""
+def _load_state_dict_with_own_steps(self: DistributedOptimizer, state_dict: dict) -> None:
+    """Give each parameter its own step counter: Megatron-Core sets one shared tensor, which each one increments."""
     _load_state_dict(self, state_dict)
     for state in self.optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
 
 
-def _set_states_but_step(self: DistributedOptimizer, model_param, tensors: dict) -> None:
-    """Load moments and weights; the step is none of the saved tensors, and has been set from the groups."""
+def _set_states_except_step(self: DistributedOptimizer, model_param, tensors: dict) -> None:
+    """Load moments and weights; the step is not a saved tensor and has been set from the groups."""
     _set_states(self, model_param, {"step": None} | tensors)
 
 
 @contextmanager
-def biased_experts_allowed(provider) -> Iterator[None]:
-    """Let a config finalize with expert tensor parallelism although its experts have biases.
+def allow_biased_experts(provider) -> Iterator[None]:
+    """Let a config with expert tensor parallelism and expert biases be finalized.
 
-    Megatron-Core 0.19.2 refuses this, because its own row-parallel experts add the whole bias on every rank.
-    `GroupedExperts` adds each rank's share.
+    Megatron-Core 0.19.2 refuses it, because its own row-parallel experts add the whole bias on every rank.
+    `GroupedExperts` divides the bias by the number of ranks.
     """
     size, provider.expert_tensor_parallel_size = provider.expert_tensor_parallel_size, 1
     try:
@@ -150,6 +150,6 @@ def _nothing_to_compile() -> None:
 
 
 def global_parameter_names(bridge, megatron_model) -> list[str]:
-    """Names of all parameters on all pipeline ranks, experts and layers numbered globally."""
+    """Names of the parameters of all pipeline ranks, with global numbers of layers and experts."""
     names: Callable = bridge._megatron_global_param_names_all_pp_ranks
     return names(megatron_model)

@@ -1,4 +1,4 @@
-"""The vision stage: pixels in, token embeddings of the decoder out. It lives on the first pipeline stage."""
+"""The vision stage: pixels to token embeddings of the decoder, on the first pipeline stage."""
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -7,32 +7,30 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, CLIPVisionModel, PreTrainedModel, SiglipVisionModel, ViTModel
 
-from ...errors import UserError
+from ..hf.configuration_gpt_oss_vision import build_tower, image_shape, tower_config
 
 
 class VisionStage(nn.Module):
-    """Tower, optional learned token in front, LayerNorm, projection; parameter names as in the transformers model.
+    """Tower, optional pool token, LayerNorm, projection; parameter names as in the transformers model.
 
-    The tower is transformers' own module and a copy of it is on every rank of the stage. The tensor- and
-    context-parallel ranks, which all have the same images, compute a share of them each and gather the results. A
-    rank's gradients are then those of its images: Megatron-Core sums what is marked ``sequence_parallel`` over the
-    tensor-parallel ranks, and data parallelism reduces over the context-parallel ones as it always does.
+    The tower is transformers' module, replicated on every rank of the stage. The tensor- and context-parallel ranks,
+    which all have the same images, compute a share of them each and gather the results. A rank's gradients are those
+    of its images: Megatron-Core sums gradients of ``sequence_parallel`` parameters over the tensor-parallel ranks, and
+    data parallelism reduces over the context-parallel ranks.
 
     Args:
-        config: the provider; ``vision_config`` names the tower, ``vision_pool_token`` adds the learned token,
-            ``vision_recompute`` computes its activations again in the backward pass.
-        pg_collection: the process groups, for the ranks that share the images.
+        config: the provider; ``vision_config`` is the tower's, ``vision_pool_token`` adds the learned token,
+            ``vision_recompute`` recomputes the tower's activations in the backward pass.
+        pg_collection: the process groups; images are shared over ``tp`` and ``cp``.
     """
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
         super().__init__()
         self.config = config
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        self.vit = build_tower(config.vision_config)
-        size = self.vit.config.image_size
-        self.image_shape = (self.vit.config.num_channels, *((size, size) if isinstance(size, int) else size))
+        self.vit = build_tower(tower_config(config.vision_config))
+        self.image_shape = image_shape(self.vit.config)
         width = self.vit.config.hidden_size
         self.pool_token = nn.Parameter(torch.zeros(1, 1, width)) if config.vision_pool_token else None
         self.norm = nn.LayerNorm(width)
@@ -49,9 +47,9 @@ class VisionStage(nn.Module):
     def forward(self, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """``[n, channels, height, width]`` to ``[n, tokens per image, h]``: pool token, CLS, patches row by row.
 
-        In training a rank whose share is empty runs the tower on a blank image and drops the result: every parameter
-        has a gradient, of zero, and the hooks that gather parameters and reduce gradients run in the same order
-        everywhere. The other ranks are at work meanwhile, or the whole batch has no image.
+        In training a rank with an empty share runs the tower on a blank image and drops the result. So every parameter
+        has a gradient (zero), and the hooks that gather parameters and reduce gradients run in the same order on all
+        ranks.
         """
         images = 0 if pixel_values is None else len(pixel_values)
         ranks, rank = self.tp_group.size() * self.cp_group.size(), self.cp_group.rank() * self.tp_group.size()
@@ -65,15 +63,15 @@ class VisionStage(nn.Module):
             mine = self.proj.weight.new_empty(0, self.config.num_image_tokens, self.config.hidden_size)
         if images == 0:
             return mine
-        # Gathered shares are of equal size; the last ones may be padding.
+        # Gathered shares must have equal sizes; the last ones may be padding.
         mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))
-        # The gradient that comes back is whole on every tensor-parallel rank, and a part on every context-parallel one.
+        # The output's gradient is whole on every tensor-parallel rank, and partial on every context-parallel one.
         gathered = gather_from_sequence_parallel_region(mine, tensor_parallel_output_grad=False, group=self.tp_group)
         gathered = gather_from_sequence_parallel_region(gathered, tensor_parallel_output_grad=True, group=self.cp_group)
         return gathered[:images]
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The same on this rank alone."""
+        """As `forward`, on this rank alone."""
         if self.config.vision_recompute and torch.is_grad_enabled():
             return checkpoint(self._features, pixel_values, use_reentrant=False)
         return self._features(pixel_values)
@@ -83,27 +81,3 @@ class VisionStage(nn.Module):
         if self.pool_token is not None:
             hidden_states = torch.cat([self.pool_token.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
         return self.proj(self.norm(hidden_states))
-
-
-def build_tower(vision_config: dict) -> PreTrainedModel:
-    """The transformers vision model that a config describes, without parameters that never reach the output.
-
-    Args:
-        vision_config: ``to_dict()`` of a ViT, CLIP or SigLIP vision config, with its ``model_type``.
-
-    Raises:
-        ValueError: for any other ``model_type``.
-    """
-    config = AutoConfig.for_model(**vision_config)
-    if config.model_type == "vit":
-        return ViTModel(config, add_pooling_layer=False)
-    if config.model_type == "siglip_vision_model":
-        return SiglipVisionModel(config)
-    if config.model_type == "clip_vision_model":
-        tower = CLIPVisionModel(config)
-        tower.post_layernorm = nn.Identity()  # it only serves the pooled output
-        return tower
-    raise UserError(
-        f"vision_config.model_type is {config.model_type!r}; it must be 'vit', 'clip_vision_model' or "
-        "'siglip_vision_model'."
-    )

@@ -1,13 +1,13 @@
-"""Attention with a learned sink per head: the formula in plain torch, and the same through torch's fused kernels.
+"""Attention with a learned sink per head: the formula in plain torch, and torch's fused kernels with the sink added.
 
 ``p[i, j] = exp(s[i, j]) / (exp(sink) + sum_j exp(s[i, j]))``: one learned logit per head joins the softmax and is then
-dropped. It is gpt-oss's attention (OpenAI, 2025), after «Efficient Streaming Language Models with Attention Sinks»
+dropped. It is gpt-oss's attention (OpenAI, 2025), after "Efficient Streaming Language Models with Attention Sinks"
 (arXiv 2309.17453).
 
-A fused kernel knows no sinks, but it returns the log-sum-exp of each row of logits, ``lse``, and its backward takes
+A fused kernel has no sinks, but it returns the log-sum-exp of each row of logits, ``lse``, and its backward takes
 one. With ``L = logaddexp(lse, sink)`` the output is the kernel's times ``exp(lse - L)``. The kernel's backward
-recomputes ``p = exp(s - L)`` and takes ``rowsum(do * o)`` from the output that it is given, so ``L`` and the output
-with the sink make it differentiate the formula; and ``dsink = -sum(exp(sink - L) * rowsum(do * o))``.
+recomputes ``p = exp(s - L)`` and takes ``rowsum(do * o)`` from its output argument, so given ``L`` and the output
+with the sink it differentiates the formula; and ``dsink = -sum(exp(sink - L) * rowsum(do * o))``.
 
 Shapes: b batch, h query heads, g key/value groups, m = h / g heads of a group, q query positions, k key positions,
 d head size, r rows: the queries of a block, times m.
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 # Queries of a block on a CPU. A window of w costs w + 127 keys per query; smaller blocks make smaller matrix products.
 _BLOCK = 128
-# Up to so many keys the formula is as fast on a CPU in fp32, and 3 to 9 times as fast forward and backward in bf16.
+# Up to this many keys the formula is as fast on a CPU in fp32, and 3 to 9 times as fast in bf16, forward and backward.
 _SHORT = 64
 
 
@@ -35,14 +35,14 @@ def fused_sink_attention(
     window: int | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`sink_attention` by the fastest exact way that the device has; the arguments and the result are the same.
+    """`sink_attention` by the fastest exact implementation for the device; same arguments and result.
 
-    On a CPU torch's flash attention, at a cost linear in q with a window; for a few keys, the formula. On CUDA its
-    flash attention where that fits: half precision, as many queries as keys and no mask; elsewhere the formula, so for
-    decoding and padded batches too. Gradients of query, key, value and sinks are exact; a fused kernel has no second
+    On a CPU: torch's flash attention, linear in q with a window; the formula for few keys. On CUDA: torch's flash
+    attention for half precision with as many queries as keys and no mask; else the formula, also for decoding and
+    padded batches. Gradients of query, key, value and sinks are exact; a fused kernel has no second
     derivative.
     """
-    # Autocast can hand over a rotated query and key in fp32 with a value in bf16.
+    # Under autocast the rotated query and key can be fp32 and the value bf16.
     query, key = query.to(value.dtype), key.to(value.dtype)
     learned_mask = mask is not None and mask.requires_grad
     if query.device.type == "cpu" and key.shape[2] > _SHORT and not learned_mask:
@@ -63,7 +63,7 @@ def sink_attention(
     window: int | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention with sinks, as the formula stands.
+    """Causal attention with sinks by the formula.
 
     Args:
         query: ``[b, h, q, d]``.
@@ -71,12 +71,12 @@ def sink_attention(
         value: ``[b, g, k, d]``.
         sinks: ``[h]``, in the units of the scaled logits.
         scale: factor on the query-key products, usually ``d ** -0.5``.
-        window: positions that a query sees, itself included; None is all before it.
-        mask: ``[b, k]`` bool, true at keys that are there (not padding). Or ``[b, 1 or h, q, k]``, bool or added to the
-            logits: it stands in the place of the causal rule **and** of the window.
+        window: positions that a query attends to, itself included; None for all before it.
+        mask: ``[b, k]`` bool, true at keys that are not padding. Or ``[b, 1 or h, q, k]``, bool or added to the logits,
+            in place of the causal rule **and** of the window.
 
     Returns:
-        ``[b, h, q, d]`` in the value's dtype, zeros where a query sees nothing. Without a 4-D mask, queries are
+        ``[b, h, q, d]`` in the value's dtype, zeros where a query attends to nothing. Without a 4-D mask, queries are
         the last ``q`` of the ``k`` positions.
     """
     groups = key.shape[1]
@@ -85,16 +85,16 @@ def sink_attention(
     logits = torch.einsum("bgmqd,bgkd->bgmqk", query, key).to(at_least_fp32) * scale
     rows, columns = slice(0, query.shape[3]), slice(0, key.shape[2])
     logits = logits + _bias(rows, columns, key.shape[2] - query.shape[3], window, mask, groups, logits)
-    # The sink takes its share of the normaliser and has no value, so it only shrinks the probabilities.
+    # The sink adds to the normaliser and has no value, so it only scales the probabilities down.
     sinks = sinks.to(at_least_fp32).view(1, groups, -1, 1, 1).expand(*logits.shape[:-1], 1)
     probabilities = torch.cat((logits, sinks), -1).softmax(-1)[..., :-1].to(value.dtype)
     return torch.einsum("bgmqk,bgkd->bgmqd", probabilities, value).flatten(1, 2)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """Blocks of queries against the keys that they can see, through the CPU's flash attention.
+    """The CPU's flash attention on blocks of queries and their visible keys.
 
-    The heads of a group lie one below the other in the rows of a block, so keys and values are never repeated.
+    The rows of a block are the queries of all heads of a group, so keys and values are never repeated.
     """
 
     @staticmethod
@@ -111,7 +111,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         """Query ``[b, g, m, q, d]``, key and value ``[b, g, k, d]`` to ``[b, g, m, q, d]``."""
         key, value = _with_dense_rows(key), _with_dense_rows(value)
         batch, groups, per_group, queries, size = query.shape
-        # Hosts want the positions before the heads.
+        # Callers transpose to positions before heads.
         output = query.new_empty(batch, queries, groups, per_group, size).permute(0, 2, 3, 1, 4)
         wide = torch.promote_types(query.dtype, torch.float32)
         normaliser = query.new_empty(query.shape[:-1], dtype=wide)
@@ -120,7 +120,7 @@ class _BlockwiseAttention(torch.autograd.Function):
                 _fold(query[..., rows, :]), key[..., columns, :], value[..., columns, :], attn_mask=bias, scale=scale
             )
             shape = (batch, groups, per_group, rows.stop - rows.start)
-            lse = lse.view(shape)  # 0 where a query sees nothing, with a fused output of 0: right with any normaliser
+            lse = lse.view(shape)  # 0 where no key is visible, where the fused output is 0: right with any normaliser
             normaliser[..., rows] = torch.logaddexp(lse, sinks.to(wide).view(groups, per_group, 1))
             output[..., rows, :] = fused.reshape(*shape, size) * torch.exp(lse - normaliser[..., rows])[..., None]
         ctx.save_for_backward(query, key, value, sinks, mask, output, normaliser)
@@ -155,7 +155,7 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 
 class _CudaFlashAttention(torch.autograd.Function):
-    """The whole sequence through CUDA's flash attention, which has windows and groups of its own."""
+    """CUDA's flash attention on the whole sequence; it has windows and groups itself."""
 
     @staticmethod
     def forward(
@@ -196,7 +196,7 @@ class _CudaFlashAttention(torch.autograd.Function):
 
 
 def _fits_cuda_flash(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """What torch's flash attention asks of its arguments; it was built for Ampere and later."""
+    """Whether torch's CUDA flash attention supports the arguments; it needs Ampere or later."""
     return (
         query.device.type == "cuda"
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -210,7 +210,7 @@ def _fits_cuda_flash(query: torch.Tensor, key: torch.Tensor) -> bool:
 def _blocks(
     query: torch.Tensor, key: torch.Tensor, window: int | None, mask: torch.Tensor | None
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Queries of each block, the keys that some of them see, and what to add to their logits, ``[b|1, g|1, r, k]``."""
+    """Queries of each block, their visible keys, and the bias of their logits, ``[b|1, g|1, r, k]``."""
     groups, per_group, queries = query.shape[1:4]
     keys = key.shape[2]
     offset = keys - queries
@@ -232,7 +232,7 @@ def _bias(
     groups: int,
     like: torch.Tensor,
 ) -> torch.Tensor:
-    """What to add to the logits of some queries and keys, ``[b|1, g|1, m|1, q, k]``: 0 where visible, else -inf.
+    """The bias of the logits of some queries and keys, ``[b|1, g|1, m|1, q, k]``: 0 where visible, else -inf.
 
     Query ``i`` stands at key position ``i + offset``.
     """
@@ -270,5 +270,5 @@ def _fold(block: torch.Tensor) -> torch.Tensor:
 
 
 def _with_dense_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The kernels take any strides but that of the last dimension, which must be 1."""
+    """The kernels need a stride of 1 in the last dimension."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -32,11 +32,11 @@ def clamped_gate(gate_up: torch.Tensor, *, limit: float, offset: float) -> torch
 def grouped_linear(
     tokens: torch.Tensor, tokens_per_expert: Sequence[int], experts: Sequence[tuple[torch.Tensor, torch.Tensor]]
 ) -> torch.Tensor:
-    """Run one linear layer per expert, each on its own run of tokens.
+    """Apply one linear layer per expert to consecutive tokens.
 
     Args:
         tokens: ``[t, in]``, all tokens of expert 0 first, then those of expert 1, …
-        tokens_per_expert: E counts that sum to t; a zero still gives that expert a (zero) gradient.
+        tokens_per_expert: E counts that sum to t; an expert with count 0 gets a zero gradient.
         experts: per expert the weight ``[out, in]`` and bias ``[out]``.
 
     Returns:

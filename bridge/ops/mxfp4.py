@@ -3,7 +3,7 @@
 A byte of ``blocks`` holds two E2M1 values, the first in its low nibble: sign, two bits of exponent, one of mantissa, so
 ±{0, ½, 1, 1½, 2, 3, 4, 6}. A byte s of ``scales`` multiplies the 32 values of its block by ``2^(s - 127)``.
 
-Shapes: r rows, g blocks of 32 values in a row. Orientation is left alone: ``[.., r, g, 16]`` and ``[.., r, 32g]`` are
+Shapes: r rows, g blocks of 32 values in a row. Orientation is not changed: ``[.., r, g, 16]`` and ``[.., r, 32g]`` are
 the same rows in the same order. gpt-oss stores its experts output rows first, so this is ``[E, 2f, h]`` and
 ``[E, h, f]``, as Megatron-Bridge's ``dequantize_mxfp4`` gives too. transformers' ``convert_moe_packed_tensors`` returns
 the last two axes exchanged, which is how unquantised checkpoints have them. Megatron's ``[2f, h]`` is an expert's rows
@@ -27,7 +27,7 @@ VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 CHUNK = 16384
-"""Blocks worked on at a time: the scratch, 1 to 6 MB, stays in cache, and the cost of a call into torch is spread."""
+"""Blocks processed at a time: the scratch, 1 to 6 MB, stays in cache, and the overhead of torch calls is small."""
 
 
 def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -78,16 +78,16 @@ def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Dequantizer:
-    """Dequantises into given memory, reusing its own. One object serves one thread at a time.
+    """Dequantises into given memory, with reused scratch. Not thread-safe: one object per thread.
 
-    Every result is the exact product, rounded once to `dtype`: to the bit what Megatron-Bridge's ``dequantize_mxfp4``
-    and transformers' ``convert_moe_packed_tensors`` give, for every byte under every scale. In bfloat16 and float32
+    Every result is the exact product, rounded once to `dtype`: bit-identical to Megatron-Bridge's ``dequantize_mxfp4``
+    and transformers' ``convert_moe_packed_tensors``, for every byte and scale. In bfloat16 and float32
     that is exact wherever it does not overflow, down to the subnormal ``2^-128`` of scale 0. Products too large become
     infinite (scale 252 is the last under which none does). The standard reserves scale 255 for NaN; both peers read it
     as ``2^128``, and so does this. In float16 small scales round to subnormals and to zero, large ones overflow sooner.
 
-    Nothing is multiplied: a table holds each pair of values under each scale, 65,536 entries, of which a checkpoint
-    touches the few kilobytes of its own scales.
+    Nothing is multiplied: a table has each pair of values for each scale, 65,536 entries, of which a checkpoint reads
+    the few kilobytes of its scales.
     """
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"):
@@ -104,7 +104,7 @@ class Dequantizer:
     def into(self, values: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> None:
         """Dequantise `blocks` into `values`, any of them with any row stride.
 
-        Experts with gate and up rows in turns become Megatron's gates before ups on the way::
+        Interleaved gate and up rows become Megatron's gates before ups::
 
             dequantizer.into(megatron[:f], blocks[0::2], scales[0::2])
             dequantizer.into(megatron[f:], blocks[1::2], scales[1::2])
@@ -146,7 +146,7 @@ class Dequantizer:
 
 
 class Quantizer:
-    """Quantises into given memory, reusing its own. One object serves one thread at a time.
+    """Quantises into given memory, with reused scratch. Not thread-safe: one object per thread.
 
     The rule: with m the largest magnitude of a block, its scale is ``X = 2^(floor(log2 m) - 2)``, so that m/X lies in
     [4, 8); every value is divided by X, rounded to the nearest E2M1 value, ties to the even mantissa, and saturated at
@@ -219,7 +219,7 @@ def scales_of(largest: torch.Tensor) -> torch.Tensor:
 
 
 def _round_to_odd(bits: torch.Tensor, spare: torch.Tensor) -> None:
-    """Cut float32 to bfloat16's bits, setting the last where something was cut off.
+    """Truncate float32 to bfloat16's bits, setting the last bit where a nonzero part is truncated.
 
     All E2M1 ties are even bfloat16 numbers, so no value moves onto or over one, and the later conversion to float16
     is exact from the smallest tie upwards. That makes one rounding, to E2M1, of what would be two.

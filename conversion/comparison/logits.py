@@ -69,11 +69,9 @@ def sample(config: GPTOSSVisionConfig, placeholder: int) -> dict[str, torch.Tens
     if not config.use_vision:
         return {"input_ids": ids}
     image = torch.full((1, config.num_image_tokens), config.image_token_id)
-    size = config.vision_image_size
-    height, width = (size, size) if isinstance(size, int) else size
     return {
         "input_ids": torch.cat([ids[:, :8], image, ids[:, 8:]], dim=1),
-        "pixel_values": torch.randn(1, config.vision_num_channels, height, width, generator=generator),
+        "pixel_values": torch.randn(1, *config.image_shape, generator=generator),
     }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...bridge.weight_map import group_of
 from ...errors import UserError
 from ..engine.stream import Worker, room_for
 from ..messages import refuse_mismatch
@@ -88,7 +89,7 @@ def open_source(folder: Path) -> Source:
     """
     config = read_config(folder)
     tensors, shapes = read_index(folder), shapes_of(config)
-    absent = frozenset(name for name in shapes if name.endswith(".vision_bias") and name not in tensors)
+    absent = frozenset(name for name in shapes if group_of(name) == "vision_bias" and name not in tensors)
     is_stock = config_fields(folder)["model_type"] == TEXT_MODEL_TYPE
     source = Source(folder, config, tensors, absent if is_stock else frozenset())
     _check(source, shapes)

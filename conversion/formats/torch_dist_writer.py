@@ -131,7 +131,7 @@ class TorchDistPlan:
 
     def dtype_of(self, parameter: MegatronParameter) -> torch.dtype:
         """What a parameter is stored as."""
-        return torch.float32 if parameter.stays_fp32 else self.dtype
+        return torch.float32 if parameter.keep_fp32 else self.dtype
 
     def _place_objects(self, parameters: Sequence[MegatronParameter]) -> bytes:
         """Archives of everything that is no tensor."""

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ...bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProcessor
+from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG, GPTOSSVisionProcessor
 from ...errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -192,7 +192,7 @@ def refuse_control_tokens(messages: list[dict[str, Any]], processor: GPTOSSVisio
         # Control tokens all have a "<"; most texts have none, and there are a thousand control tokens.
         if "<" in text:
             special = (str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
-            for token in (IMAGE_MARK, *special):
+            for token in (IMAGE_TAG, *special):
                 if token in text:
                     raise UnusableRow(f"a message's text has the control token {token}")
 
@@ -214,14 +214,14 @@ def check_image(path: Path, processor: GPTOSSVisionProcessor, decode: bool) -> N
 
 
 def _refuse_too_long(text: str, num_images: int, processor: GPTOSSVisionProcessor, seq_length: int) -> None:
-    marks = text.count(IMAGE_MARK) + text.count(processor.image_token)
+    marks = text.count(IMAGE_TAG) + text.count(processor.image_token)
     if marks not in (0, num_images):
-        raise UnusableRow(f"the text has {marks} times {IMAGE_MARK}, with {num_images} images")
+        raise UnusableRow(f"the text has {marks} times {IMAGE_TAG}, with {num_images} images")
     image_tokens = num_images * processor.num_image_tokens
     # A byte-level token is a byte or more, so a text short enough in bytes needs no tokenizer.
     if len(text.encode()) + image_tokens <= seq_length:
         return
-    one_each = processor.tokenizer(text.replace(IMAGE_MARK, processor.image_token))["input_ids"]
+    one_each = processor.tokenizer(text.replace(IMAGE_TAG, processor.image_token))["input_ids"]
     tokens = len(one_each) - marks + image_tokens
     if tokens > seq_length:
         raise UnusableRow(f"{tokens} tokens, {image_tokens} of them of images, don't fit seq_length {seq_length}")

@@ -15,7 +15,7 @@ from transformers import BatchFeature, TextStreamer
 from transformers.utils import logging
 
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ...bridge.hf.processing_gpt_oss_vision import IMAGE_MARK, GPTOSSVisionProcessor
+from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG, GPTOSSVisionProcessor
 from ...errors import UserError
 
 Chat = list[dict[str, Any]]
@@ -179,11 +179,11 @@ def parts_of(prompt: str, images: Sequence[Path]) -> list[dict[str, str]]:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"The prompt is not in UTF-8 ({error}).") from error
-    texts = prompt.split(IMAGE_MARK)
+    texts = prompt.split(IMAGE_TAG)
     if len(texts) == 1:
         texts = [""] * len(images) + texts
     if len(texts) != len(images) + 1:
-        raise UserError(f"The prompt has {len(texts) - 1} {IMAGE_MARK} for {len(images)} images.")
+        raise UserError(f"The prompt has {len(texts) - 1} {IMAGE_TAG} for {len(images)} images.")
     parts = [{"type": "text", "text": texts[0]}]
     for image, text in zip(images, texts[1:], strict=True):
         parts += [{"type": "image", "path": str(image)}, {"type": "text", "text": text}]

@@ -36,6 +36,7 @@ from . import figures
 from .digits import DigitsSplit, EvaluationRow, all_texts, evaluation_rows, write_digits
 from .evaluate import ASKED_AT_ONCE, accuracy, ask, expert_shares, largest_difference, load
 from .settings import EXPERTS, KEY_VALUE_HEADS, LAYERS, VOCABULARY, Settings
+from .tokenizer import train_tokenizer
 
 VERSIONS = ("torch", "transformers", "megatron-core", "megatron-bridge", "gpt-oss-vision")
 
@@ -80,7 +81,7 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
 
 def write_checkpoint(folder: Path, settings: Settings) -> None:
     """A tiny random checkpoint in Hugging Face format with everything on, and a tokenizer made for the digits."""
-    tokenizer = GPTOSSVisionTokenizer.train_from_texts(all_texts(), vocab_size=VOCABULARY)
+    tokenizer = train_tokenizer(all_texts(), vocab_size=VOCABULARY)
     torch.manual_seed(settings.seed)
     config = tiny_config(tokenizer)
     model = GPTOSSVisionForCausalLM(config)

@@ -179,7 +179,7 @@ def without_the_work_around_for_experts(start: Path, out: Path) -> None:
 
 @pytest.mark.upstream
 def test_megatron_bridge_still_refuses_to_adapt_experts_that_are_not_its_own(start: Path, tmp_path: Path):
-    """When this fails, `upstream._attributes_of_our_experts_too` can go."""
+    """When this fails, `upstream._adapter_attributes_with_our_experts` can go."""
     with pytest.raises(NotImplementedError, match="Layer type is unrecognized for LoRA"):
         cpu.run_ranks(1, without_the_work_around_for_experts, start, tmp_path / "out")
 

@@ -226,7 +226,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused_with_their_names(saved, name
 def test_a_checkpoint_with_foreign_weights_is_refused_with_their_names(saved):
     change(saved, lambda tensors: tensors.update({"model.layers.0.mlp.gate.weight": torch.zeros(2)}))
     with pytest.raises(
-        ValueError, match=r"has 1 weight \(model.layers.0.mlp.gate.weight\) that the model doesn't know"
+        ValueError, match=r"has 1 weight \(model.layers.0.mlp.gate.weight\) that the model doesn't have"
     ):
         GPTOSSVisionForCausalLM.from_pretrained(saved)
 
@@ -256,7 +256,7 @@ def test_a_file_cut_short_is_named(saved):
     shard = sorted(saved.glob("model-*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-1000])
     (saved / "model.safetensors").unlink(missing_ok=True)
-    with pytest.raises(OSError, match=rf"{shard.name} is cut short or damaged .*; get it again\.$"):
+    with pytest.raises(OSError, match=rf"{shard.name} is truncated or damaged .*; download or copy it again\.$"):
         GPTOSSVisionForCausalLM.from_pretrained(saved)
 
 

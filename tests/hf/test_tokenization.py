@@ -2,7 +2,8 @@
 
 import pytest
 
-from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import SPECIAL_TOKENS, GPTOSSVisionTokenizer
+from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+from gpt_oss_vision.recipes.quickstart.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 TEXTS = ["Which digit is this? It is a seven.", "What's in there? The picture shows a handwritten three."] * 3
 GPT_OSS_IDS = {
@@ -22,7 +23,7 @@ GPT_OSS_IDS = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> GPTOSSVisionTokenizer:
-    return GPTOSSVisionTokenizer.train_from_texts(TEXTS, vocab_size=300)
+    return train_tokenizer(TEXTS, vocab_size=300)
 
 
 def test_special_tokens_stand_behind_the_others_at_gpt_oss_s_spacing(tokenizer):
@@ -75,7 +76,7 @@ def test_batches_are_padded_on_the_left(tokenizer):
 
 
 def test_training_again_gives_the_same_tokenizer():
-    once, again = (GPTOSSVisionTokenizer.train_from_texts(iter(TEXTS), vocab_size=300) for _ in range(2))
+    once, again = (train_tokenizer(iter(TEXTS), vocab_size=300) for _ in range(2))
     assert again.backend_tokenizer.to_str() == once.backend_tokenizer.to_str()
 
 
@@ -89,4 +90,4 @@ def test_a_saved_tokenizer_loads_as_it_was(tokenizer, tmp_path):
 
 def test_a_vocabulary_without_room_for_bytes_is_refused():
     with pytest.raises(ValueError, match=r"^vocab_size must be at least 277, got 276\.$"):
-        GPTOSSVisionTokenizer.train_from_texts(TEXTS, vocab_size=276)
+        train_tokenizer(TEXTS, vocab_size=276)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from gpt_oss_vision.bridge import hf, mcore
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
 from layouts import Layout, build
 from tiny import tiny_config, tiny_model
 
@@ -25,7 +25,7 @@ def registered():
 
 def saved(folder: Path, **config: object) -> Path:
     tiny_model(tiny_config(**config)).save_pretrained(folder)
-    GPTOSSVisionTokenizer.train_from_texts(["some text"], vocab_size=280).save_pretrained(folder)
+    train_tokenizer(["some text"], vocab_size=280).save_pretrained(folder)
     return folder
 
 

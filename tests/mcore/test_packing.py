@@ -111,7 +111,7 @@ def run_packed(path: Path, layout: Layout, changes: dict[str, Any]) -> None:
 
 
 def test_packing_with_context_parallelism_is_refused(path: Path):
-    with pytest.raises(ValueError, match="not dealt out to context_parallel_size=2 ranks"):
+    with pytest.raises(ValueError, match="do not support context_parallel_size=2"):
         cpu.run_ranks(2, run_packed, path, Layout(cp=2), {})
 
 

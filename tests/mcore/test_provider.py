@@ -6,7 +6,6 @@ import torch
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.mcore.provider import (
-    BACKEND_SETTINGS,
     GPTOSSVisionProvider,
     provider_from_config,
     resolve_backend,
@@ -83,11 +82,6 @@ def test_a_rotary_embedding_that_megatron_cannot_express_is_refused():
     rope = {"rope_type": "linear", "rope_theta": 99.0, "factor": 2.0}
     with pytest.raises(ValueError, match="Megatron-Core has no rotary embedding like"):
         provider_from_config(tiny_config(rope_parameters=rope))
-
-
-def test_both_back_ends_settle_the_same_things():
-    torch_settings, engine_settings = BACKEND_SETTINGS.values()
-    assert torch_settings.keys() == engine_settings.keys()
 
 
 def test_auto_stays_auto_so_that_a_checkpoint_may_move_to_another_machine():

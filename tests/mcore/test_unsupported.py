@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gpt_oss_vision.bridge.mcore import cpu
-from gpt_oss_vision.bridge.mcore.param_groups import PARAM_GROUPS
 from gpt_oss_vision.bridge.mcore.provider import provider_from_config
 from gpt_oss_vision.bridge.mcore.unsupported import UNSUPPORTED, check_supported
+from gpt_oss_vision.bridge.weight_map import PARAM_GROUPS
 from layouts import Layout, Microbatch, Run, megatron_run, reference_run, with_labels
 from tiny import tiny_batch, tiny_config, tiny_model
 

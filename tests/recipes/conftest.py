@@ -6,14 +6,14 @@ import pytest
 from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from gpt_oss_vision.recipes.quickstart.digits import all_texts
+from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
 from tiny import tiny_config
 
 
 @pytest.fixture(scope="session")
 def processor() -> GPTOSSVisionProcessor:
-    tokenizer = GPTOSSVisionTokenizer.train_from_texts([*all_texts(), "It is a cat. It is a dog."], vocab_size=400)
+    tokenizer = train_tokenizer([*all_texts(), "It is a cat. It is a dog."], vocab_size=400)
     image_token_id = tokenizer.convert_tokens_to_ids("<|reserved_200013|>")
     config = tiny_config(vocab_size=len(tokenizer), image_token_id=image_token_id)
     return GPTOSSVisionProcessor.from_config(config, tokenizer)

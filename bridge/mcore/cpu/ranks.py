@@ -14,7 +14,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,13 +71,6 @@ def _end(rank: Any) -> None:
     rank.join()
 
 
-@dataclass
-class _Failure:
-    """Sent by a rank in place of its result."""
-
-    error: Exception
-
-
 def _rank(rank: int, world_size: int, stores: str, result: Any, function: Callable, args: tuple) -> None:
     os.setpgrp()  # so that `_end` can kill the whole group
     _die_with_parent()
@@ -98,12 +90,12 @@ def _rank(rank: int, world_size: int, stores: str, result: Any, function: Callab
     torch.set_num_threads(1)
     try:
         with runtime():
-            answer = function(*args)
-    except BaseException as error:  # noqa: BLE001 - torch's CheckpointException is no Exception
-        answer = _Failure(_portable(error))
-        answer.error.add_note(f"On rank {rank} of {world_size}:\n{traceback.format_exc()}")
+            answer, error = function(*args), None
+    except BaseException as failure:  # noqa: BLE001 - torch's CheckpointException is no Exception
+        answer, error = None, _portable(failure)
+        error.add_note(f"On rank {rank} of {world_size}:\n{traceback.format_exc()}")
     # Plain pickle: multiprocessing's own would put tensors into shared memory, which this process must outlive.
-    result.send_bytes(pickle.dumps(answer))
+    result.send_bytes(pickle.dumps((answer, error)))
 
 
 def _meet_in_files(folder: str) -> None:
@@ -141,9 +133,9 @@ def _collect(readers: list, ranks: list, deadline: float) -> list:
         for index in set(range(len(ranks))) - set(results):
             died = not ranks[index].is_alive()
             if readers[index].poll(0.02):
-                results[index] = pickle.loads(readers[index].recv_bytes())  # noqa: S301 - from our own fork
-                if isinstance(results[index], _Failure):
-                    raise results[index].error
+                results[index], error = pickle.loads(readers[index].recv_bytes())  # noqa: S301 - from our own fork
+                if error is not None:
+                    raise error
             elif died:
                 raise RuntimeError(f"Rank {index} of {len(ranks)} ended with exit code {ranks[index].exitcode}.")
         if time.monotonic() > deadline:

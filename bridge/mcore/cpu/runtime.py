@@ -192,14 +192,11 @@ def redirections() -> list[tuple[Any, str, Any]]:
     ]
 
 
-_depth = 0
-
-
 @contextlib.contextmanager
 def runtime() -> Iterator[None]:
     """Run Megatron on the CPU inside this context; do nothing where there is a CUDA device. May be nested."""
-    global _depth
-    if cuda_is_real() or _depth:
+    is_inside = torch.cuda.is_available is not _is_cuda_available
+    if cuda_is_real() or is_inside:
         yield
         return
     with contextlib.ExitStack() as undo:
@@ -209,8 +206,6 @@ def runtime() -> Iterator[None]:
         # Compiling the fused activations takes longer than a tiny model's whole run.
         undo.enter_context(torch.compiler.set_stance("force_eager"))
         undo.enter_context(_DevicesToCPU())
-        _depth += 1
-        undo.callback(_leave)
         yield
 
 
@@ -236,8 +231,3 @@ def adapt_config_for_cpu(config: Any) -> None:
     # Averaging is NCCL's only; the worker process of asynchronous saving uses CUDA.
     config.ddp.average_in_collective = False
     config.checkpoint.async_save = False
-
-
-def _leave() -> None:
-    global _depth
-    _depth -= 1
