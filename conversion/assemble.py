@@ -1,12 +1,11 @@
 """gpt-oss and a vision tower → a first GPT-OSS-Vision checkpoint, in Hugging Face format, streamed.
 
-Text weights are kept as they are, packed ones too. Tower weights are found under the names that transformers itself
-would rename on loading. What neither has, norm, projector, pool token and vision biases, is initialised as in a new
-model.
+Text weights are copied as they are, packed ones too. Tower weights may have any of the names that transformers renames
+on loading. The norm, projector, pool token and vision biases, which neither checkpoint has, are new.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,9 +21,9 @@ from ..bridge.hf.configuration_gpt_oss_vision import TOWERS, GPTOSSVisionConfig,
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from ..errors import UserError
-from .engine.job import ShardedWork, run_conversion
+from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
-from .engine.stream import BLOCK, STEP, Task, Worker, room_for
+from .engine.stream import STEP, Task, Worker
 from .formats.hf_config import TEXT_MODEL_TYPE, buildable, config_fields
 from .formats.hf_files import meta_model, write_files
 from .formats.hf_source import open_source
@@ -56,7 +55,7 @@ def assemble(
         seed: of the new weights.
         jobs: threads.
         overwrite: replace `out`.
-        dry_run: only say what would be done.
+        dry_run: only check, and return what would be done.
         console: where progress goes; None is nowhere.
         **fields: of `GPTOSSVisionConfig`, for what is added, for example ``use_nope`` or ``image_token_id``.
 
@@ -71,14 +70,14 @@ def assemble(
         OSError: the disk is too small, or fails.
     """
     text, vision, out = (Path(path).absolute() for path in (text, vision, out))
-    work = plan_assembly(text, vision, seed, fields)
-    plan = {"seed": seed, "fields": fields, "folders": [str(text), str(vision)]}
-    return run_conversion(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
+    assembly = prepare_assembly(text, vision, seed, fields)
+    plan = assembly.conversion_plan({"seed": seed, "fields": fields, "folders": [str(text), str(vision)]})
+    return run_conversion(plan, out, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
 @dataclass(frozen=True)
-class Assembly(ShardedWork):
-    """One assembly, planned.
+class Assembly:
+    """Inputs and outputs of an assembly.
 
     Attributes:
         text: folder of the gpt-oss checkpoint.
@@ -86,11 +85,11 @@ class Assembly(ShardedWork):
         seed: of the new weights.
         config: of the new model.
         dtype: of its weights that are not packed.
-        tensors: what is written, in the model's order.
-        copied: where a tensor comes from, by its new name.
-        new: what makes the numbers of the others.
-        left_out: tensors of the tower's checkpoint that are not taken.
-        shards: where everything will lie.
+        tensors: of the output, in the model's order.
+        copied: the stored tensors that are copied, by their new names.
+        new: functions that initialise the others, by name.
+        left_out: tensors of the tower's checkpoint that the model does not have.
+        shards: the files of the output.
     """
 
     text: Path
@@ -104,44 +103,41 @@ class Assembly(ShardedWork):
     left_out: list[str]
     shards: ShardPlan
 
-    action, title = "assemble", "Assembling"
-
-    @property
-    def sources(self) -> dict[str, Path]:
-        """Both checkpoints."""
-        return {"text": self.text, "vision": self.vision}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the tensors that are taken."""
-        return sum(stored.nbytes for stored in self.copied.values())
-
-    def tensor_tasks(self) -> Iterable[Task]:
-        """The largest tensors first."""
-        return map(self._task, sorted(self.tensors, key=lambda tensor: -tensor.nbytes))
+    def conversion_plan(self, settings: Mapping[str, Any]) -> ConversionPlan:
+        """The plan, given the settings that decide the output's bytes; the largest tensors first."""
+        ordered = sorted(self.tensors, key=lambda tensor: -tensor.nbytes)
+        return ConversionPlan(
+            action="assemble",
+            title="Assembling",
+            settings=settings,
+            sources={"text": self.text, "vision": self.vision},
+            tasks=[*self.shards.header_tasks(), *map(self._task, ordered)],
+            file_sizes=self.shards.sizes,
+            bytes_read=sum(stored.nbytes for stored in self.copied.values()),
+            write_files=self._write_files,
+            build_report=self._build_report,
+        )
 
     def _task(self, tensor: TensorSpec) -> Task:
         stored, place = self.copied.get(tensor.name), self.shards.places[tensor.name]
-        step = STEP // tensor.dtype.itemsize
-        inbox = room_for(step * stored.dtype.itemsize) if stored else 0
+        step, size = STEP // tensor.dtype.itemsize, tensor.dtype.itemsize
 
         def run(worker: Worker) -> dict[str, Any]:
             digest, total = Digest(), prod(tensor.shape)
-            values = torch.empty(0) if stored else self.new[tensor.name]().flatten()
+            values = torch.empty(0) if stored else self.new[tensor.name]().flatten().to(tensor.dtype)
             for first in range(0, total, step):
                 count = min(step, total - first)
-                offset, nbytes = place.offset + first * tensor.dtype.itemsize, count * tensor.dtype.itemsize
-                numbers = worker.room(offset, nbytes).view(tensor.dtype)
-                part = stored.read(worker, first, count) if stored else values[first : first + count]
-                digest.update(numbers.copy_(part))
-                worker.write(place.file, offset, nbytes)
+                with worker.scope():
+                    part = stored.read_flat(worker, first, count) if stored else values[first : first + count]
+                    part = worker.cast(part, tensor.dtype, place.offset + first * size)
+                    digest.update(part)
+                    worker.write(place.file, place.offset + first * size, part)
             return digest.entry([stored.name] if stored else [], tensor.shape, tensor.dtype)
 
-        nbytes = tensor.nbytes + (stored.nbytes if stored else 0)
-        return Task(tensor.name, (place.file,), run, inbox, STEP + BLOCK, 0, nbytes)
+        memory = min(STEP, tensor.nbytes) + (min(step * stored.dtype.itemsize, stored.nbytes) if stored else 0)
+        return Task(tensor.name, (place.file,), run, memory, tensor.nbytes + (stored.nbytes if stored else 0))
 
-    def write_files(self, output: Path) -> None:
-        """Config, index, code, tokenizer and processor."""
+    def _write_files(self, output: Path) -> None:
         model = meta_model(self.config, self.dtype)
         write_files(model, self.text, output, packed=any(name.endswith(MXFP4_PARTS) for name in self.copied))
         self.shards.write_index(output)
@@ -149,8 +145,7 @@ class Assembly(ShardedWork):
             tokenizer = GPTOSSVisionTokenizer.from_pretrained(self.text)
             GPTOSSVisionProcessor.from_config(self.config, tokenizer).save_pretrained(output)
 
-    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of all tensors, in the model's order."""
+    def _build_report(self, results: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "text": str(self.text),
             "vision": str(self.vision),
@@ -161,8 +156,8 @@ class Assembly(ShardedWork):
         }
 
 
-def plan_assembly(text: Path, vision: Path, seed: int, fields: Mapping[str, Any]) -> Assembly:
-    """Look at both checkpoints and settle where every tensor of the new one comes from; see `assemble`."""
+def prepare_assembly(text: Path, vision: Path, seed: int, fields: Mapping[str, Any]) -> Assembly:
+    """Check both checkpoints and find the source of every tensor of the new one; see `assemble`."""
     source = open_source(text)
     if not source.missing:
         raise UserError(f"{text} is no stock {TEXT_MODEL_TYPE!r} checkpoint: it has vision biases already")
@@ -210,9 +205,7 @@ def config_of(text: Path, vision: Path, dtype: torch.dtype, fields: Mapping[str,
     base = {name: value for name, value in config_fields(text).items() if name not in REPLACED_FIELDS}
     new = {"vision_config": own | {"model_type": kind}, "dtype": dtype}
     with buildable(vision / "config.json"):
-        tower_config(
-            own | {"model_type": kind}
-        )  # by itself, so that what else may be wrong is not taken for the tower's
+        tower_config(own | {"model_type": kind})  # by itself, so that an error names the tower's config
     return GPTOSSVisionConfig.from_dict(base | new | dict(fields))
 
 
@@ -220,7 +213,7 @@ REPLACED_FIELDS = ("model_type", "architectures", "quantization_config", "dtype"
 
 
 def tower_tensors(folder: Path, tower: PreTrainedModel) -> tuple[dict[str, TensorInfo], list[str]]:
-    """The tensors of a checkpoint that a tower takes, by the tower's own names, and the names of the others.
+    """The tensors of a checkpoint that a tower has, by the tower's own names, and the names of the others.
 
     Raises:
         ValueError: two tensors are the same one of the tower, or some belong to layers that its config does not have.
@@ -247,9 +240,9 @@ def tower_tensors(folder: Path, tower: PreTrainedModel) -> tuple[dict[str, Tenso
 
 
 def _initialiser(tensor: TensorSpec, config: GPTOSSVisionConfig, seed: int) -> Callable[[], torch.Tensor]:
-    """What transformers would initialise a weight to: norms to one, the projector at random, the rest to zero."""
+    """The initial values of a new weight: the norm one, the projector at random, all others zero."""
 
-    def numbers() -> torch.Tensor:
+    def values() -> torch.Tensor:
         if tensor.name == f"{ADAPTER}norm.weight":
             return torch.ones(tensor.shape)
         if tensor.name == f"{ADAPTER}proj.weight":
@@ -257,4 +250,4 @@ def _initialiser(tensor: TensorSpec, config: GPTOSSVisionConfig, seed: int) -> C
             return config.initializer_range * torch.randn(tensor.shape, generator=generator)
         return torch.zeros(tensor.shape)
 
-    return numbers
+    return values

@@ -1,9 +1,9 @@
 """Megatron → Hugging Face, streamed: sharded safetensors from any `torch_dist` checkpoint, without building a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
 from ..bridge.ops.mxfp4 import Quantizer
 from ..bridge.weight_map import LANGUAGE_MODEL, group_of
 from ..errors import UserError
-from .engine.job import ShardedWork, run_conversion
+from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
-from .engine.stream import Task, Worker, room_for
+from .engine.stream import Task, Worker
 from .formats.hf_config import read_config
 from .formats.hf_files import DTYPES, meta_model, reference_folder, tensors_of, write_files
 from .formats.hf_source import shapes_of
@@ -27,27 +27,28 @@ from .formats.torch_dist_reader import (
     TorchDistCheckpoint,
     blocks_of,
     check_tensors,
+    memory_of,
     open_checkpoint,
     read_region,
     region_of,
 )
 from .lora import Adapters, check_adapters, is_adapter_checkpoint, open_base, read_adapters
-from .parameters import KEPT_WHOLE, MXFP4_PARTS, MegatronParameter, pack, parameters, to_hf
+from .parameters import KEPT_WHOLE, MXFP4_PARTS, MegatronParameter, needs_scratch, pack, parameters, to_hf
 
 
 @dataclass(frozen=True)
-class Export(ShardedWork):
-    """One export, planned.
+class Export:
+    """Inputs and outputs of an export.
 
     Attributes:
-        checkpoint: what is read.
+        checkpoint: the Megatron one.
         reference: folder of config, tokenizer and processor.
-        model: what is written, without weights.
-        parameters: what it is made of.
-        targets: its tensors, by name.
-        shards: where they go.
-        dtype: as ``--dtype`` has it.
-        adapters: to be merged.
+        model: the transformers model, without weights.
+        parameters: that are read.
+        targets: tensors that are written, by name.
+        shards: the files of the output.
+        dtype: of the output, as in ``--dtype``.
+        adapters: LoRA to be merged.
     """
 
     checkpoint: TorchDistCheckpoint
@@ -59,69 +60,61 @@ class Export(ShardedWork):
     dtype: str
     adapters: Adapters | None = None
 
-    action, title = "export", "Exporting"
+    def conversion_plan(self, settings: Mapping[str, Any]) -> ConversionPlan:
+        """The plan, given the settings that decide the output's bytes."""
+        adapters, source = self.adapters, {"source": self.checkpoint.folder}
+        stored = (prod(each.shape) * self.checkpoint.tensors[each.key].dtype.itemsize for each in self.parameters)
+        resident_bytes = adapters.nbytes if adapters else 0
+        if adapters:
+            source = {"source": adapters.folder, "base": self.checkpoint.folder}
+        return ConversionPlan(
+            action="export",
+            title="Exporting",
+            settings=settings,
+            sources=source | {"reference": self.reference},
+            tasks=self.tasks(),
+            file_sizes=self.shards.sizes,
+            bytes_read=sum(stored) + resident_bytes,
+            write_files=self._write_files,
+            build_report=self._build_report,
+            resident_bytes=resident_bytes,
+        )
 
-    @property
-    def sources(self) -> dict[str, Path]:
-        """The checkpoint, or that of the adapters and the one that they adapt, and where the config is."""
-        folders = {"source": self.checkpoint.folder, "reference": self.reference}
-        return folders | ({"source": self.adapters.folder, "base": self.checkpoint.folder} if self.adapters else {})
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the weights that are read, and of the adapters."""
-        sizes = (prod(each.shape) * self.checkpoint.tensors[each.key].dtype.itemsize for each in self.parameters)
-        return sum(sizes) + self.held
-
-    @property
-    def held(self) -> int:
-        """Bytes of the adapters, which are small."""
-        return self.adapters.nbytes if self.adapters else 0
-
-    def write_files(self, output: Path) -> None:
-        """Config, index, code, tokenizer and processor."""
+    def _write_files(self, output: Path) -> None:
         self.shards.write_index(output)
         write_files(self.model, self.reference, output, packed=self.dtype == "mxfp4")
 
-    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of all parameters, in the model's order."""
+    def _build_report(self, results: Mapping[str, Any]) -> dict[str, Any]:
         adapters = {"adapters": str(self.adapters.folder)} if self.adapters else {}
         entries = {parameter.name: results[parameter.name] for parameter in self.parameters}
         return {"source": str(self.checkpoint.folder), **adapters, "written_as": self.dtype, "tensors": entries}
 
-    def tensor_tasks(self) -> Iterable[Task]:
-        """The largest parameters first, so that none is left alone at the end."""
-        return map(self._task, sorted(self.parameters, key=lambda parameter: -prod(parameter.shape)))
+    def tasks(self) -> list[Task]:
+        """The headers, then the largest parameters first, so that no large one is left at the end."""
+        ordered = sorted(self.parameters, key=lambda parameter: -prod(parameter.shape))
+        return [*self.shards.header_tasks(), *map(self._task, ordered)]
 
     def _task(self, parameter: MegatronParameter) -> Task:
         stored, places = self.checkpoint.tensors[parameter.key], self._places(parameter)
         blocks = blocks_of(parameter, stored.dtype)
-        (rows, count), read = (blocks[0].stop, blocks[-1].stop), prod(parameter.shape) * stored.dtype.itemsize
-        written = [nbytes * rows // count for _, _, nbytes in places]
-        parts = [part for block in blocks for part in stored.read_plan(region_of(parameter, block))]
-        turned = sum(written) if parameter.layout not in KEPT_WHOLE and not self._is_packed(parameter) else 0
-        return Task(
-            parameter.name,
-            tuple(sorted({file for file, _, _ in places})),
-            partial(self._write, parameter),
-            max(room_for(part.count * stored.dtype.itemsize) for part in parts),
-            sum(map(room_for, written)),
-            room_for(read * rows // count) + turned + self._room_to_merge(parameter, rows),
-            read + sum(nbytes for _, _, nbytes in places),
-        )
+        memory = max(memory_of(stored, region_of(parameter, block)) for block in blocks)
+        written = sum(nbytes for _, _, nbytes in places)
+        share = blocks[0].stop / blocks[-1].stop
+        memory += ceil(written * share)
+        memory += written if needs_scratch(parameter) and not self._is_packed(parameter) else 0
+        memory += ceil(4 * prod(parameter.shape) * share) if self._is_adapted(parameter) else 0
+        files = tuple(sorted({file for file, _, _ in places}))
+        nbytes = written + prod(parameter.shape) * stored.dtype.itemsize
+        return Task(parameter.name, files, partial(self._write, parameter), memory, nbytes)
 
-    def _room_to_merge(self, parameter: MegatronParameter, rows: int) -> int:
-        """Bytes of scratch for rows of a parameter with its adapter, at the scratch's end; 0 where it has none."""
-        return 4 * rows * prod(parameter.shape[1:]) if self._adapters_of(parameter) else 0
-
-    def _adapters_of(self, parameter: MegatronParameter) -> Adapters | None:
-        return self.adapters if self.adapters and parameter.key in self.adapters.pairs else None
+    def _is_adapted(self, parameter: MegatronParameter) -> bool:
+        return self.adapters is not None and parameter.key in self.adapters.pairs
 
     def _is_packed(self, parameter: MegatronParameter) -> bool:
         return parameter.hf[0] not in self.targets
 
     def _places(self, parameter: MegatronParameter) -> list[tuple[str, int, int]]:
-        """File, offset and bytes of everything that a parameter becomes."""
+        """File, offset and bytes of every tensor, or part of one, that a parameter becomes."""
         places = []
         for name in parameter.hf:
             for part in MXFP4_PARTS if self._is_packed(parameter) else ("",):
@@ -132,70 +125,59 @@ class Export(ShardedWork):
         return places
 
     def _write(self, parameter: MegatronParameter, worker: Worker) -> dict[str, Any]:
-        """Read a parameter, lay it out and write it, a block of rows after the other."""
+        """Read a parameter, convert it and write it, a block of rows after the other."""
         stored, digest = self.checkpoint.tensors[parameter.key], Digest()
         blocks = blocks_of(parameter, stored.dtype)
-        for block in blocks:
-            numbers = read_region(worker, stored, region_of(parameter, block))
-            if adapters := self._adapters_of(parameter):
-                merged = worker.scratch[-self._room_to_merge(parameter, block.stop - block.start) :]
-                numbers = adapters.merge(parameter, block, numbers, merged.view(torch.float32))
-            digest.update(numbers)
-            places = [_rows_of(place, block, blocks[-1].stop) for place in self._places(parameter)]
-            self._lay_out(worker, parameter, numbers.view(-1, *parameter.shape[1:]), places)
-        return digest.entry(parameter.hf, parameter.shape, numbers.dtype)
+        for rows in blocks:
+            with worker.scope():
+                values = read_region(worker, stored, region_of(parameter, rows)).view(-1, *parameter.shape[1:])
+                if self.adapters and self._is_adapted(parameter):
+                    values = worker.take(values.shape, torch.float32).copy_(values)
+                    self.adapters.merge(parameter, rows, values)
+                digest.update(values)
+                places = self._places(parameter)
+                offsets = [offset + nbytes * rows.start // blocks[-1].stop for _, offset, nbytes in places]
+                converted = self._convert(worker, parameter, values, offsets)
+                for (file, _, _), offset, part in zip(places, offsets, converted, strict=True):
+                    worker.write(file, offset, part)
+        return digest.entry(parameter.hf, parameter.shape, values.dtype)
 
-    def _lay_out(
-        self,
-        worker: Worker,
-        parameter: MegatronParameter,
-        numbers: torch.Tensor,
-        places: Sequence[tuple[str, int, int]],
-    ) -> None:
-        starts = [sum(room_for(nbytes) for _, _, nbytes in places[:i]) for i in range(len(places))]
-        rooms = [
-            worker.room(offset, nbytes, at=start) for (_, offset, nbytes), start in zip(places, starts, strict=True)
-        ]
+    def _convert(
+        self, worker: Worker, parameter: MegatronParameter, values: torch.Tensor, offsets: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Rows of a parameter as they are written at some offsets, in the order of `_places`."""
         if self._is_packed(parameter):
-            _pack(worker, parameter, numbers, *rooms)
-        else:
-            dtype = self.targets[parameter.hf[0]].dtype
-            self._turn(worker, parameter, numbers, [room.view(dtype) for room in rooms])
-        for (file, offset, nbytes), start in zip(places, starts, strict=True):
-            worker.write(file, offset, nbytes, at=start)
-
-    def _turn(
-        self, worker: Worker, parameter: MegatronParameter, numbers: torch.Tensor, rooms: Sequence[torch.Tensor]
-    ) -> None:
+            return pack_rows(worker, parameter, values, offsets)
+        targets = [self.targets[name] for name in parameter.hf]
         if parameter.layout in KEPT_WHOLE:
-            rooms[0].copy_(numbers.view(-1))
-            return
-        shapes = [self.targets[name].shape[parameter.expert is not None :] for name in parameter.hf]
-        parts = [room.view(shape) for room, shape in zip(rooms, shapes, strict=True)]
-        stored = self.checkpoint.tensors[parameter.key].dtype
-        start = room_for(numbers.numel() * stored.itemsize)  # after what was read; merged numbers lie elsewhere
-        scratch = worker.scratch[start : start + numbers.numel() * parts[0].itemsize].view(parts[0].dtype)
-        to_hf(parameter, numbers.view(parameter.shape), parts, scratch.view(parameter.shape))
+            return [worker.cast(values, targets[0].dtype, offsets[0])]
+        parts = [
+            worker.take(target.shape[parameter.expert is not None :], target.dtype, offset)
+            for target, offset in zip(targets, offsets, strict=True)
+        ]
+        to_hf(parameter, values.view(parameter.shape), parts, worker.take)
+        return parts
 
 
-def _pack(
-    worker: Worker, parameter: MegatronParameter, numbers: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor
-) -> None:
-    shape = len(numbers), numbers.shape[1] // VALUES_PER_SCALE
+def pack_rows(
+    worker: Worker, parameter: MegatronParameter, values: torch.Tensor, offsets: Sequence[int]
+) -> list[torch.Tensor]:
+    """Blocks ``[r, g, 16]`` and scales ``[r, g]`` of rows ``[r, 32g]``, given the offsets of both in their files.
+
+    Raises:
+        UserError: an element is not finite.
+    """
+    shape = len(values), values.shape[1] // VALUES_PER_SCALE
+    blocks = worker.take((*shape, VALUES_PER_SCALE // 2), torch.uint8, offsets[0])
+    scales = worker.take(shape, torch.uint8, offsets[1])
     try:
-        packed = blocks.view(*shape, VALUES_PER_SCALE // 2), scales.view(shape)
-        pack(parameter, numbers, *packed, worker.tool(Quantizer))
+        pack(parameter, values, blocks, scales, worker.tool(Quantizer))
     except ValueError as error:
         raise UserError(f"{parameter.name}: {error} Export it with --dtype bf16.") from error
+    return [blocks, scales]
 
 
-def _rows_of(place: tuple[str, int, int], block: slice, count: int) -> tuple[str, int, int]:
-    file, offset, nbytes = place
-    start, stop = nbytes * block.start // count, nbytes * block.stop // count
-    return file, offset + start, stop - start
-
-
-def plan_export(
+def prepare_export(
     checkpoint: TorchDistCheckpoint,
     folder: Path,
     *,
@@ -203,18 +185,18 @@ def plan_export(
     text_only: bool,
     adapters: Adapters | None = None,
 ) -> Export:
-    """Compare a checkpoint with the model that it should hold, and lay the output out.
+    """Compare a checkpoint with the model of a config, and plan the files of the output.
 
     Args:
         checkpoint: the Megatron one.
         folder: of the model's config.
         dtype: ``bf16``, ``fp32`` or ``mxfp4``.
-        text_only: without what is visual, as a stock gpt-oss.
+        text_only: without the vision parameters, as a stock gpt-oss.
         adapters: LoRA to be merged.
 
     Raises:
         ValueError: `dtype` is unknown, tensors are missing, foreign or of the wrong shape, or the model was trained
-            with other numbers than the config's.
+            with another config.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown; choose {', '.join(DTYPES)}")
@@ -253,12 +235,12 @@ def export_checkpoint(
             saved by training at any parallel layout. Adapters of LoRA are merged, in fp32.
         out: the folder to make. A call that was interrupted is continued by the same call.
         dtype: ``bf16``, ``fp32``, or ``mxfp4`` as gpt-oss itself ships it: experts packed, the rest in bf16.
-        text_only: leave out what is visual and write a stock gpt-oss.
+        text_only: leave out the vision parameters and write a stock gpt-oss.
         hf: a Hugging Face checkpoint to take config, tokenizer and processor from, where `megatron` keeps none.
         base: with adapters, the checkpoint that they adapt, where it is not where training found it.
         jobs: threads.
         overwrite: replace `out`.
-        dry_run: only say what would be done.
+        dry_run: only check, and return what would be done.
         console: where progress and warnings go; None is nowhere.
 
     Returns:
@@ -273,12 +255,13 @@ def export_checkpoint(
     """
     out, checkpoint = Path(out).absolute(), open_checkpoint(Path(megatron).absolute())
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
-    plan = {"megatron": str(checkpoint.folder), "dtype": dtype, "text_only": text_only}
+    settings = {"megatron": str(checkpoint.folder), "dtype": dtype, "text_only": text_only}
     adapters = None
     if is_adapter_checkpoint(checkpoint):
         adapters = read_adapters(checkpoint)
         checkpoint = open_base(adapters, Path(base).absolute() if base else None)
     elif base:
         raise UserError(f"{checkpoint.folder} holds weights, no adapters; call without --base")
-    work = plan_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)
-    return run_conversion(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
+    export = prepare_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)
+    plan = export.conversion_plan(settings)
+    return run_conversion(plan, out, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)

@@ -2,8 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 from rich.console import Console
 
 from ..bridge.ops.mxfp4 import Dequantizer
-from .engine.job import Work, run_conversion
+from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
-from .engine.stream import BLOCK, STEP, Task, Worker, room_for, write_header_task
+from .engine.stream import Task, Worker, write_header_task
 from .formats.hf_source import Source, open_source
 from .formats.megatron_metadata import ITERATION, run_config, write_metadata
+from .formats.torch_dist_reader import blocks_of
 from .formats.torch_dist_writer import TorchDistPlan, WriteBatch, WriteItem
-from .parameters import KEPT_WHOLE, MegatronParameter, to_megatron, unpack
+from .parameters import KEPT_WHOLE, MegatronParameter, needs_scratch, to_megatron, unpack
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
@@ -42,7 +42,7 @@ def import_checkpoint(
         dtype: of the new weights, "bf16", "fp16" or "fp32"; None is that of the checkpoint's config.
         jobs: threads.
         overwrite: replace `out`.
-        dry_run: only say what would be done.
+        dry_run: only check, and return what would be done.
         console: where progress and warnings go; None is nowhere.
 
     Returns:
@@ -56,167 +56,129 @@ def import_checkpoint(
     """
     hf, out = Path(hf).absolute(), Path(out).absolute()
     source = open_source(hf)
-    number_type = DTYPES[dtype] if dtype else source.dtype
-    config = run_config(source.config, number_type, hf, out)
-    work = Import(source, TorchDistPlan(source.parameters, number_type), config)
-    plan = {"hf": str(hf), "dtype": str(number_type), "assets": [file.name for file in work.assets]}
-    return run_conversion(work, out, plan, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
+    layout = TorchDistPlan(source.parameters, DTYPES[dtype] if dtype else source.dtype)
+    plan = plan_import(source, layout, run_config(source.config, layout.dtype, hf, out))
+    return run_conversion(plan, out, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
-@dataclass(frozen=True)
-class Import(Work):
-    """One import, planned: what is read and what is written."""
+def plan_import(source: Source, layout: TorchDistPlan, config: dict[str, Any]) -> ConversionPlan:
+    """The import of a checkpoint into the files of a layout.
 
-    source: Source
-    layout: TorchDistPlan
-    run_config: dict[str, Any]
+    Args:
+        source: what is read.
+        layout: the files of tensors that are written.
+        config: the content of ``run_config.yaml``.
 
-    action, title = "import", "Importing"
+    Raises:
+        FileNotFoundError: a file beside the weights is a link to nowhere.
+    """
+    assets = find_assets(source.folder)
+    batches = sorted(layout.batches, key=lambda batch: batch.start - batch.end)  # the largest first
+    objects = write_header_task(f"{ITERATION}/{layout.OBJECTS_FILE}", layout.objects)
 
-    @property
-    def sources(self) -> dict[str, Path]:
-        """The checkpoint."""
-        return {"source": self.source.folder}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the files of tensors."""
-        return {f"{ITERATION}/{name}": size for name, size in self.layout.sizes.items()}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights in the source."""
-        return sum(stored.nbytes for stored in self.source.tensors.values())
-
-    def write_files(self, output: Path) -> None:
-        """What describes the files of tensors, and what goes along with the weights."""
-        write_metadata(self.run_config, output)
-        (output / ITERATION / ".metadata").write_bytes(self.layout.metadata)
-        folder = output / ITERATION / "tokenizer"
+    def write_files(output: Path) -> None:
+        write_metadata(config, output)
+        (output / ITERATION / ".metadata").write_bytes(layout.metadata)
+        folder = output / ITERATION / "tokenizer"  # where Megatron-Bridge keeps tokenizers
         folder.mkdir(exist_ok=True)
-        for file in self.assets:  # as they are; where Megatron-Bridge keeps tokenizers
+        for file in assets:
             shutil.copyfile(file, folder / file.name)
 
-    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of all parameters, in the model's order."""
+    def build_report(results: Mapping[str, Any]) -> dict[str, Any]:
         entries = {name: entry for result in results.values() for name, entry in (result or {}).items()}
-        return {
-            "source": str(self.source.folder),
-            "added": sorted(self.source.missing),
-            "tensors": {parameter.name: entries[parameter.name] for parameter in self.source.parameters},
-        }
+        tensors = {parameter.name: entries[parameter.name] for parameter in source.parameters}
+        return {"source": str(source.folder), "added": sorted(source.missing), "tensors": tensors}
 
-    @cached_property
-    def assets(self) -> list[Path]:
-        """Config, tokenizer, processor and template, which go along with the weights.
-
-        Raises:
-            FileNotFoundError: one of them is a link to nowhere.
-        """
-        found = [file for file in sorted(self.source.folder.iterdir()) if file.suffix in ASSET_SUFFIXES]
-        lost = [file for file in found if file.is_symlink() and not file.exists()]
-        if lost:
-            raise FileNotFoundError(f"{lost[0]} is a link to a file that is not there; copy the checkpoint again")
-        return [file for file in found if file.is_file() and not file.name.endswith(".index.json")]
-
-    def tasks(self) -> list[Task]:
-        """The work, the largest tensors first, so that none is left alone at the end."""
-        groups = sorted(self.layout.batches, key=lambda batch: batch.start - batch.end)
-        objects = write_header_task(f"{ITERATION}/{TorchDistPlan.OBJECTS_FILE}", self.layout.objects)
-        return [objects, *map(self._task, groups)]
-
-    def _task(self, batch: WriteBatch) -> Task:
-        reads = [self.source.nbytes(parameter) for parameter in batch.parameters]
-        written, first = batch.end - batch.start, batch.parameters[0]
-        nbytes = sum(map(sum, reads)) + written
-        files = (f"{ITERATION}/{batch.file}",)
-        if written > 2 * STEP and first.layout in KEPT_WHOLE:
-            size = self.source.stored(first.hf[0])[0].dtype.itemsize
-            inbox = room_for(STEP // self.layout.dtype.itemsize * size)
-            return Task(batch.name, files, partial(self._write_in_steps, batch), inbox, STEP + 2 * BLOCK, 0, nbytes)
-        inbox = max(sum(map(room_for, each)) for each in reads)
-        turned = [
-            items for parameter, items in zip(batch.parameters, batch.items, strict=True) if self._turns(parameter)
-        ]
-        scratch = max((sum(item.nbytes for item in items) for items in turned), default=0)
-        return Task(batch.name, files, partial(self._write_at_once, batch), inbox, written, scratch, nbytes)
-
-    def _turns(self, parameter: MegatronParameter) -> bool:
-        """Whether the numbers of an expert have to be transposed: packed ones are stored the other way round."""
-        return parameter.expert is not None and len(self.source.stored(parameter.hf[0])) == 1
-
-    def _write_at_once(self, batch: WriteBatch, worker: Worker) -> dict[str, Any]:
-        """Fill whole blocks with the archives of a batch."""
-        room, done, entries = worker.room(batch.start, batch.end - batch.start), batch.start, {}
-        for parameter, items in zip(batch.parameters, batch.items, strict=True):
-            for item in items:
-                _put(room, done - batch.start, bytes(item.offset - done) + item.header)
-                _put(room, item.start + item.nbytes - batch.start, item.footer)
-                done = item.end
-            numbers = [_numbers(room, item, item.start - batch.start, parameter) for item in items]
-            is_finite = self._fill(worker, parameter, numbers)
-            digest = Digest()
-            for part in numbers:
-                digest.update(part, is_finite=is_finite)
-            entries |= self._entry(parameter, digest)
-        _put(room, done - batch.start, bytes(batch.end - done))
-        worker.write(f"{ITERATION}/{batch.file}", batch.start, batch.end - batch.start)
-        return entries
-
-    def _write_in_steps(self, batch: WriteBatch, worker: Worker) -> dict[str, Any]:
-        """Write one large tensor, whose numbers keep their order, through a small buffer.
-
-        Every step ends between two blocks, where the next begins; the first writes the header too, the last the footer.
-        """
-        (parameter,), ((item,),) = batch.parameters, batch.items
-        (stored,) = self.source.stored(parameter.hf[0])
-        size, total, digest = item.dtype.itemsize, item.nbytes // item.dtype.itemsize, Digest()
-        first, begin = 0, batch.start
-        while first < total:
-            count = min((begin + STEP - item.start) // size - first, total - first)
-            is_last = first + count == total
-            end = batch.end if is_last else item.start + (first + count) * size
-            room = worker.room(begin, end - begin)
-            if begin == batch.start:
-                _put(room, 0, bytes(item.offset - begin) + item.header)
-            numbers = room[item.start + first * size - begin :][: count * size].view(item.dtype)
-            numbers.copy_(stored.read(worker, first, count))
-            digest.update(numbers)
-            if is_last:
-                _put(room, item.start + item.nbytes - begin, item.footer + bytes(end - item.end))
-            worker.write(f"{ITERATION}/{batch.file}", begin, end - begin)
-            first, begin = first + count, end
-        return self._entry(parameter, digest)
-
-    def _fill(self, worker: Worker, parameter: MegatronParameter, items: Sequence[torch.Tensor]) -> bool:
-        """Compute the numbers of a parameter into the places where they will be written from.
-
-        Returns:
-            Whether they are known to be finite, without a look at each.
-        """
-        parts = self.source.read(worker, parameter)
-        if not parts:
-            items[0].zero_()
-        elif parts[0].dtype == torch.uint8:
-            dequantizer = worker.tool(Dequantizer, items[0].dtype)
-            unpack(parameter, parts[0], parts[1], items, dequantizer)
-            return dequantizer.is_finite(parts[1])
-        else:
-            nbytes = sum(item.nbytes for item in items) if self._turns(parameter) else 0
-            scratch = worker.scratch[:nbytes]
-            to_megatron(parameter, parts, items, scratch.view(items[0].dtype).view(-1, *items[0].shape[1:]))
-        return not parts
-
-    def _entry(self, parameter: MegatronParameter, digest: Digest) -> dict[str, Any]:
-        names = [stored.name for name in parameter.hf for stored in self.source.stored(name)]
-        return {parameter.name: digest.entry(names, parameter.shape, self.layout.dtype_of(parameter))}
+    return ConversionPlan(
+        action="import",
+        title="Importing",
+        settings={"hf": str(source.folder), "dtype": str(layout.dtype), "assets": [file.name for file in assets]},
+        sources={"source": source.folder},
+        tasks=[objects, *(batch_task(source, batch) for batch in batches)],
+        file_sizes={f"{ITERATION}/{name}": size for name, size in layout.sizes.items()},
+        bytes_read=sum(stored.nbytes for stored in source.tensors.values()),
+        write_files=write_files,
+        build_report=build_report,
+    )
 
 
-def _put(room: torch.Tensor, at: int, data: bytes) -> None:
-    if data:
-        room[at : at + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def find_assets(folder: Path) -> list[Path]:
+    """Config, tokenizer, processor and chat template, which are copied beside the weights.
+
+    Raises:
+        FileNotFoundError: one of them is a link to nowhere.
+    """
+    found = [file for file in sorted(folder.iterdir()) if file.suffix in ASSET_SUFFIXES]
+    lost = [file for file in found if file.is_symlink() and not file.exists()]
+    if lost:
+        raise FileNotFoundError(f"{lost[0]} is a link to a file that is not there; copy the checkpoint again")
+    return [file for file in found if file.is_file() and not file.name.endswith(".index.json")]
 
 
-def _numbers(room: torch.Tensor, item: WriteItem, at: int, parameter: MegatronParameter) -> torch.Tensor:
-    """The place of an item's numbers, without the axes of layers and experts."""
-    return room[at : at + item.nbytes].view(item.dtype).view(item.shape[len(parameter.axes) :])
+def batch_task(source: Source, batch: WriteBatch) -> Task:
+    """The task that converts the parameters of a batch, one after the other; it returns their report entries."""
+    file, memory, nbytes = f"{ITERATION}/{batch.file}", 0, 0
+    for parameter, items in zip(batch.parameters, batch.items, strict=True):
+        read, written = sum(source.nbytes(parameter)), sum(item.nbytes for item in items)
+        blocks = blocks_of(parameter, items[0].dtype)
+        share = blocks[0].stop / blocks[-1].stop
+        scratch = written if needs_scratch(parameter) and not source.is_packed(parameter) else 0
+        memory = max(memory, ceil((read + written) * share) + scratch)
+        nbytes += read + written
+
+    def run(worker: Worker) -> dict[str, Any]:
+        pairs = zip(batch.parameters, batch.items, strict=True)
+        return {parameter.name: write_parameter(worker, source, parameter, items, file) for parameter, items in pairs}
+
+    return Task(batch.name, (file,), run, memory, nbytes)
+
+
+def write_parameter(
+    worker: Worker, source: Source, parameter: MegatronParameter, items: Sequence[WriteItem], file: str
+) -> dict[str, Any]:
+    """Read a parameter, convert it to Megatron's layout and write its archives; returns its entry of the report.
+
+    A parameter whose elements keep their order is converted in blocks of rows, any other at once.
+    """
+    digest, dtype = Digest(), items[0].dtype
+    for item in items:
+        worker.write(file, item.offset, item.header)
+        worker.write(file, item.start + item.nbytes, item.footer)
+    if parameter.layout in KEPT_WHOLE:
+        (item,), width = items, prod(parameter.shape[1:])
+        for rows in blocks_of(parameter, dtype):
+            with worker.scope():
+                offset = item.start + rows.start * width * dtype.itemsize
+                values = worker.cast(source.read_rows(worker, parameter, rows), dtype, offset)
+                digest.update(values)
+                worker.write(file, offset, values)
+    else:
+        with worker.scope():
+            outputs = [worker.take(item.shape[len(parameter.axes) :], dtype, item.start) for item in items]
+            is_finite = fill(worker, source, parameter, outputs)
+            for item, output in zip(items, outputs, strict=True):
+                digest.update(output, is_finite=is_finite)
+                worker.write(file, item.start, output)
+    names = [stored.name for name in parameter.hf for stored in source.stored(name)]
+    return digest.entry(names, parameter.shape, dtype)
+
+
+def fill(worker: Worker, source: Source, parameter: MegatronParameter, outputs: Sequence[torch.Tensor]) -> bool:
+    """Compute a parameter from the source.
+
+    Args:
+        worker: this thread's.
+        source: what is read.
+        parameter: one that is stored, with its elements in another order than Megatron's.
+        outputs: memory for ``parameter.chunks``.
+
+    Returns:
+        Whether all elements are known to be finite, by the scales of MXFP4 alone.
+    """
+    parts = source.read(worker, parameter)
+    if not source.is_packed(parameter):
+        to_megatron(parameter, parts, outputs, worker.take)
+        return False
+    dequantizer = worker.tool(Dequantizer, outputs[0].dtype)
+    unpack(parameter, parts[0], parts[1], outputs, dequantizer)
+    return dequantizer.is_finite(parts[1])

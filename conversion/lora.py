@@ -8,7 +8,7 @@ also where all experts share one. The weights are in the checkpoint that trainin
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +19,23 @@ from rich.console import Console
 from ..bridge.weight_map import Layout
 from ..errors import UserError
 from ..terminal import Progress
-from .engine.job import ShardedWork, run_conversion
+from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
-from .engine.stream import InMemoryJournal, Task, Worker, room_for, stream
+from .engine.stream import InMemoryJournal, Task, Worker, stream
 from .formats import run_config
 from .formats.hf_config import read_config
 from .formats.hf_files import reference_folder
 from .formats.hf_source import shapes_of
 from .formats.run_config import check_config
-from .formats.safetensors import ShardPlan, TensorSpec, plan_shards
-from .formats.torch_dist_reader import ShardedTensor, TorchDistCheckpoint, open_checkpoint, read_region, whole
+from .formats.safetensors import TensorSpec, plan_shards
+from .formats.torch_dist_reader import (
+    ShardedTensor,
+    TorchDistCheckpoint,
+    memory_of,
+    open_checkpoint,
+    read_region,
+    whole,
+)
 from .messages import listed
 from .parameters import MegatronParameter, parameters, to_hf
 
@@ -72,23 +79,16 @@ class Adapters:
         """What they take in memory."""
         return sum(tensor.nbytes for pair in self.pairs.values() for tensor in pair)
 
-    def merge(
-        self, parameter: MegatronParameter, rows: slice, numbers: torch.Tensor, merged: torch.Tensor
-    ) -> torch.Tensor:
-        """Add its adapter to some rows of a parameter.
+    def merge(self, parameter: MegatronParameter, rows: slice, values: torch.Tensor) -> torch.Tensor:
+        """Add the adapter of a parameter to some of its rows, in place.
 
         Args:
             parameter: one that is adapted.
             rows: which.
-            numbers: these rows.
-            merged: memory for the result, of as many numbers, in fp32.
+            values: these rows ``[rows, in]``, fp32.
         """
         a, b = self.of(parameter)
-        return (
-            merged.view(-1, a.shape[1])
-            .copy_(numbers.view(-1, a.shape[1]))
-            .addmm_(b[rows], a, alpha=self.alpha / len(a))
-        )
+        return values.addmm_(b[rows], a, alpha=self.alpha / len(a))
 
     def of(self, parameter: MegatronParameter) -> tuple[torch.Tensor, torch.Tensor]:
         """A ``[r, in]`` and B ``[out, r]`` of a parameter that is adapted."""
@@ -157,8 +157,7 @@ def _read_all(tensors: Mapping[str, ShardedTensor]) -> dict[str, torch.Tensor]:
         def run(worker: Worker) -> None:
             found[key] = read_region(worker, tensor, whole(tensor.shape)).to(torch.float32, copy=True)
 
-        nbytes = room_for(math.prod(tensor.shape) * tensor.dtype.itemsize)
-        return Task(key, (), run, nbytes, 0, nbytes, 0)
+        return Task(key, (), run, memory_of(tensor, whole(tensor.shape)), 0)
 
     tasks = [task(key, tensor) for key, tensor in tensors.items()]
     stream(tasks, InMemoryJournal(), {}, jobs=1, progress=Progress("", 0))
@@ -196,75 +195,17 @@ def export_adapters(
     if not is_adapter_checkpoint(checkpoint):
         raise UserError(f"{checkpoint.folder} holds no adapters; export it without --adapter")
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
-    work, plan = plan_adapter_export(read_adapters(checkpoint), folder), {"megatron": str(checkpoint.folder)}
-    return run_conversion(work, out, plan, jobs=1, overwrite=overwrite, dry_run=dry_run, console=console)
+    plan = plan_adapter_export(read_adapters(checkpoint), folder, {"megatron": str(checkpoint.folder)})
+    return run_conversion(plan, out, jobs=1, overwrite=overwrite, dry_run=dry_run, console=console)
 
 
-@dataclass(frozen=True)
-class AdapterExport(ShardedWork):
-    """An export of adapters alone, planned: all are in memory.
-
-    Attributes:
-        reference: folder of the model's config.
-        adapters: as Megatron has them.
-        tensors: as PEFT has them.
-        described: what PEFT has to know.
-        shards: where they go: one file.
-    """
-
-    reference: Path
-    adapters: Adapters
-    tensors: dict[str, torch.Tensor]
-    described: "LoraConfig"
-    shards: ShardPlan
-
-    action, title = "adapters", "Exporting"
-
-    @property
-    def sources(self) -> dict[str, Path]:
-        """The checkpoint of the adapters, and where the model's config is."""
-        return {"source": self.adapters.folder, "reference": self.reference}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the adapters."""
-        return self.adapters.nbytes
-
-    @property
-    def held(self) -> int:
-        """Bytes of the adapters, in both forms."""
-        return self.adapters.nbytes + sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def tensor_tasks(self) -> Iterable[Task]:
-        """One for every tensor."""
-        return map(self._task, self.tensors)
-
-    def _task(self, name: str) -> Task:
-        numbers, place = self.tensors[name], self.shards.places[name]
-
-        def run(worker: Worker) -> dict[str, Any]:
-            digest = Digest()
-            digest.update(worker.room(place.offset, numbers.nbytes).view(numbers.dtype).copy_(numbers.flatten()))
-            worker.write(place.file, place.offset, numbers.nbytes)
-            return digest.entry([], numbers.shape, numbers.dtype)
-
-        return Task(name, (place.file,), run, 0, room_for(numbers.nbytes), 0, numbers.nbytes)
-
-    def write_files(self, output: Path) -> None:
-        """The config."""
-        self.described.save_pretrained(str(output))
-
-    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of PEFT's tensors."""
-        return {"source": str(self.adapters.folder), "tensors": {name: results[name] for name in self.tensors}}
-
-
-def plan_adapter_export(adapters: Adapters, folder: Path) -> AdapterExport:
-    """Compare adapters with the model that they are for, and lay them out for PEFT.
+def plan_adapter_export(adapters: Adapters, folder: Path, settings: Mapping[str, Any]) -> ConversionPlan:
+    """Compare adapters with the model that they are for, and convert them to PEFT's layout, in memory.
 
     Args:
         adapters: all of a checkpoint.
         folder: of the model's config.
+        settings: of the plan.
 
     Raises:
         ValueError: they are not for this model, or of more than one rank.
@@ -277,7 +218,32 @@ def plan_adapter_export(adapters: Adapters, folder: Path) -> AdapterExport:
     adapted = [parameter for parameter in everything if parameter.key in adapters.pairs]
     described, tensors = _peft_config(adapters, adapted), _peft_tensors(adapters, adapted, shapes)
     planned = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    return AdapterExport(folder, adapters, tensors, described, plan_shards(planned, "adapter_model", sys.maxsize))
+    shards = plan_shards(planned, "adapter_model", sys.maxsize)
+
+    def task(name: str, values: torch.Tensor) -> Task:
+        def run(worker: Worker) -> dict[str, Any]:
+            digest = Digest()
+            digest.update(values)
+            worker.write(shards.places[name].file, shards.places[name].offset, values)
+            return digest.entry([], values.shape, values.dtype)
+
+        return Task(name, (shards.places[name].file,), run, 0, values.nbytes)
+
+    return ConversionPlan(
+        action="adapters",
+        title="Exporting",
+        settings=settings,
+        sources={"source": adapters.folder, "reference": folder},
+        tasks=[*shards.header_tasks(), *(task(*item) for item in tensors.items())],
+        file_sizes=shards.sizes,
+        bytes_read=adapters.nbytes,
+        write_files=lambda output: described.save_pretrained(str(output)),
+        build_report=lambda results: {
+            "source": str(adapters.folder),
+            "tensors": {name: results[name] for name in tensors},
+        },
+        resident_bytes=adapters.nbytes + sum(tensor.nbytes for tensor in tensors.values()),
+    )
 
 
 def check_adapters(adapters: Adapters, wanted: Sequence[MegatronParameter]) -> None:
@@ -338,7 +304,7 @@ def _laid_out(parameter: MegatronParameter, b: torch.Tensor, parts: list[torch.T
     elif parameter.layout is Layout.EXPERT_DOWN:
         parts[0].copy_(b)
     else:
-        to_hf(parameter, b, parts, torch.empty(0))
+        to_hf(parameter, b, parts, lambda shape, dtype: torch.empty(shape, dtype=dtype))
     return parts
 
 

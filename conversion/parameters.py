@@ -1,11 +1,12 @@
-"""How the numbers of one parameter move between transformers' layout and Megatron's, straight into given memory.
+"""The parameters of the Megatron model, and their conversion between transformers' layout and Megatron's.
 
-`parameters` fills the numbers into the name table of `bridge/weight_map.py`; `to_megatron` and `to_hf` do what a row's
-`Layout` says. Shapes: E experts, f their FFN width, h hidden size; g key/value groups of q query heads of size d.
+`parameters` lists them by the weight map, `bridge/weight_map.py`; `to_megatron` and `to_hf` copy one into given memory
+as its row's `Layout` says. Shapes: E experts, f their FFN width, h hidden size; g key/value groups of q query heads of
+size d.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,25 +15,28 @@ from ..bridge.ops.mxfp4 import Dequantizer, Quantizer
 from ..bridge.weight_map import ROWS, Layout, Row
 
 MXFP4_PARTS = ("_blocks", "_scales")
-"""What is added to the name of a tensor that is stored as MXFP4."""
+"""Suffixes of the two tensors in which MXFP4 stores one."""
 
 MADE_OF_EXPERTS = (Layout.EXPERT_GATE_UP, Layout.EXPERT_DOWN)
 KEPT_WHOLE = (Layout.REPLICATED, Layout.COLUMN, Layout.ROW)
-"""Layouts whose numbers are the same, in the same order, on both sides."""
+"""Layouts whose elements are the same, in the same order, on both sides."""
+
+type Take = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+"""Makes an uninitialised tensor of a shape and type."""
 
 
 @dataclass(frozen=True, slots=True)
 class MegatronParameter:
-    """One parameter of the Megatron model, as a checkpoint has it.
+    """One parameter of the Megatron model, as a checkpoint stores it.
 
     Attributes:
         name: Megatron's, with layers and experts numbered globally.
-        key: of the checkpoint's tensor that it is a part of.
-        index: where it lies on that tensor's leading axes: ``()``, ``(layer,)`` or ``(layer, expert)``.
-        axes: how long those axes are.
+        key: of the checkpoint's tensor that contains it.
+        index: its position on that tensor's leading axes: ``()``, ``(layer,)`` or ``(layer, expert)``.
+        axes: sizes of those axes.
         shape: its own.
         hf: the tensors of transformers' checkpoint that it is made of: one, or q, k and v.
-        layout: how.
+        layout: how it is made of them.
         groups: key/value groups of the attention.
         keep_fp32: whether it stays fp32 whatever the precision of the model.
     """
@@ -49,18 +53,18 @@ class MegatronParameter:
 
     @property
     def expert(self) -> int | None:
-        """Which entry of the transformers tensor this parameter is; None where it is the whole of it."""
+        """The index of this parameter in the transformers tensor; None where it is all of that tensor."""
         return self.index[-1] if self.layout in MADE_OF_EXPERTS else None
 
     @property
     def chunks(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Offset and size of the pieces that Megatron stores: gate and up apart, for tensor parallelism."""
-        pieces = 2 if self.layout is Layout.EXPERT_GATE_UP else 1
-        rows = self.shape[0] // pieces if self.shape else 0
+        """Offset and size of the chunks that Megatron stores: gate and up apart, for tensor parallelism."""
+        chunks = 2 if self.layout is Layout.EXPERT_GATE_UP else 1
+        rows = self.shape[0] // chunks if self.shape else 0
         ones, rest = (1,) * len(self.axes), self.shape[1:]
         if not self.shape:
             return [(self.index, ones)]
-        return [((*self.index, i * rows, *(0 for _ in rest)), (*ones, rows, *rest)) for i in range(pieces)]
+        return [((*self.index, i * rows, *(0 for _ in rest)), (*ones, rows, *rest)) for i in range(chunks)]
 
 
 def parameters(shapes: Mapping[str, Sequence[int]], groups: int) -> list[MegatronParameter]:
@@ -129,76 +133,80 @@ def _megatron_shape(layout: Layout, shapes: list[tuple[int, ...]]) -> tuple[int,
     return shapes[0][:0:-1] if layout in MADE_OF_EXPERTS else shapes[0]
 
 
+def needs_scratch(parameter: MegatronParameter) -> bool:
+    """Whether `to_megatron` and `to_hf` take memory for the transposed parameter."""
+    return parameter.layout is Layout.EXPERT_GATE_UP and len(parameter.shape) == 2
+
+
 def to_megatron(
-    parameter: MegatronParameter, parts: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor], scratch: torch.Tensor
+    parameter: MegatronParameter, parts: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], take: Take
 ) -> None:
-    """Lay transformers' numbers out as Megatron has them.
+    """Copy transformers' tensors into Megatron's layout.
 
     Args:
         parameter: whose.
-        parts: the tensors of ``parameter.hf``; of one expert, where they hold all. Any floating type: they are
-            rounded to that of `pieces`.
-        pieces: memory for ``parameter.chunks``, each contiguous: two for gate and up, else one.
-        scratch: ``parameter.shape``, of the type of `pieces`.
+        parts: the tensors of ``parameter.hf``; of one expert, where they hold all. Any floating type: elements are
+            rounded to that of `outputs`.
+        outputs: memory for ``parameter.chunks``, each contiguous: two for gate and up, else one.
+        take: makes scratch memory.
     """
     if parameter.layout is Layout.QKV:
-        for slot, part in zip(_slots(parameter, pieces[0], parts), parts, strict=True):
+        for slot, part in zip(_slots(parameter, outputs[0], parts), parts, strict=True):
             slot.copy_(part.view(slot.shape))
     elif parameter.layout is Layout.EXPERT_GATE_UP:
-        # By way of the transpose: torch turns a whole matrix fast, every second row of one slowly.
-        turned = scratch.copy_(parts[0].mT) if scratch.ndim == 2 else parts[0]
-        for half, start in zip(pieces, (0, 1), strict=True):
-            half.copy_(turned[start::2])
+        transposed = parts[0]
+        if needs_scratch(parameter):  # torch transposes a whole matrix fast, every second row of one slowly
+            transposed = take(parameter.shape, outputs[0].dtype).copy_(parts[0].mT)
+        for half, start in zip(outputs, (0, 1), strict=True):
+            half.copy_(transposed[start::2])
     else:
-        pieces[0].copy_(parts[0].mT if _is_turned(parameter) else parts[0].view(pieces[0].shape))
+        outputs[0].copy_(parts[0].mT if _is_transposed(parameter) else parts[0].view(outputs[0].shape))
 
 
-def to_hf(
-    parameter: MegatronParameter, megatron: torch.Tensor, parts: Sequence[torch.Tensor], scratch: torch.Tensor
-) -> None:
-    """Lay Megatron's numbers out as transformers has them: the inverse of `to_megatron`, never packed.
+def to_hf(parameter: MegatronParameter, megatron: torch.Tensor, parts: Sequence[torch.Tensor], take: Take) -> None:
+    """Copy a Megatron tensor into transformers' layout: the inverse of `to_megatron`, never packed.
 
     Args:
         parameter: whose.
-        megatron: ``parameter.shape``. Any floating type: its numbers are rounded to that of `parts`.
+        megatron: ``parameter.shape``. Any floating type: its elements are rounded to that of `parts`.
         parts: one tensor per name of ``parameter.hf``, contiguous; of one expert, where the name holds all.
-        scratch: as large as `megatron`, of the type of `parts`.
+        take: makes scratch memory.
     """
     if parameter.layout is Layout.QKV:
         for slot, part in zip(_slots(parameter, megatron, parts), parts, strict=True):
             part.view(slot.shape).copy_(slot)
     elif parameter.layout is Layout.EXPERT_GATE_UP:
-        turned = scratch if megatron.ndim == 2 else parts[0]
+        transposed = take(parameter.shape, parts[0].dtype) if needs_scratch(parameter) else parts[0]
         for half, start in zip(megatron.chunk(2), (0, 1), strict=True):
-            turned[start::2].copy_(half)
-        if megatron.ndim == 2:
-            parts[0].copy_(scratch.mT)
+            transposed[start::2].copy_(half)
+        if needs_scratch(parameter):
+            parts[0].copy_(transposed.mT)
     else:
-        parts[0].copy_(megatron.mT if _is_turned(parameter) else megatron.view(parts[0].shape))
+        parts[0].copy_(megatron.mT if _is_transposed(parameter) else megatron.view(parts[0].shape))
 
 
 def unpack(
     parameter: MegatronParameter,
     blocks: torch.Tensor,
     scales: torch.Tensor,
-    pieces: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
     dequantizer: Dequantizer,
 ) -> None:
-    """Lay an expert's MXFP4 numbers out as Megatron has them.
+    """Dequantise an expert's MXFP4 weight into Megatron's layout.
 
-    They are packed output rows first, as Megatron's are; only gate and up have to be parted.
+    Both are output rows first; only gate and up have to be separated.
 
     Args:
         parameter: whose.
         blocks: ``[2f, h / 32, 16]`` or ``[h, f / 32, 16]``.
         scales: ``[2f, h / 32]`` or ``[h, f / 32]``.
-        pieces: memory for ``parameter.chunks``, of the dequantizer's type.
+        outputs: memory for ``parameter.chunks``, of the dequantizer's type.
         dequantizer: this thread's.
     """
     if parameter.layout is Layout.EXPERT_DOWN:
-        dequantizer.into(pieces[0], blocks, scales)
+        dequantizer.into(outputs[0], blocks, scales)
         return
-    for half, start in zip(pieces, (0, 1), strict=True):
+    for half, start in zip(outputs, (0, 1), strict=True):
         dequantizer.into(half, blocks[start::2], scales[start::2])
 
 
@@ -219,7 +227,7 @@ def pack(
         quantizer: this thread's.
 
     Raises:
-        ValueError: a number is not finite.
+        ValueError: an element is not finite.
     """
     if parameter.layout is Layout.EXPERT_DOWN:
         quantizer.into(blocks, scales, megatron)
@@ -228,11 +236,11 @@ def pack(
         quantizer.into(blocks[start::2], scales[start::2], half)
 
 
-def _is_turned(parameter: MegatronParameter) -> bool:
+def _is_transposed(parameter: MegatronParameter) -> bool:
     return parameter.layout is Layout.EXPERT_DOWN and len(parameter.shape) == 2
 
 
 def _slots(parameter: MegatronParameter, fused: torch.Tensor, parts: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Where q, k and v lie in ``[g (q + 2) d, …]``: ``[g, q d, …]``, ``[g, d, …]`` and ``[g, d, …]``."""
+    """Views of q, k and v in ``[g (q + 2) d, …]``: ``[g, q d, …]``, ``[g, d, …]`` and ``[g, d, …]``."""
     rows = [len(part) // parameter.groups for part in parts]
     return fused.view(parameter.groups, sum(rows), *fused.shape[1:]).split(rows, dim=1)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite, prod
+from math import ceil, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..bridge.weight_map import LANGUAGE_MODEL, group_of
 from ..terminal import Progress
 from .comparison.difference import Difference
 from .engine.report import Digest, check_target, make_report, replace_report
-from .engine.stream import InMemoryJournal, Task, Worker, room_for, stream
+from .engine.stream import InMemoryJournal, Task, Worker, stream
 from .formats.hf_source import Source, open_source
 from .formats.run_config import check_config, model_fields
 from .formats.torch_dist_reader import (
@@ -30,12 +30,13 @@ from .formats.torch_dist_reader import (
     TorchDistCheckpoint,
     blocks_of,
     check_tensors,
+    memory_of,
     open_checkpoint,
     read_region,
     region_of,
 )
 from .messages import listed
-from .parameters import KEPT_WHOLE, MegatronParameter, to_hf
+from .parameters import KEPT_WHOLE, MegatronParameter, needs_scratch, to_hf
 
 VISION_FIELDS = ("use_vision", "vision_pool_token", "image_token_id", "num_image_tokens", "vision_config")
 """Of a config, in both its spellings: what a stock gpt-oss does not say."""
@@ -62,65 +63,49 @@ class Comparison:
             return stream(tasks, InMemoryJournal(), {}, jobs=jobs, progress=progress)
 
     def _task(self, parameter: MegatronParameter) -> Task:
-        stored, reads = self.stored[parameter.key], self.source.nbytes(parameter)
-        blocks = blocks_of(parameter, stored.dtype)
-        rows, count = blocks[0].stop, blocks[-1].stop
-        nbytes = prod(parameter.shape) * stored.dtype.itemsize
-        parts = [part for block in blocks for part in stored.read_plan(region_of(parameter, block))]
-        inbox = max(room_for(part.count * stored.dtype.itemsize) for part in parts)
-        theirs = sum(room_for(-(-size * rows // count)) for size in reads)
-        turned = nbytes if parameter.layout not in KEPT_WHOLE else 0
-        mine = room_for(nbytes * rows // count)
-        run = partial(self._compare, parameter)
-        return Task(parameter.name, (), run, max(inbox, theirs), turned, mine + turned, nbytes + sum(reads))
+        stored, reads = self.stored[parameter.key], sum(self.source.nbytes(parameter))
+        blocks, nbytes = blocks_of(parameter, stored.dtype), prod(parameter.shape) * stored.dtype.itemsize
+        memory = max(memory_of(stored, region_of(parameter, block)) for block in blocks)
+        memory += ceil(reads * blocks[0].stop / blocks[-1].stop)
+        if parameter.layout not in KEPT_WHOLE and not self.source.is_packed(parameter):
+            memory += nbytes * (2 if needs_scratch(parameter) else 1)
+        return Task(parameter.name, (), partial(self._compare, parameter), memory, nbytes + reads)
 
     def _compare(self, parameter: MegatronParameter, worker: Worker) -> dict[str, Any]:
         stored, digest, found = self.stored[parameter.key], Digest(), Difference()
-        for block in blocks_of(parameter, stored.dtype):
-            numbers = read_region(worker, stored, region_of(parameter, block))
-            digest.update(numbers)
-            numbers = numbers.view(-1, *parameter.shape[1:])
-            if parameter.layout in KEPT_WHOLE:
-                found.add(numbers, self._same_rows(worker, parameter, numbers, block.start))
-            else:
-                self._add_turned(worker, parameter, numbers, found)
+        for rows in blocks_of(parameter, stored.dtype):
+            with worker.scope():
+                values = read_region(worker, stored, region_of(parameter, rows)).view(-1, *parameter.shape[1:])
+                digest.update(values)
+                if parameter.layout in KEPT_WHOLE:
+                    found.add(values.flatten(), self.source.read_rows(worker, parameter, rows))
+                else:
+                    self._add_transposed(worker, parameter, values, found)
         names = [part.name for name in parameter.hf for part in self.source.stored(name)]
         return digest.entry(names, parameter.shape, stored.dtype) | found.entry()
 
-    def _same_rows(
-        self, worker: Worker, parameter: MegatronParameter, numbers: torch.Tensor, start: int
-    ) -> torch.Tensor:
-        stored = self.source.stored(parameter.hf[0])
-        if not stored:  # a stock gpt-oss has no vision bias; it counts as zeros
-            return torch.zeros_like(numbers)
-        first = start * prod(parameter.shape[1:])
-        return stored[0].read(worker, first, numbers.numel()).view(numbers.shape)
-
-    def _add_turned(
-        self, worker: Worker, parameter: MegatronParameter, numbers: torch.Tensor, found: Difference
+    def _add_transposed(
+        self, worker: Worker, parameter: MegatronParameter, values: torch.Tensor, found: Difference
     ) -> None:
-        """Compare what lies differently on the two sides: as the source has it, each tensor in its own type."""
+        """Compare a parameter with another order of elements in transformers' layout, each tensor in its own type."""
         parts = self.source.read(worker, parameter)
-        if parts[0].dtype == torch.uint8:
-            for rows, blocks, scales in _halves(parameter, numbers, *parts):
+        if self.source.is_packed(parameter):
+            for rows, blocks, scales in _halves(parameter, values, *parts):
                 found.add_packed(rows, blocks, scales, worker.tool(Dequantizer, torch.float32))
             return
-        start = room_for(numbers.nbytes)
-        scratch = worker.scratch[start : start + numbers.nbytes].view(numbers.dtype).view(parameter.shape)
-        rooms = worker.outbox.bytes[: numbers.nbytes].view(numbers.dtype).split([part.numel() for part in parts])
-        mine = [room.view(part.shape) for room, part in zip(rooms, parts, strict=True)]
-        to_hf(parameter, numbers.view(parameter.shape), mine, scratch)
+        mine = [worker.take(part.shape, values.dtype) for part in parts]
+        to_hf(parameter, values.view(parameter.shape), mine, worker.take)
         for pair in zip(mine, parts, strict=True):
             found.add(*pair)
 
 
 def _halves(
-    parameter: MegatronParameter, numbers: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor
+    parameter: MegatronParameter, values: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Rows of an expert as Megatron has them, with the packed rows that they became: gate and up in turns."""
-    pieces = len(parameter.chunks)
-    for start, half in enumerate(numbers.chunk(pieces)):
-        yield half, blocks[start::pieces], scales[start::pieces]
+    """Rows of an expert in Megatron's order with the packed rows that they became: gate and up alternate there."""
+    count = len(parameter.chunks)
+    for start, half in enumerate(values.chunk(count)):
+        yield half, blocks[start::count], scales[start::count]
 
 
 def verify(

@@ -1,7 +1,9 @@
 """Checkpoints for the tests of conversion: tiny ones of every kind, and reading them whole by their owners' means."""
 
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpt_oss_vision.bridge.ops.mxfp4 import quantize
-from gpt_oss_vision.conversion.engine import stream
+from gpt_oss_vision.conversion.engine.stream import PADDING, Task, Worker
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from tiny import tiny_config, tiny_model, tiny_processor
 
@@ -91,14 +93,39 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def buffers_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that grows by the capacity of every buffer that a conversion makes from now on."""
-    made: list[int] = []
+@contextmanager
+def at_most_open(descriptors: int) -> Iterator[None]:
+    """Run with a soft limit on open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
+    try:
+        yield
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (descriptors, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
-    class Counted(stream.Buffer):
-        def __init__(self, capacity: int):
-            made.append(capacity)
-            super().__init__(capacity)
 
-    monkeypatch.setattr(stream, "Buffer", Counted)
-    return made
+def memory_taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """A list that grows, with every task from now on, by the memory that it states and the most that it takes."""
+    taken: list[tuple[int, int]] = []
+    init = Task.__init__
+
+    def counting(task: Task, name: str, files: tuple[str, ...], run: Any, memory: int, nbytes: int) -> None:
+        def counted(worker: Worker) -> Any:
+            worker.peak = 0
+            result = run(worker)
+            taken.append((memory, worker.peak))
+            return result
+
+        init(task, name, files, counted, memory, nbytes)
+
+    monkeypatch.setattr(Task, "__init__", counting)
+    return taken
+
+
+def check_memory(stated: int, taken: list[tuple[int, int]], jobs: int = 4) -> None:
+    """Assert that no task took more than it states, that the dry run's number follows, and that it is no mere guess."""
+    assert all(peak <= memory + PADDING for memory, peak in taken)
+    largest = max(memory for memory, _ in taken)
+    assert stated >= jobs * (largest + PADDING)
+    assert max(peak for _, peak in taken) >= 0.9 * largest

@@ -1,17 +1,17 @@
-"""Killing a conversion at random moments, in processes forked from this warm one, until it has got through."""
+"""Killing a conversion at its n-th record, in processes forked from this warm one, until it gets through."""
 
 import os
-import random
 import shutil
 import signal
-import time
 import traceback
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from checkpoints import files_of
+from gpt_oss_vision.conversion.engine.journal import Journal
 
 
 def fork(work: Callable[[], object]) -> int:
@@ -22,7 +22,7 @@ def fork(work: Callable[[], object]) -> int:
         try:
             work()
             code = 0
-        except BaseException:  # noqa: BLE001 - told by the exit code
+        except BaseException:  # noqa: BLE001 - reported by the exit code
             traceback.print_exc()
         os._exit(code)
     return child
@@ -34,65 +34,50 @@ def many_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt_oss_vision.conversion.formats.torch_dist_writer.BATCH_BYTES", 4096)
 
 
-ATTEMPTS_PER_KILL = 10
-
-
-def survives_kills(convert: Callable[[], object], out: Path, kills: int, seed: int) -> tuple[int, int]:
-    """Kill `convert`, which makes `out`, `kills` times, calling it again each time, and then leave it alone once.
-
-    Every other kill comes at any moment of the call, the others when something has been recorded, which of a quick
-    conversion may be in the last hundredths of a second. Whenever it gets through, the bytes of the output are compared
-    with those of a run that was left alone, and it begins anew.
+def killed_at(convert: Callable[[], object], number: int, *, is_written: bool) -> bool:
+    """Run `convert` in a fork that is killed at its n-th record, right before or after that is in the journal.
 
     Returns:
-        How many kills found something recorded, and how often a call got through after one that was killed.
-
-    Raises:
-        AssertionError: the kills come too late, again and again.
+        Whether it was killed, and did not get through before.
     """
-    journal = out.with_name(out.name + ".partial") / "journal"
-    begun = time.monotonic()
-    child = fork(convert)
-    _wait_for_record(journal, child)
-    recorded = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    ended, expected = time.monotonic(), files_of(out)
+
+    def mortal() -> None:
+        left, append = count(number, -1), Journal._append
+
+        def dying(journal: Journal, entry: dict[str, object]) -> None:
+            is_last = next(left) == 0  # the first entry of a new journal is the plan, number 0
+            if is_written or not is_last:
+                append(journal, entry)
+            if is_last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal._append = dying
+        convert()
+
+    code = os.waitstatus_to_exitcode(os.waitpid(fork(mortal), 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def survives_kills(convert: Callable[[], object], out: Path) -> int:
+    """Call `convert`, which makes `out`, again and again, killing the n-th call at its n-th record, until it is done.
+
+    Odd calls are killed before that record is written, even ones after it. Every call has to continue the one before,
+    and the output to have the bytes of a call that was left alone.
+
+    Returns:
+        How many calls were killed.
+    """
+    journal, records = out.with_name(out.name + ".partial") / "journal", 0
+    assert not killed_at(convert, 10**9, is_written=True)
+    expected = files_of(out)
     shutil.rmtree(out)
-    print(f"A run takes {ended - begun:.2f} s, {recorded - begun:.2f} to the first record; the seed is {seed}")
-    moments, done, continued, completed, was_killed = random.Random(seed), 0, 0, 0, False
-    for attempt in range(ATTEMPTS_PER_KILL * kills):
-        child = fork(convert)
-        if done < kills:
-            if attempt % 2:
-                _wait_for_record(journal, child)
-            time.sleep(moments.uniform(0, ended - (recorded if attempt % 2 else begun)))
-            os.kill(child, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code in ((0, -signal.SIGKILL) if done < kills else (0,))
-        is_killed = code != 0
-        continued += is_killed and _has_records(journal)
-        if out.exists():
-            assert files_of(out) == expected
-            completed += was_killed and not is_killed
-            if not journal.exists():  # it had finished; at most an empty folder is left to remove
-                shutil.rmtree(out)
-                shutil.rmtree(journal.parent, ignore_errors=True)
-        was_killed = is_killed
-        if done == kills:
-            return continued, completed
-        done += is_killed
-    raise AssertionError(f"{ATTEMPTS_PER_KILL * kills} calls, and only {done} of {kills} kills came before the end")
-
-
-def _has_records(journal: Path) -> bool:
-    """Whether anything is done, beyond the plan in the first line."""
-    try:
-        return journal.read_bytes().count(b"\n") > 1
-    except FileNotFoundError:
-        return False
-
-
-def _wait_for_record(journal: Path, child: int) -> None:
-    """Wait until something is recorded, or the process that should do it has ended."""
-    while not _has_records(journal) and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        time.sleep(0.001)
+    for number in count():
+        is_written = number % 2 == 0
+        if not killed_at(convert, number, is_written=is_written):
+            break
+        records += number + is_written
+        assert journal.read_bytes().count(b"\n") == records
+    assert files_of(out) == expected
+    assert not journal.parent.exists()
+    return number

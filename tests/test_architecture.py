@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import graphlib
 import importlib.metadata
 import json
 import re
@@ -33,6 +34,10 @@ class Rule:
     others: frozenset[str] | None = None
 
 
+TASKS = ("importing", "exporting", "assemble", "verify")
+BELOW_FORMATS = ("conversion.engine", "conversion.parameters", "conversion.messages", "errors", "terminal", "atomic")
+BELOW_TASKS = (*BELOW_FORMATS, "conversion.formats", "conversion.comparison", "conversion.lora")
+
 # The first prefix that fits a file counts. A room may always import itself.
 RULES = {
     "bridge/ops": Rule((), frozenset({"torch"})),
@@ -50,6 +55,13 @@ RULES = {
         ("bridge.hf.configuration_gpt_oss_vision", "errors"), frozenset({"torch", "transformers", "torchao"})
     ),
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
+    "conversion/engine": Rule(("errors", "terminal", "atomic")),
+    "conversion/parameters.py": Rule(("bridge.ops", "bridge.weight_map"), frozenset({"torch"})),
+    "conversion/messages.py": Rule(("errors",), frozenset()),
+    "conversion/formats": Rule(("bridge", *BELOW_FORMATS)),
+    "conversion/comparison": Rule(("bridge", *BELOW_FORMATS, "conversion.formats")),
+    "conversion/lora.py": Rule(("bridge", *BELOW_FORMATS, "conversion.formats")),
+    **{f"conversion/{task}.py": Rule(("bridge", *BELOW_TASKS)) for task in TASKS},
     "conversion": Rule(("bridge", "errors", "arguments", "atomic", "terminal")),
     "recipes/commands.py": Rule(
         ("recipes", "conversion", "bridge", "errors", "arguments", "atomic", "terminal"), frozenset()
@@ -129,6 +141,25 @@ def test_imports_go_one_way(file: Path):
             assert is_within(module[1:], allowed), f"{name_of(file)}:{line} imports {module}, which {room} may not"
         elif root not in sys.stdlib_module_names and rule.others is not None:
             assert root in rule.others, f"{name_of(file)}:{line} imports {module}, which {room} may not"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """As they are loaded; an import within a function runs later."""
+    graph = {}
+    for file in SOURCES:
+        module = "." + name_of(file).removesuffix(".py").removesuffix("__init__").replace("/", ".").strip(".")
+        late = {node.lineno for function in ast.walk(tree_of(file)) if is_late(function) for node in within(function)}
+        graph[module] = {name for line, name in imports_of(file) if name.startswith(".") and line not in late}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def is_late(node: ast.AST) -> bool:
+    is_for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    return is_for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def within(node: ast.AST) -> list[ast.stmt]:
+    return [inner for inner in ast.walk(node) if isinstance(inner, ast.Import | ast.ImportFrom)]
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)

@@ -1,137 +1,89 @@
-"""What every conversion does with its plan: tell it, or carry it out into an output that appears when it is whole."""
+"""A planned conversion, and the one function that runs it: into an output that appears only when it is complete."""
 
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from rich.console import Console
 
 from ...terminal import Progress
-from ..formats.safetensors import ShardPlan
 from .journal import check_space, exists, fingerprint, open_output, partial_of, refuse_foreign
 from .report import REPORT, make_report, nonfinite_warnings, package_versions, read_report, write_report
-from .stream import Task, peak_memory, stream, write_header_task
+from .stream import Task, peak_memory, stream
 
 
-class Work(ABC):
-    """A conversion, planned.
+@dataclass(frozen=True, kw_only=True)
+class ConversionPlan:
+    """What a conversion reads, does and writes.
 
     Attributes:
-        action: its name, in the journal's plan and in the report.
+        action: its name in the journal and in the report.
         title: its name beside the progress.
+        settings: JSON values that decide the output's bytes, beside package versions and the files of the sources.
+        sources: the folders that are read, by the names of their fingerprints in the journal.
+        tasks: in the order in which they begin.
+        file_sizes: bytes of every file that the tasks write, by its name within the output.
+        bytes_read: of the weights.
+        write_files: writes the files that no task writes into the output folder.
+        build_report: the report's fields, ``tensors`` among them, from the tasks' results by name.
+        resident_bytes: memory that the plan holds while the tasks run.
     """
 
-    action: ClassVar[str]
-    title: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def sources(self) -> Mapping[str, Path]:
-        """The folders that are read, under the names that the journal's plan has for their files."""
-
-    @property
-    @abstractmethod
-    def sizes(self) -> Mapping[str, int]:
-        """Bytes of every file that the tasks write, by its name within the output."""
-
-    @property
-    @abstractmethod
-    def bytes_read(self) -> int:
-        """Bytes of the weights that are read."""
-
-    @property
-    def held(self) -> int:
-        """Bytes of memory that it keeps beside the buffers."""
-        return 0
-
-    @abstractmethod
-    def tasks(self) -> list[Task]:
-        """What is done, in the order in which it is begun."""
-
-    @abstractmethod
-    def write_files(self, output: Path) -> None:
-        """Write the files that no task writes, into the folder of the others."""
-
-    @abstractmethod
-    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """What the report says of this conversion, its ``tensors`` above all, given what the tasks returned."""
-
-
-class ShardedWork(Work):
-    """A conversion into safetensors files, each of which begins with a header.
-
-    Attributes:
-        shards: where everything will lie.
-    """
-
-    shards: ShardPlan
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """Bytes of the files of weights."""
-        return self.shards.sizes
-
-    def tasks(self) -> list[Task]:
-        """The headers, then the tensors."""
-        return [*(write_header_task(*header) for header in self.shards.headers.items()), *self.tensor_tasks()]
-
-    @abstractmethod
-    def tensor_tasks(self) -> Iterable[Task]:
-        """What writes the tensors, in the order in which it is begun."""
+    action: str
+    title: str
+    settings: Mapping[str, Any]
+    sources: Mapping[str, Path]
+    tasks: Sequence[Task]
+    file_sizes: Mapping[str, int]
+    bytes_read: int
+    write_files: Callable[[Path], object]
+    build_report: Callable[[Mapping[str, Any]], dict[str, Any]]
+    resident_bytes: int = field(default=0)
 
 
 def run_conversion(
-    work: Work,
-    out: Path,
-    plan: Mapping[str, Any],
-    *,
-    jobs: int,
-    overwrite: bool,
-    dry_run: bool,
-    console: Console | None,
+    plan: ConversionPlan, out: Path, *, jobs: int, overwrite: bool, dry_run: bool, console: Console | None
 ) -> dict[str, Any]:
     """Make the output, or continue making it.
 
     Args:
-        work: what to do.
+        plan: what to do.
         out: absolute path of the folder to make.
-        plan: what decides the bytes of the output, beside the action, the versions of packages and the files of the
-            sources; JSON values.
         jobs: threads.
         overwrite: replace `out`.
-        dry_run: only say what would be done.
+        dry_run: only check whether the conversion could begin.
         console: where progress and warnings go; None is nowhere.
 
     Returns:
-        The report that lies in `out` too; for a dry run its totals, ``peak_memory``, bytes ``free`` on the disk, and
-        how many ``files``.
+        The report, as in the output; for a dry run its totals, ``peak_memory``, bytes ``free`` on the disk, and the
+        number of ``files``.
 
     Raises:
-        FileExistsError: `out` exists, or holds another conversion's beginning, or is no folder to be replaced.
+        FileExistsError: `out` exists, holds another conversion's partial output, or must not be replaced.
         OSError: the disk is too small, or fails.
     """
-    tasks, console = work.tasks(), console or Console(quiet=True)
-    totals = {"bytes_read": work.bytes_read, "bytes_written": sum(work.sizes.values())}
-    refuse_to_lose(out, work.sources.values(), overwrite=overwrite)
+    console = console or Console(quiet=True)
+    totals = {"bytes_read": plan.bytes_read, "bytes_written": sum(plan.file_sizes.values())}
+    refuse_to_lose(out, plan.sources.values(), overwrite=overwrite)
     if dry_run:
         refuse_foreign(partial_of(out))
         if os.path.lexists(out) and not overwrite:
             raise exists(out)
+        memory = peak_memory(plan.tasks, jobs) + plan.resident_bytes
         free = check_space(out, totals["bytes_written"])
-        return totals | {"peak_memory": peak_memory(tasks, jobs) + work.held, "free": free, "files": len(work.sizes)}
-    read = {name: fingerprint(folder, apart_from=out) for name, folder in work.sources.items()}
-    plan = {"action": work.action, "versions": package_versions(), "out": str(out), **plan, **read}
-    with open_output(out, plan, overwrite=overwrite) as journal:
+        return totals | {"peak_memory": memory, "free": free, "files": len(plan.file_sizes)}
+    inputs = {"action": plan.action, "versions": package_versions(), "out": str(out), **plan.settings}
+    inputs |= {name: fingerprint(folder, apart_from=out) for name, folder in plan.sources.items()}
+    with open_output(out, inputs, overwrite=overwrite) as journal:
         if not journal.is_complete:
             check_space(journal.out, totals["bytes_written"])
-            total = sum(task.nbytes for task in tasks)
-            with Progress(work.title, total, console, in_bytes=True) as progress:
-                results = stream(tasks, journal, work.sizes, jobs=jobs, progress=progress)
-            work.write_files(journal.output)
-            told = work.report(results)
-            report = make_report(work.action, told.pop("tensors"), **told, **totals)
+            with Progress(plan.title, sum(task.nbytes for task in plan.tasks), console, in_bytes=True) as progress:
+                results = stream(plan.tasks, journal, plan.file_sizes, jobs=jobs, progress=progress)
+            plan.write_files(journal.output)
+            fields = plan.build_report(results)
+            report = make_report(plan.action, fields.pop("tensors"), **fields, **totals)
             for warning in nonfinite_warnings(report):
                 console.print(f"Warning: {warning}", soft_wrap=True)
             write_report(report, journal.output)
@@ -140,25 +92,27 @@ def run_conversion(
 
 
 def refuse_to_lose(out: Path, sources: Iterable[Path], *, overwrite: bool) -> None:
-    """Keep a slip of the hand from costing more than a conversion made.
+    """Refuse an `--out` that would overwrite or contain an input, the working folder, or a folder of another origin.
 
     Args:
         out: the folder to make, or to replace.
-        sources: what it is made from.
-        overwrite: whether what is there may be replaced.
+        sources: the folders that are read.
+        overwrite: whether `out` may be replaced.
 
     Raises:
-        FileExistsError: `out` is or holds the working folder or a source, or is to be replaced and no conversion's.
+        FileExistsError: `out` is or contains the working folder or a source; is a mount point, which cannot be renamed;
+            or is to be replaced and was made by no conversion.
     """
     place = out.resolve()
     for folder, what in [(Path.cwd(), "the working folder"), *((source, "what is converted") for source in sources)]:
         if folder.resolve().is_relative_to(place):
             raise FileExistsError(f"--out {out} is {what}, or holds it ({folder}); name another folder")
+    if os.path.ismount(out):
+        raise FileExistsError(f"--out {out} is a mount point, which cannot be replaced; name a folder in it")
     if not overwrite or not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
-        raise FileExistsError(
-            f"--out {out} is no folder but a {'link' if out.is_symlink() else 'file'}; remove it first"
-        )
+        kind = "link" if out.is_symlink() else "file"
+        raise FileExistsError(f"--out {out} is no folder but a {kind}; remove it first")
     if any(out.iterdir()) and not (out / REPORT).is_file():
         raise FileExistsError(f"--out {out} has no {REPORT}, so no conversion has made it; remove it first")

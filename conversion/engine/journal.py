@@ -1,16 +1,17 @@
 """An output folder that appears under its name only when it is complete, and that a killed run can continue.
 
-Everything is written into ``OUT.partial/output``, beside ``OUT``, and renamed at the end. ``OUT.partial/journal`` says
-what is provably on the disk: a line per task, appended after the task's bytes have been synced. A call with the
-same plan goes on from there; one with another plan is refused. An flock on ``OUT.partial/lock`` keeps a second call
-out: on a file that is open for writing, as network file systems know no other between machines.
+All files are written into ``OUT.partial/output``, beside ``OUT``, which is renamed at the end. ``OUT.partial/journal``
+lists the tasks whose bytes are on the disk: one line each, appended after its files are synced. A call with the same
+plan continues from there; one with another plan is refused. A second call is refused while the first holds an flock on
+``OUT.partial/lock``. That file is opened read-write: NFS emulates flock by byte-range locks, which need it.
+
+Resuming is kept although a 20B import takes half a minute: on a network disk the same bytes take an hour.
 """
 
 import errno
 import fcntl
 import json
 import os
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,23 +20,20 @@ from typing import Any
 
 from ...atomic import remove, sync
 
-SECONDS_OF_PATIENCE = 1.0
-"""How long a call asks for the lock of another."""
-
 REMOVALS = 1000
-"""How often other calls may remove a folder between our making it and our locking it, before we call it broken."""
+"""How often other calls may remove the folder between our making and our locking it, before that is an error."""
 
 COMPLETE = "complete"
 """Name of the last line: all files are written and synced, only renaming is left."""
 
 FORGOTTEN = "forgotten"
-"""Name of a line with the tasks that earlier lines call done and that are not any more."""
+"""Name of a line with tasks that earlier lines list and whose bytes are lost."""
 
-OURS = {"lock", "journal", "output", "replaced", "rubbish"}
-"""What a partial output's folder may hold."""
+ENTRIES = {"lock", "journal", "output", "replaced", "rubbish"}
+"""Names in the folder of a partial output."""
 
-NFS_KEEPS = ".nfs"
-"""How the names begin that NFS gives to removed files for as long as a process holds them open."""
+NFS_PREFIX = ".nfs"
+"""Of the names of removed files that a process still holds open on NFS."""
 
 
 class Journal:
@@ -43,7 +41,7 @@ class Journal:
 
     Attributes:
         output: the folder to write into.
-        results: what `record` was given for every task that is done, also by earlier runs.
+        results: of all recorded tasks by name, those of earlier runs included.
     """
 
     def __init__(self, out: Path, partial: Path, lock: int):
@@ -54,20 +52,20 @@ class Journal:
 
     @property
     def is_begun(self) -> bool:
-        """Whether there is something to continue."""
+        """Whether the journal has a first line, so that another call can continue."""
         return any(_read_lines(self._file))
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything was written, and at most the renaming is left."""
+        """Whether all files are written and synced, and at most the renaming is left."""
         return COMPLETE in self.results
 
     def record(self, results: Mapping[str, Any], files: Iterable[Path | str] = ()) -> None:
-        """Remember tasks as done, when `files` and their names in the folders up to the output's are on the disk.
+        """Record tasks as done, after syncing `files` and the folders above them up to the output.
 
         Args:
-            results: what the tasks returned, by their names.
-            files: what they have written, as paths or by names within the output; none if that was synced before.
+            results: of the tasks, by name.
+            files: that they have written, as paths or by names within the output; none if these are synced already.
         """
         paths = [self.output / file for file in files]
         for path in {*paths, *folders_of(paths, self.output)}:
@@ -76,14 +74,14 @@ class Journal:
         self.results |= results
 
     def forget(self, tasks: Iterable[str]) -> None:
-        """Remember tasks as not done: what they had written is lost."""
+        """Record tasks as not done, because their bytes are lost."""
         names = sorted(tasks)
         self._append({FORGOTTEN: names})
         for name in names:
             del self.results[name]
 
     def finish(self) -> None:
-        """Sync all that was written and give it its name."""
+        """Sync all files and rename the output to its final name."""
         if not self.is_complete:
             self.record({COMPLETE: None}, [self.output, *self.output.rglob("*")])
         if self.output.exists():
@@ -98,10 +96,10 @@ class Journal:
         self.remove()
 
     def start(self, plan: Mapping[str, Any], overwrite: bool) -> None:
-        """Continue what is there, or begin anew; see `open_output` for what is refused."""
+        """Continue a partial output, or begin a new one; see `open_output` for the errors."""
         self._overwrite = overwrite
         lines = list(_read_lines(self._file))
-        # A complete output that is no longer here was renamed by a run that was killed right after it.
+        # A complete output that is missing here was renamed by a run that was killed right after that.
         is_renamed = len(lines) > 1 and COMPLETE in lines[-1] and not self.output.exists() and os.path.lexists(self.out)
         self._restore()
         if lines and not overwrite:
@@ -114,37 +112,37 @@ class Journal:
             self._append(plan)
             sync(self.partial)
             return
-        os.truncate(self._file, sum(len(_line(line)) for line in lines))  # without what a kill tore
+        os.truncate(self._file, sum(len(_line(line)) for line in lines))  # without a line that a kill has cut off
         for line in lines[1:]:
             for name in line.pop(FORGOTTEN, ()):
                 del self.results[name]
             self.results |= line
 
     def remove(self) -> None:
-        """Remove everything but the folder, which `open_output` removes when the lock in it is closed."""
+        """Remove everything but the folder itself, which `open_output` removes after closing the lock in it."""
         if _is_named(lock_file(self.partial), self._lock):  # afterwards the folder may be another call's
             self._clear()
             lock_file(self.partial).unlink()
 
     def _clear(self) -> None:
-        """Remove everything but the lock: the journal after what was replaced, and before all that it says is there."""
+        """Remove everything but the lock: first the replaced output, then the journal, then the files that it lists."""
         self._restore()
         self._drop_replaced()
         self._file.unlink(missing_ok=True)
         sync(self.partial)
         for entry in self.partial.iterdir():
-            if entry != lock_file(self.partial) and not entry.name.startswith(NFS_KEEPS):
+            if entry != lock_file(self.partial) and not entry.name.startswith(NFS_PREFIX):
                 remove(entry)
 
     def _restore(self) -> None:
-        """Give back what a run had moved away that was killed before it could put its own output there."""
+        """Rename a replaced output back, if a run was killed between moving it away and renaming its own."""
         if os.path.lexists(self._replaced) and not os.path.lexists(self.out):
             self._replaced.rename(self.out)
             sync(self.out.parent)
             sync(self.partial)
 
     def _drop_replaced(self) -> None:
-        """Remove what was replaced, by another name first: what bears this one is whole, and can be given back."""
+        """Remove the replaced output, after a renaming: under the name ``replaced`` it must always be complete."""
         rubbish = self.partial / "rubbish"
         remove(rubbish)
         if os.path.lexists(self._replaced):
@@ -160,19 +158,18 @@ class Journal:
 
 @contextmanager
 def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Journal]:
-    """The partial output of `out` for as long as the run lasts, held against other calls.
+    """The partial output of `out`, locked for as long as the run lasts.
 
-    A run that ends with a ValueError could never be continued, and one that the disk refused before its first file has
-    nothing to continue, so they leave nothing; after any other end, a kill included, the next call with the same plan
-    continues.
+    A run that ends with a ValueError (bad input), or with an OSError before its first file, leaves nothing. After any
+    other end, a kill included, the next call with the same plan continues.
 
     Args:
         out: the folder to make; with `overwrite` it may exist, and is replaced only when the new one is complete.
         plan: everything that decides the bytes of the output; JSON values only.
-        overwrite: replace `out`, and give up a partial output of another plan.
+        overwrite: replace `out`, and remove a partial output of another plan.
 
     Raises:
-        FileExistsError: `out` exists, or the partial output that is there was begun with another plan.
+        FileExistsError: `out` exists, or a partial output that was begun with another plan.
         BlockingIOError: another call is writing it.
         OSError: the disk is full, or fails.
     """
@@ -189,7 +186,7 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
         try:
             journal.start(plan, overwrite)
         except OSError:
-            if not journal.is_begun:  # also where a call had finished, and was killed before it could remove the folder
+            if not journal.is_begun:  # or a call had finished, and was killed before it removed the folder
                 journal.remove()
             raise
         try:
@@ -200,29 +197,29 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
         except OSError as error:
             if not any(journal.output.rglob("*")):
                 journal.remove()
-            elif error.strerror == os.strerror(errno.ENOSPC):  # the kernel's words: neither where nor what now
+            elif error.strerror == os.strerror(errno.ENOSPC):  # the kernel's message names no file
                 sentence = f"No space left on the disk of {out}; make room, and the same call continues"
                 raise OSError(errno.ENOSPC, sentence) from error
             raise
     finally:
-        os.close(held)  # before the folder goes: NFS keeps a file's name, changed, for as long as it is open
-        with suppress(OSError):  # it is not empty, where there is something to continue or another call has come
+        os.close(held)  # before the folder is removed: NFS keeps an open file under another name
+        with suppress(OSError):  # not empty: there is something to continue, or another call has begun
             for folder in (partial, *new_folders):
                 folder.rmdir()
 
 
 def check_space(out: Path, needed: int) -> int:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse an output that the disk has no space for.
 
     Args:
-        out: absolute path of the output; what its partial output takes already counts as paid for.
+        out: absolute path of the output; blocks that its partial output has already are not needed again.
         needed: bytes of the whole output.
 
     Returns:
-        Bytes that are free on its disk.
+        Free bytes on its disk.
 
     Raises:
-        OSError: naming both numbers.
+        OSError: the disk is too small; names both numbers.
     """
     partial = partial_of(out)
     disk = os.statvfs(next(folder for folder in (partial, *partial.parents) if folder.exists()))
@@ -239,38 +236,38 @@ def check_space(out: Path, needed: int) -> int:
 
 
 def refuse_foreign(partial: Path) -> None:
-    """Leave alone what only happens to be called as a partial output is.
+    """Refuse a file or folder with the name of a partial output that no conversion has made.
 
     Raises:
-        FileExistsError: it is a file, or a folder that no call has begun.
+        FileExistsError: there is one.
     """
     try:
-        # One look: between two, another call may have made the folder, or removed it.
-        names = {name for name in os.listdir(partial) if not name.startswith(NFS_KEEPS)}
+        # Listed once: between two calls of the system, another conversion may make the folder or remove it.
+        names = {name for name in os.listdir(partial) if not name.startswith(NFS_PREFIX)}
     except NotADirectoryError:
         names = {partial.name}
     except FileNotFoundError:
         names = {partial.name} if partial.is_symlink() else set()
-    if names and not (names <= OURS and names & {"lock", "journal"}):
+    if names and not (names <= ENTRIES and names & {"lock", "journal"}):
         raise FileExistsError(f"{partial} is in the way, and no conversion has made it; move it away")
 
 
 def partial_of(out: Path) -> Path:
-    """Where an output is until it is complete."""
+    """The folder of an output until it is complete."""
     return out.parent / f"{out.name}.partial"
 
 
 def output_of(partial: Path) -> Path:
-    """Where the files of a partial output are."""
+    """The folder of the files of a partial output."""
     return partial / "output"
 
 
 def fingerprint(folder: Path, *, apart_from: Path | None = None) -> dict[str, list[int]]:
-    """Size and time of every file in a folder: by these a plan knows its sources again.
+    """Size and time of every file in a source folder, by which a later call with other sources is refused.
 
     Args:
         folder: of a source.
-        apart_from: the output, which may lie within the folder: neither it nor its partial one is a source.
+        apart_from: the output, which may lie within the folder, and is no part of the source; nor is its partial one.
     """
     folder, ours = folder.resolve(), []
     if apart_from is not None:
@@ -285,48 +282,42 @@ def fingerprint(folder: Path, *, apart_from: Path | None = None) -> dict[str, li
 
 
 def folders_of(paths: Iterable[Path], top: Path) -> set[Path]:
-    """The folders that hold some paths, up to and including `top`."""
+    """The folders above some paths, up to and including `top`."""
     return {folder for path in paths for folder in path.parents if folder.is_relative_to(top)}
 
 
 def lock_file(partial: Path) -> Path:
-    """What is locked for as long as a call writes."""
+    """The file that a call locks."""
     return partial / "lock"
 
 
 def _hold(partial: Path) -> int:
-    """Make the folder and lock it; the descriptor holds the lock until it is closed, by us or by our death.
-
-    A process that was killed may have had a fork, which dies a moment later; so the lock is asked for more than once.
-    """
-    patience, removals = time.monotonic() + SECONDS_OF_PATIENCE, 0
+    """Make the folder and lock it; the lock is held until the returned descriptor is closed, or the process ends."""
+    removals = 0
     while True:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             held = os.open(lock_file(partial), os.O_RDWR | os.O_CREAT, 0o644)
-        except (FileExistsError, FileNotFoundError):  # another call has just finished, and removed what was there
+        except (FileExistsError, FileNotFoundError):  # another call has just finished, and removed them
             removals += 1
             if removals > REMOVALS:
                 raise
             continue
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_named(lock_file(partial), held):
-                return held
-        except BlockingIOError as error:
-            if time.monotonic() > patience:
-                os.close(held)
+        except OSError as error:
+            os.close(held)
+            if isinstance(error, BlockingIOError):
                 sentence = f"{partial.with_suffix('')} is being written by another process; wait for it"
                 raise BlockingIOError(error.errno, sentence) from error
-            time.sleep(0.01)
-        except OSError:  # this file system knows no locks
-            os.close(held)
-            raise
+            raise  # the file system has no locks
+        if _is_named(lock_file(partial), held):
+            return held
         os.close(held)
 
 
 def _is_named(path: Path, descriptor: int) -> bool:
-    """Whether an open file still has this name; a call that has just finished removes its own."""
+    """Whether an open file still has this name; a call that finishes removes its lock file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -334,7 +325,7 @@ def _is_named(path: Path, descriptor: int) -> bool:
 
 
 def exists(out: Path) -> FileExistsError:
-    """What a call without `overwrite` is refused with."""
+    """The error of a call without `overwrite`."""
     return FileExistsError(f"{out} exists; name another folder, or replace it with --overwrite")
 
 
@@ -353,7 +344,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a journal up to the first line that is torn."""
+    """The entries of a journal up to the first incomplete line."""
     if not file.exists():
         return
     for line in file.read_bytes().splitlines(keepends=True):

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import torch
 
 from ...bridge.weight_map import group_of
 from ...errors import UserError
-from ..engine.stream import Worker, room_for
+from ..engine.stream import Worker
 from ..messages import refuse_mismatch
 from ..parameters import MXFP4_PARTS, MegatronParameter, parameters
 from .hf_config import FLOATS, TEXT_MODEL_TYPE, buildable, config_fields, dtype_name, read_config
@@ -67,17 +68,21 @@ class Source:
         whole = [stored for name in parameter.hf for stored in self.stored(name)]
         return [stored.nbytes // (1 if parameter.expert is None else stored.shape[0]) for stored in whole]
 
+    def is_packed(self, parameter: MegatronParameter) -> bool:
+        """Whether it is stored as MXFP4, in blocks and scales."""
+        return len(self.stored(parameter.hf[0])) == len(MXFP4_PARTS)
+
     def read(self, worker: Worker, parameter: MegatronParameter) -> list[torch.Tensor]:
-        """The tensors of a parameter, or its expert's parts of them, side by side in the inbox."""
-        parts, at = [], 0
-        for name in parameter.hf:
-            for stored in self.stored(name):
-                if parameter.expert is None:
-                    parts.append(stored.read(worker, at=at).view(stored.shape))
-                else:
-                    parts.append(stored.read_part(worker, parameter.expert, at=at))
-                at += room_for(parts[-1].nbytes)
-        return parts
+        """The tensors of a parameter; of one expert, where they hold all."""
+        stored = [tensor for name in parameter.hf for tensor in self.stored(name)]
+        return [tensor.read(worker, parameter.expert) for tensor in stored]
+
+    def read_rows(self, worker: Worker, parameter: MegatronParameter, rows: slice) -> torch.Tensor:
+        """Elements of some rows of a parameter that is one tensor, flat; zeros where a stock gpt-oss has none."""
+        width = prod(parameter.shape[1:])
+        first, count = rows.start * width, (rows.stop - rows.start) * width
+        stored = self.stored(parameter.hf[0])
+        return stored[0].read_flat(worker, first, count) if stored else torch.zeros(count)
 
 
 def open_source(folder: Path) -> Source:

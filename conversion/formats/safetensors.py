@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ...errors import UserError
-from ..engine.stream import Worker
+from ..engine.stream import Task, Worker, write_header_task
 from ..messages import listed
 from .hf_config import INDEX, check_safetensors, weight_files, weight_map
 
@@ -51,16 +51,15 @@ class TensorInfo:
     offset: int
     nbytes: int
 
-    def read(self, worker: Worker, first: int = 0, count: int | None = None, *, at: int = 0) -> torch.Tensor:
-        """Numbers `first` to `first + count` in the worker's inbox, flat; see `Worker.read` for `at`."""
-        size = self.dtype.itemsize
-        count = self.nbytes // size - first if count is None else count
-        return worker.read(self.file, self.offset + first * size, count * size, at=at).view(self.dtype)
+    def read(self, worker: Worker, index: int | None = None) -> torch.Tensor:
+        """The whole tensor, or entry `index` of its first axis, for example one expert."""
+        if index is None:
+            return worker.read(self.file, self.offset, self.shape, self.dtype)
+        return worker.read(self.file, self.offset + index * self.nbytes // self.shape[0], self.shape[1:], self.dtype)
 
-    def read_part(self, worker: Worker, index: int, *, at: int = 0) -> torch.Tensor:
-        """Entry `index` of the first axis, for example one expert."""
-        count = self.nbytes // self.dtype.itemsize // self.shape[0]
-        return self.read(worker, index * count, count, at=at).view(self.shape[1:])
+    def read_flat(self, worker: Worker, first: int, count: int) -> torch.Tensor:
+        """Elements `first` to `first + count`."""
+        return worker.read(self.file, self.offset + first * self.dtype.itemsize, (count,), self.dtype)
 
 
 def read_index(folder: Path) -> dict[str, TensorInfo]:
@@ -146,6 +145,10 @@ class ShardPlan:
     sizes: dict[str, int]
     places: dict[str, FileOffset]
     index: str | None
+
+    def header_tasks(self) -> list[Task]:
+        """The tasks that write the headers."""
+        return [write_header_task(*header) for header in self.headers.items()]
 
     def write_index(self, folder: Path) -> None:
         """Write the index, where there is one."""

@@ -5,7 +5,6 @@ Such a checkpoint is a pickled table, ``.metadata``, and files in which each chu
 finding its numbers inside the zip. Nothing is read whole, and a region may lie in any grid of chunks.
 """
 
-import ctypes
 import math
 import os
 import pickle
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from ...errors import UserError
+from ..engine.files import bytes_of
 from ..engine.stream import STEP, Worker
 from ..messages import refuse_mismatch
 from ..parameters import KEPT_WHOLE, MegatronParameter
@@ -383,45 +383,46 @@ def check_sum(numbers: torch.Tensor, payload: Payload, chunk: Chunk) -> None:
     Raises:
         ValueError: when they differ.
     """
-    if payload.crc32 and zlib.crc32(numbers.numpy()) != payload.crc32:
+    if payload.crc32 and zlib.crc32(bytes_of(numbers).numpy()) != payload.crc32:
         raise UserError(f"{chunk.file} has other bytes at {payload.position} than were written; copy it again")
 
 
-def place(part: ReadItem, numbers: torch.Tensor, region: torch.Tensor) -> None:
-    """Put a chunk's numbers where they belong.
-
-    Args:
-        part: what the chunk gives.
-        numbers: ``[part.count]``, read from `part.start` on.
-        region: of the region's shape, in any type.
-    """
-    region[part.into].copy_(numbers.as_strided(part.sizes, part.strides, numbers.storage_offset()))
-
-
 def read_region(worker: Worker, tensor: ShardedTensor, region: Region) -> torch.Tensor:
-    """A region of a tensor, put together in a worker's scratch memory from its beginning on.
+    """A region of a tensor, in memory of the worker's.
 
     Raises:
         ValueError: chunks leave a gap or overlap, or a zip is damaged.
     """
-    shape = [axis.stop - axis.start for axis in region]
-    size = tensor.dtype.itemsize
-    numbers = worker.scratch[: math.prod(shape) * size].view(tensor.dtype).view(shape)
-    for part in tensor.read_plan(region):
-        payload = find_payload(worker.read_small, part.chunk, tensor.dtype)
-        data = worker.read(part.chunk.file, payload.position + part.start * size, part.count * size)
-        if part.is_whole:
-            check_sum(data, payload, part.chunk)
-        place(part, _aligned(data, size).view(tensor.dtype), numbers)
-    return numbers
+    shape, parts = [axis.stop - axis.start for axis in region], tensor.read_plan(region)
+    if _is_one_range(parts):
+        return _read_part(worker, parts[0], tensor.dtype).view(shape)
+    values = worker.take(shape, tensor.dtype)
+    for part in parts:
+        with worker.scope():
+            data = _read_part(worker, part, tensor.dtype)
+            values[part.into].copy_(data.as_strided(part.sizes, part.strides, data.storage_offset()))
+    return values
 
 
-def _aligned(data: torch.Tensor, size: int) -> torch.Tensor:
-    """The same bytes, moved where numbers of a size may begin: chunks begin anywhere in a file."""
-    shift = int(data.storage_offset()) % size
-    address = data.untyped_storage().data_ptr() + int(data.storage_offset())
-    ctypes.memmove(address - shift, address, data.numel() if shift else 0)
-    return data.as_strided(data.shape, data.stride(), data.storage_offset() - shift)
+def memory_of(tensor: ShardedTensor, region: Region) -> int:
+    """Most bytes that `read_region` takes at once."""
+    parts, count = tensor.read_plan(region), math.prod(axis.stop - axis.start for axis in region)
+    return (count + (0 if _is_one_range(parts) else max(part.count for part in parts))) * tensor.dtype.itemsize
+
+
+def _is_one_range(parts: Sequence[ReadItem]) -> bool:
+    """Whether a region is read from one chunk, in one piece."""
+    return len(parts) == 1 and parts[0].count == math.prod(parts[0].sizes)
+
+
+def _read_part(worker: Worker, part: ReadItem, dtype: torch.dtype) -> torch.Tensor:
+    """The elements ``[part.count]`` of a chunk from `part.start` on."""
+    payload = find_payload(worker.read_small, part.chunk, dtype)
+    offset = payload.position + part.start * dtype.itemsize
+    data = worker.read(part.chunk.file, offset, (part.count,), dtype)
+    if part.is_whole:
+        check_sum(data, payload, part.chunk)
+    return data
 
 
 def whole(shape: tuple[int, ...]) -> Region:

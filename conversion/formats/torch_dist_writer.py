@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from ..engine.stream import BLOCK
+from ..engine.files import BLOCK
 from ..parameters import MegatronParameter
 
 ALIGNMENT = 64
@@ -89,7 +89,7 @@ class WriteItem:
 
 @dataclass(frozen=True, slots=True)
 class WriteBatch:
-    """Parameters that lie together in a file and are written at once, whole blocks: ``[start, end)``."""
+    """Parameters that lie together in whole blocks of a file, ``[start, end)``, which no other batch shares."""
 
     file: str
     start: int

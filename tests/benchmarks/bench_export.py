@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench_import import convert_and_watch, copy_seconds
 
-from gpt_oss_vision.conversion.exporting import Export, plan_export, reference_folder
+from gpt_oss_vision.conversion.exporting import Export, prepare_export, reference_folder
 from gpt_oss_vision.conversion.formats.safetensors import read_index
 from gpt_oss_vision.conversion.formats.torch_dist_reader import open_checkpoint
 
@@ -52,16 +52,17 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the exported checkpoint where it is")
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.megatron.absolute())
-    work = plan_export(checkpoint, reference_folder(checkpoint, None), dtype=arguments.dtype, text_only=False)
-    written = sum(work.shards.sizes.values())
-    limit_of = partial(copy_seconds, reads_of(work), written, arguments.out.absolute(), arguments.jobs)
+    export = prepare_export(checkpoint, reference_folder(checkpoint, None), dtype=arguments.dtype, text_only=False)
+    plan = export.conversion_plan({})
+    written = sum(plan.file_sizes.values())
+    limit_of = partial(copy_seconds, reads_of(export), written, arguments.out.absolute(), arguments.jobs)
     before = limit_of()
     words = "--megatron", arguments.megatron, "--jobs", arguments.jobs
     out = "--out", arguments.out, "--dtype", arguments.dtype, "--overwrite"
     seconds, peak = convert_and_watch("export", *words, *out)
     after = limit_of()
     checking, most = convert_and_watch("verify", *words, "--hf", arguments.out, "--report", os.devnull)
-    moved, limit = (work.bytes_read + written) / 1e9, (before + after) / 2
+    moved, limit = (plan.bytes_read + written) / 1e9, (before + after) / 2
     print(f"{moved:.1f} GB moved, {arguments.dtype}, {arguments.jobs} jobs, {os.cpu_count()} cores")
     print(f"export, all imports included  {seconds:8.1f} s  {moved / seconds:.2f} GB/s")
     print(f"the disk alone                {limit:8.1f} s  {moved / limit:.2f} GB/s ({before:.1f} and {after:.1f} s)")

@@ -19,18 +19,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import local
 
 import torch
 from safetensors import safe_open
 
-from gpt_oss_vision.conversion.engine.stream import CAPACITIES, STEP, InMemoryJournal, Run, Task, Worker, stream
+from gpt_oss_vision.conversion.engine.job import ConversionPlan
+from gpt_oss_vision.conversion.engine.stream import STEP, Files, InMemoryJournal, Task, Worker, stream
 from gpt_oss_vision.conversion.formats.hf_source import open_source
 from gpt_oss_vision.conversion.formats.safetensors import TensorInfo
 from gpt_oss_vision.conversion.formats.torch_dist_writer import TorchDistPlan
-from gpt_oss_vision.conversion.importing import Import
+from gpt_oss_vision.conversion.importing import plan_import
 from gpt_oss_vision.terminal import Progress
 
 LAYERS = {"20b": (24, 32), "120b": (36, 128)}
@@ -90,11 +92,13 @@ def copy_seconds(reads: Iterable[tuple[Path, int, int]], total: int, scratch: Pa
         def run(worker: Worker, piece=(file, offset, nbytes), begin=begin, end=int(written)) -> None:
             file, offset, nbytes = piece
             for done in range(0, nbytes, STEP):
-                worker.read(file, offset + done, min(STEP, nbytes - done))
+                with worker.scope():
+                    worker.read(file, offset + done, (min(STEP, nbytes - done),), torch.uint8)
+            data = worker.take((STEP,), torch.uint8)
             for place in range(begin // STEP * STEP, end // STEP * STEP, STEP):
-                worker.write("scratch", place % size, STEP)
+                worker.write("scratch", place % size, data)
 
-        tasks.append(Task(f"{file} {offset}", ("scratch",), run, STEP, STEP, 0, 0))
+        tasks.append(Task(f"{file} {offset}", ("scratch",), run, 0, 0))
     memory = InMemoryJournal()
     memory.output = scratch.parent
     begun = time.perf_counter()
@@ -119,26 +123,24 @@ def remember(tensors: Iterable[TensorInfo]) -> None:
             os.pread(stream.fileno(), tensor.nbytes, tensor.offset)
 
 
-def our_layer(work: Import, jobs: int) -> float:
-    """Seconds to read a layer's experts and lay them out in buffers, by the import's own threads."""
-    repeats = work.source.config.num_hidden_layers
-    names = {group.name for group in work.layout.groups if "layers.0.mlp.experts" in group.name}
-    tasks = [task for task in work.tasks() if task.name in names]
-    run = Run(Progress("", 0))
-    run.outputs = Nowhere()
-    for task in tasks * repeats:
-        run.todo.put(task)
-    capacities = [max(getattr(task, name) for task in tasks) for name in CAPACITIES]
-    threads = [Thread(target=run.work, args=(capacities,)) for _ in range(jobs)]
+def our_layer(plan: ConversionPlan, layers: int, jobs: int) -> float:
+    """Seconds to read a layer's experts and convert them in memory, by the import's own threads."""
+    tasks = [task for task in plan.tasks if "layers.0.mlp.experts" in task.name]
+    files, threads = Files(Progress("", 0)), local()
+    files.outputs = Nowhere()
+
+    def run(task: Task) -> None:
+        if not hasattr(threads, "worker"):
+            threads.worker = Worker(files)
+        with threads.worker.scope():
+            task.run(threads.worker)
+
     begun = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds = time.perf_counter() - begun
-    assert run.done.qsize() == len(tasks) * repeats + len(threads)
-    run.close()
-    return seconds / repeats
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in pool.map(run, tasks * layers):
+            pass
+    files.close()
+    return (time.perf_counter() - begun) / layers
 
 
 class Nowhere(dict):
@@ -149,6 +151,10 @@ class Nowhere(dict):
 
     def write(self, *_: object) -> None:
         """Drop."""
+
+    def values(self) -> list:
+        """None is open."""
+        return []
 
 
 def bridge_layer(hf: Path, experts: int) -> float:
@@ -189,11 +195,11 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the imported checkpoint where it is")
     arguments = parser.parse_args()
     source = open_source(arguments.hf)
-    work = Import(source, TorchDistPlan(source.parameters, torch.bfloat16))
-    moved = work.bytes_read + sum(work.layout.sizes.values())
+    plan = plan_import(source, TorchDistPlan(source.parameters, torch.bfloat16), {})
+    moved = plan.bytes_read + sum(plan.file_sizes.values())
     arguments.out.parent.mkdir(exist_ok=True, parents=True)
     reads = [(stored.file, stored.offset, stored.nbytes) for stored in source.tensors.values()]
-    limit_of = partial(copy_seconds, reads, moved - work.bytes_read, arguments.out.absolute(), arguments.jobs)
+    limit_of = partial(copy_seconds, reads, moved - plan.bytes_read, arguments.out.absolute(), arguments.jobs)
     files = {stored.file for stored in source.tensors.values()}
     forget(files)
     before = limit_of()
@@ -207,11 +213,10 @@ def main() -> None:
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     remember(stored for name, stored in source.tensors.items() if ".layers.0.mlp.experts." in name)
-    turns = [
-        (our_layer(work, arguments.jobs), bridge_layer(arguments.hf, source.config.num_local_experts)) for _ in range(2)
-    ]
+    layers, experts = source.config.num_hidden_layers, source.config.num_local_experts
+    turns = [(our_layer(plan, layers, arguments.jobs), bridge_layer(arguments.hf, experts)) for _ in range(2)]
     ours, theirs = map(min, zip(*turns, strict=True))
-    limit, layers = (before + after) / 2, source.config.num_hidden_layers
+    limit = (before + after) / 2
     print(f"{moved / 1e9:.1f} GB moved, {layers} layers, {arguments.jobs} jobs, {os.cpu_count()} cores")
     print(f"import, all imports included  {seconds:8.1f} s  {moved / 1e9 / seconds:.2f} GB/s")
     print(

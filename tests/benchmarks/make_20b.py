@@ -18,7 +18,7 @@ from rich.console import Console
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.conversion.engine.journal import check_space, open_output
-from gpt_oss_vision.conversion.engine.stream import STEP, Task, Worker, stream, write_header_task
+from gpt_oss_vision.conversion.engine.stream import STEP, Task, Worker, stream
 from gpt_oss_vision.conversion.formats.hf_source import shapes_of
 from gpt_oss_vision.conversion.formats.safetensors import ShardPlan, TensorSpec, plan_shards
 from gpt_oss_vision.conversion.parameters import MXFP4_PARTS
@@ -74,17 +74,17 @@ def task_of(tensor: TensorSpec, plan: ShardPlan) -> Task:
         generator = np.random.default_rng([*tensor.name.encode()])
         for done in range(0, tensor.nbytes, STEP):
             nbytes = min(STEP, tensor.nbytes - done)
-            worker.room(place.offset + done, nbytes).numpy()[:] = random_bytes(tensor, nbytes, generator)
-            worker.write(place.file, place.offset + done, nbytes)
+            data = torch.from_numpy(random_bytes(tensor, nbytes, generator).view(np.uint8))
+            worker.write(place.file, place.offset + done, data)
 
-    return Task(tensor.name, (place.file,), run, 0, STEP, 0, tensor.nbytes)
+    return Task(tensor.name, (place.file,), run, STEP, tensor.nbytes)
 
 
 def make(folder: Path, config: GPTOSSVisionConfig, **options: Any) -> int:
     """Write a checkpoint of a config; the bytes of its weights."""
     tensors = tensors_of(config)
     plan = plan_shards(tensors)
-    tasks = [write_header_task(*item) for item in plan.headers.items()] + [task_of(tensor, plan) for tensor in tensors]
+    tasks = plan.header_tasks() + [task_of(tensor, plan) for tensor in tensors]
     total = sum(plan.sizes.values())
     with open_output(folder, {"config": config.to_dict() | {"dtype": "bfloat16"}}, **options) as journal:
         check_space(journal.out, total)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import survives_kills
+from crashes import many_small_tasks, survives_kills
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -121,14 +121,12 @@ def test_new_weights_depend_on_the_seed_alone(tmp_path: Path):
     assert not torch.equal(*(load_hf(tmp_path / name)["model.vision_adapter.proj.weight"] for name in "ac"))
 
 
-def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("gpt_oss_vision.conversion.engine.stream.SECONDS_BETWEEN_SYNCS", 0.0)
+def test_killed_at_any_record_it_is_continued_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    many_small_tasks(monkeypatch)
     text = save_text(tmp_path / "text")
     towers()["ViT"].save_pretrained(tmp_path / "vision")
     token, out = tiny_processor().image_token_id, tmp_path / "out"
-    work = lambda: assemble(text, tmp_path / "vision", out, image_token_id=token)  # noqa: E731
-    continued, completed = survives_kills(work, out, 20, seed=0)
-    assert continued and completed
+    assert survives_kills(lambda: assemble(text, tmp_path / "vision", out, image_token_id=token), out) > 10
 
 
 BROKEN = {

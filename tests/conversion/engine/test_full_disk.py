@@ -17,7 +17,7 @@ from crashes import fork, many_small_tasks
 import gpt_oss_vision
 from checkpoints import OBLONG, files_of, save_pair
 from gpt_oss_vision import cli
-from gpt_oss_vision.conversion.engine import job, stream
+from gpt_oss_vision.conversion.engine import files, job
 from gpt_oss_vision.conversion.engine.journal import Journal, check_space
 
 TOO_SMALL, LARGE_ENOUGH = 8 * 2**20, 64 * 2**20
@@ -178,7 +178,7 @@ def test_room_that_is_too_small_for_a_file_is_not_kept(tmp_path: Path, on_disk: 
     def run() -> None:
         free, open_files = os.statvfs(tmp_path).f_bavail, os.listdir("/proc/self/fd")
         with pytest.raises(OSError, match="No space left on device"):
-            stream.File(tmp_path / "file", size=LARGE_ENOUGH)
+            files.File(tmp_path / "file", size=LARGE_ENOUGH)
         assert os.statvfs(tmp_path).f_bavail == free
         assert os.listdir("/proc/self/fd") == open_files
 
