@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from ..bridge.hf.configuration_gpt_oss_vision import TOWERS, GPTOSSVisionConfig, tower_config
 from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+from ..bridge.ops.mxfp4 import MXFP4_PARTS
 from ..errors import UserError
 from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
@@ -29,7 +30,6 @@ from .formats.hf_files import meta_model, write_files
 from .formats.hf_source import open_source
 from .formats.safetensors import ShardPlan, TensorInfo, TensorSpec, plan_shards, read_index
 from .messages import listed
-from .parameters import MXFP4_PARTS
 
 ADAPTER, TOWER = "model.vision_adapter.", "model.vision_adapter.vit."
 

@@ -11,15 +11,15 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from ..bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
-from ..bridge.ops.mxfp4 import Quantizer
+from ..bridge.ops.mxfp4 import MXFP4_PARTS, VALUES_PER_SCALE, Quantizer
 from ..bridge.weight_map import LANGUAGE_MODEL, group_of
 from ..errors import UserError
+from .dtypes import EXPORTED
 from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
 from .engine.stream import Task, Worker
 from .formats.hf_config import read_config
-from .formats.hf_files import DTYPES, meta_model, reference_folder, tensors_of, write_files
+from .formats.hf_files import meta_model, reference_folder, tensors_of, write_files
 from .formats.hf_source import shapes_of
 from .formats.run_config import check_config
 from .formats.safetensors import SHARD_BYTES, ShardPlan, TensorSpec, plan_shards
@@ -33,7 +33,7 @@ from .formats.torch_dist_reader import (
     region_of,
 )
 from .lora import Adapters, check_adapters, is_adapter_checkpoint, open_base, read_adapters
-from .parameters import KEPT_WHOLE, MXFP4_PARTS, MegatronParameter, needs_scratch, pack, parameters, to_hf
+from .parameters import KEPT_WHOLE, MegatronParameter, needs_scratch, pack, parameters, to_hf
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ def prepare_export(
         ValueError: `dtype` is unknown, tensors are missing, foreign or of the wrong shape, or the model was trained
             with another config.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is unknown; choose {', '.join(DTYPES)}")
+    if dtype not in EXPORTED:
+        raise UserError(f"--dtype {dtype} is unknown; choose {', '.join(EXPORTED)}")
     config = read_config(folder)
     everything = parameters(shapes_of(config), config.num_key_value_heads)
     check_tensors(checkpoint, everything)
@@ -207,7 +207,7 @@ def prepare_export(
     if adapters:
         check_adapters(adapters, everything)
         check_config(adapters.folder, config)
-    model = meta_model(config, DTYPES[dtype], text_only=text_only)
+    model = meta_model(config, EXPORTED[dtype], text_only=text_only)
     targets = tensors_of(model, packed=dtype == "mxfp4")
     written = [one for one in everything if not text_only or group_of(one.name) == LANGUAGE_MODEL]
     shards = plan_shards(targets, shard_bytes=SHARD_BYTES)

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from ..bridge.ops.mxfp4 import Dequantizer
+from .dtypes import FLOATS
 from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
 from .engine.stream import Task, Worker, write_header_task
@@ -19,7 +20,6 @@ from .formats.torch_dist_reader import blocks_of
 from .formats.torch_dist_writer import TorchDistPlan, WriteBatch, WriteItem
 from .parameters import KEPT_WHOLE, MegatronParameter, needs_scratch, to_megatron, unpack
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ASSET_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".py")
 
 
@@ -56,7 +56,7 @@ def import_checkpoint(
     """
     hf, out = Path(hf).absolute(), Path(out).absolute()
     source = open_source(hf)
-    layout = TorchDistPlan(source.parameters, DTYPES[dtype] if dtype else source.dtype)
+    layout = TorchDistPlan(source.parameters, FLOATS[dtype] if dtype else source.dtype)
     plan = plan_import(source, layout, run_config(source.config, layout.dtype, hf, out))
     return run_conversion(plan, out, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)
 

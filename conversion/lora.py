@@ -108,7 +108,7 @@ def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
         FileNotFoundError: it has no ``run_config.yaml``.
         ValueError: adapters of layers that cannot be exported, or of another kind than LoRA.
     """
-    file = checkpoint.folder / run_config.NAME
+    file = checkpoint.folder / run_config.RUN_CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{checkpoint.folder} has no {file.name}, which knows alpha; copy it again")
     config = run_config.read_run_config(checkpoint.folder)
@@ -142,7 +142,7 @@ def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:
     base = given or adapters.base
     if base is None:
         raise FileNotFoundError(
-            f"{adapters.folder / run_config.NAME} does not say which weights these are for; name them with --base"
+            f"{adapters.folder / run_config.RUN_CONFIG} does not say which weights these are for; name them with --base"
         )
     if not base.is_dir():
         raise FileNotFoundError(f"The adapters are for the weights in {base}, which is not there; name it with --base")

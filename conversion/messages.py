@@ -1,4 +1,4 @@
-"""Parts of sentences that several refusals share."""
+"""Error messages that several files share."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,17 +7,21 @@ from ..errors import UserError
 
 
 def listed(names: list[str], shown: int = 5) -> str:
-    """Names for a sentence: the first few, and how many more there are."""
+    """Join names for a sentence: the first few, and the count of the rest."""
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
 
 
 def refuse_mismatch(folder: Path, titles: Mapping[str, list[str]]) -> None:
-    """Refuse a checkpoint for what is wrong with its tensors: names under titles, if any.
+    """Refuse a checkpoint whose tensors do not match, if there are any.
+
+    Args:
+        folder: of the checkpoint.
+        titles: names of tensors under what is wrong with them.
 
     Raises:
         ValueError: listing them.
     """
-    said = [f"{title}: {listed(names)}" for title, names in titles.items() if names]
-    if said:
-        raise UserError(f"{folder} does not match its config. {'; '.join(said)}.")
+    wrong = [f"{title}: {listed(names)}" for title, names in titles.items() if names]
+    if wrong:
+        raise UserError(f"{folder} does not match its config. {'; '.join(wrong)}.")

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..bridge.ops.mxfp4 import Dequantizer, Quantizer
+from ..bridge.ops.mxfp4 import MXFP4_PARTS, VALUES_PER_SCALE, Dequantizer, Quantizer
 from ..bridge.weight_map import ROWS, Layout, Row
-
-MXFP4_PARTS = ("_blocks", "_scales")
-"""Suffixes of the two tensors in which MXFP4 stores one."""
+from ..errors import UserError
 
 MADE_OF_EXPERTS = (Layout.EXPERT_GATE_UP, Layout.EXPERT_DOWN)
 KEPT_WHOLE = (Layout.REPLICATED, Layout.COLUMN, Layout.ROW)
@@ -183,6 +181,19 @@ def to_hf(parameter: MegatronParameter, megatron: torch.Tensor, parts: Sequence[
             parts[0].copy_(transposed.mT)
     else:
         parts[0].copy_(megatron.mT if _is_transposed(parameter) else megatron.view(parts[0].shape))
+
+
+def packed_shapes(name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of blocks and scales, by their names, for a packed tensor ``[E, in, out]``: output rows first.
+
+    Raises:
+        ValueError: rows of `in` values are no multiple of MXFP4's blocks.
+    """
+    experts, inside, outside = shape
+    if inside % VALUES_PER_SCALE:
+        raise UserError(f"MXFP4 packs rows in blocks of {VALUES_PER_SCALE}; those of {name} have {inside} numbers")
+    scales = experts, outside, inside // VALUES_PER_SCALE
+    return dict(zip((name + part for part in MXFP4_PARTS), ((*scales, VALUES_PER_SCALE // 2), scales), strict=True))
 
 
 def unpack(

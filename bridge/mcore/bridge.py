@@ -16,13 +16,11 @@ from megatron.bridge.models.conversion.param_mapping import (
 from megatron.bridge.utils.common_utils import extract_expert_number_from_param
 
 from ...errors import UserError
-from ..ops.mxfp4 import dequantize
+from ..ops.mxfp4 import MXFP4_PARTS, dequantize
 from ..weight_map import ROWS, Layout, Row
 from . import upstream
 from .model import MCoreGPTOSSVisionModel
 from .provider import GPTOSSVisionProvider, provider_from_config
-
-MXFP4_PARTS = ("_blocks", "_scales")
 
 
 class ExpertMapping(MegatronParamMapping[torch.Tensor]):

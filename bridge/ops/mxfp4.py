@@ -14,8 +14,11 @@ from functools import cache
 
 import torch
 
-BLOCK = 32
+VALUES_PER_SCALE = 32
 """Values that share a scale."""
+
+MXFP4_PARTS = ("_blocks", "_scales")
+"""Suffixes of the two tensors of a checkpoint that hold one packed tensor."""
 
 EXPONENT_BIAS = 127
 LARGEST_EXPONENT = 2
@@ -47,13 +50,13 @@ def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = 
     >>> dequantize(torch.full((1, 1, 16), 0x72, dtype=torch.uint8), torch.tensor([[128]], dtype=torch.uint8))[0, :4]
     tensor([ 2., 12.,  2., 12.], dtype=torch.bfloat16)
     """
-    if blocks.shape != (*scales.shape, BLOCK // 2):
+    if blocks.shape != (*scales.shape, VALUES_PER_SCALE // 2):
         raise ValueError(f"Blocks {list(blocks.shape)} and scales {list(scales.shape)} do not fit together.")
     rows, groups = scales.shape[:-1].numel(), scales.shape[-1]
-    values = torch.empty(rows, BLOCK * groups, dtype=dtype, device=blocks.device)
-    packed = blocks.reshape(rows, groups, BLOCK // 2), scales.reshape(rows, groups)
+    values = torch.empty(rows, VALUES_PER_SCALE * groups, dtype=dtype, device=blocks.device)
+    packed = blocks.reshape(rows, groups, VALUES_PER_SCALE // 2), scales.reshape(rows, groups)
     Dequantizer(dtype, blocks.device).into(values, *packed)
-    return values.view(*scales.shape[:-1], BLOCK * groups)
+    return values.view(*scales.shape[:-1], VALUES_PER_SCALE * groups)
 
 
 def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,13 +71,13 @@ def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: when n is no multiple of 32, or a value is infinite or NaN.
     """
-    if values.shape[-1] % BLOCK:
-        raise ValueError(f"MXFP4 packs rows in blocks of {BLOCK}; a row here has {values.shape[-1]} values.")
-    rows, groups = values.shape[:-1].numel(), values.shape[-1] // BLOCK
-    blocks = torch.empty(rows, groups, BLOCK // 2, dtype=torch.uint8, device=values.device)
+    if values.shape[-1] % VALUES_PER_SCALE:
+        raise ValueError(f"MXFP4 packs rows in blocks of {VALUES_PER_SCALE}; a row here has {values.shape[-1]} values.")
+    rows, groups = values.shape[:-1].numel(), values.shape[-1] // VALUES_PER_SCALE
+    blocks = torch.empty(rows, groups, VALUES_PER_SCALE // 2, dtype=torch.uint8, device=values.device)
     scales = torch.empty(rows, groups, dtype=torch.uint8, device=values.device)
-    Quantizer(values.device).into(blocks, scales, values.reshape(rows, BLOCK * groups))
-    return blocks.view(*values.shape[:-1], groups, BLOCK // 2), scales.view(*values.shape[:-1], groups)
+    Quantizer(values.device).into(blocks, scales, values.reshape(rows, VALUES_PER_SCALE * groups))
+    return blocks.view(*values.shape[:-1], groups, VALUES_PER_SCALE // 2), scales.view(*values.shape[:-1], groups)
 
 
 class Dequantizer:
@@ -125,8 +128,8 @@ class Dequantizer:
         step = max(1, CHUNK // max(1, groups))
         if self._scale.numel() < step * groups:
             self._scale = self._scale.new_empty(step * groups)
-            self._index = self._index.new_empty(step * groups * (BLOCK // 2))
-            self._found = self._found.new_empty(step * groups * (BLOCK // 2))
+            self._index = self._index.new_empty(step * groups * (VALUES_PER_SCALE // 2))
+            self._found = self._found.new_empty(step * groups * (VALUES_PER_SCALE // 2))
         for start in range(0, rows, step):
             part = slice(start, start + step)
             self._chunk(values[part], blocks[part], scales[part])
@@ -164,10 +167,10 @@ class Quantizer:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self._codes = _code_table(torch.device(device))
-        self._float = torch.empty(0, BLOCK, device=device)
-        self._spare = torch.empty(0, BLOCK, device=device)
-        self._half = torch.empty(0, BLOCK, dtype=torch.float16, device=device)
-        self._code = torch.empty(0, BLOCK, dtype=torch.uint8, device=device)
+        self._float = torch.empty(0, VALUES_PER_SCALE, device=device)
+        self._spare = torch.empty(0, VALUES_PER_SCALE, device=device)
+        self._half = torch.empty(0, VALUES_PER_SCALE, dtype=torch.float16, device=device)
+        self._code = torch.empty(0, VALUES_PER_SCALE, dtype=torch.uint8, device=device)
 
     def into(self, blocks: torch.Tensor, scales: torch.Tensor, values: torch.Tensor) -> None:
         """Quantise `values` into `blocks` and `scales`, any of them with any row stride.
@@ -186,7 +189,7 @@ class Quantizer:
         step = max(1, CHUNK // max(1, groups))
         if len(self._float) < step * groups:
             for name in ("_float", "_spare", "_half", "_code"):
-                setattr(self, name, getattr(self, name).new_empty(step * groups, BLOCK))
+                setattr(self, name, getattr(self, name).new_empty(step * groups, VALUES_PER_SCALE))
         for start in range(0, rows, step):
             part = slice(start, start + step)
             self._chunk(blocks[part], scales[part], values[part], start)
@@ -261,7 +264,7 @@ def _check(values: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> 
             f"not {blocks.dtype}, {scales.dtype} and {values.dtype}."
         )
     rows, groups = scales.shape if scales.ndim == 2 else (-1, -1)
-    if blocks.shape != (rows, groups, BLOCK // 2) or values.shape != (rows, BLOCK * groups):
+    if blocks.shape != (rows, groups, VALUES_PER_SCALE // 2) or values.shape != (rows, VALUES_PER_SCALE * groups):
         raise ValueError(
             f"Blocks [r, g, 16], scales [r, g] and values [r, 32g] do not fit together: "
             f"{list(blocks.shape)}, {list(scales.shape)} and {list(values.shape)}."

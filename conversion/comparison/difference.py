@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ...bridge.ops.mxfp4 import BLOCK as VALUES_PER_SCALE
-from ...bridge.ops.mxfp4 import EXPONENT_BIAS, Dequantizer, scales_of
+from ...bridge.ops.mxfp4 import EXPONENT_BIAS, VALUES_PER_SCALE, Dequantizer, scales_of
 
 ROWS_AT_ONCE = 256
 """Of a packed tensor, whose errors are worked out in fp32."""

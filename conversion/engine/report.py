@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import xxhash
 
+from ..dtypes import dtype_name
+
 REPORT = "conversion.json"
 PACKAGES = ("gpt-oss-vision", "torch", "megatron-core", "megatron-bridge", "transformers")
 
@@ -55,9 +57,13 @@ class Digest:
 
     def entry(self, names: Sequence[str], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
         """What the report says of the tensor, given the names for ``hf``: see the module's docstring."""
-        spelled = str(dtype).removeprefix("torch.")
         found = {name: count for name, count in self._counts.items() if count}
-        return {"hf": [*names], "shape": [*shape], "dtype": spelled, "xxh3_128": self._hash.hexdigest()} | found
+        return {
+            "hf": [*names],
+            "shape": [*shape],
+            "dtype": dtype_name(dtype),
+            "xxh3_128": self._hash.hexdigest(),
+        } | found
 
 
 def make_report(action: str, tensors: Mapping[str, dict[str, Any]], **fields: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Looking at a checkpoint folder before anything is built from it."""
+"""The config of a Hugging Face checkpoint and the list of its weight files, checked before a model is built."""
 
 import json
 from collections.abc import Iterator
@@ -6,24 +6,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import UserError
+from ..dtypes import FLOATS, dtype_name
 from ..messages import listed
 
 if TYPE_CHECKING:
     from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
-MODEL_TYPE = "gpt_oss_vision"  # the config class has it too, but a refusal should not wait for transformers
+MODEL_TYPE = "gpt_oss_vision"  # not from the config class: a refusal should not wait for the import of transformers
+TEXT_MODEL_TYPE = "gpt_oss"
 INDEX = "model.safetensors.index.json"
+
+STORAGE_FIELDS = ("model_type", "architectures", "auto_map", "quantization_config")
+"""Fields of a config that describe the checkpoint's files, not the model."""
+
+DTYPE_FIELDS = ("dtype", "torch_dtype")
+"""Fields of a config that name the type of the weights, the newer name first."""
+
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "num_local_experts", "num_experts_per_tok", "vocab_size"),
+)
+"""Sizes in a config that must be at least 1; transformers does not check them."""
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Whether a folder holds a whole GPT-OSS-Vision checkpoint; reads headers only.
+    """Refuse a folder that does not hold a complete GPT-OSS-Vision checkpoint; only headers are read.
 
     Raises:
-        FileNotFoundError: no folder, no config, no weights, or a shard that the index names is not there.
+        FileNotFoundError: the folder, its config, its weights or a shard that the index names does not exist.
         ValueError: the config is of another architecture, or a weight file is cut off or damaged.
     """
     model_type = config_fields(folder).get("model_type")
@@ -34,28 +47,28 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def config_fields(folder: Path, kind: str = "Hugging Face") -> dict[str, Any]:
-    """What the config of a checkpoint says.
+    """Return the fields of a checkpoint's config.json.
 
     Args:
-        folder: where it should be.
-        kind: of checkpoint, for a refusal.
+        folder: of the checkpoint.
+        kind: name of its format, for the error message.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no config in it.
+        FileNotFoundError: the folder does not exist, or has no config.json.
         ValueError: the config is damaged.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; name that of a {kind} checkpoint")
+        raise FileNotFoundError(f"{folder} is not a folder; name the folder of a {kind} checkpoint")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; name the folder of a {kind} checkpoint")
     return read_json(folder / "config.json")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or those that its index names.
+    """Return the safetensors files of a checkpoint: one, or those that its index names.
 
     Raises:
-        FileNotFoundError: when there is none, or one of them is missing.
+        FileNotFoundError: there is none, or one of them is missing.
         ValueError: the index is damaged.
     """
     names = sorted(set(weight_map(folder).values()))
@@ -66,7 +79,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """The file of every tensor, by the index of a checkpoint; empty where it has none.
+    """Return the file name of every tensor from a checkpoint's index; empty if it has no index.
 
     Raises:
         ValueError: the index is damaged.
@@ -92,28 +105,28 @@ def _only_file(folder: Path) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        ValueError: when it holds something else.
+        ValueError: the file is not JSON, or holds another type than an object.
     """
     try:
         found = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}); copy it again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{file} holds {type(found).__name__} where an object {{…}} belongs; copy it again")
+        raise UserError(f"{file} holds {type(found).__name__} in place of an object {{...}}; copy it again")
     return found
 
 
 def check_safetensors(file: Path) -> None:
-    """Whether a safetensors file is whole, as far as its header tells.
+    """Refuse a safetensors file whose length does not match its header.
 
     Raises:
-        PermissionError: it may not be read.
-        ValueError: its header is damaged, or promises another length than the file has.
+        PermissionError: it cannot be read.
+        ValueError: its header is damaged, or the file has another length than the header gives.
     """
-    file.open("rb").close()  # safetensors would say of a file that it may not read that it is not there
+    file.open("rb").close()  # safetensors reports a file without read permission as missing
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -121,28 +134,13 @@ def check_safetensors(file: Path) -> None:
         raise UserError(f"{file} is cut off or damaged ({error}); copy it again") from error
 
 
-TEXT_MODEL_TYPE = "gpt_oss"
-STORAGE_FIELDS = ("model_type", "architectures", "auto_map", "quantization_config")
-"""Fields of a config that speak of how the checkpoint is stored."""
-
-DTYPE_FIELDS = ("dtype", "torch_dtype")
-"""Fields of a config that name the type of its weights, the later name first."""
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-COUNTS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "num_local_experts", "num_experts_per_tok", "vocab_size"),
-)
-"""Fields of a config that transformers takes at 0 or less, and divides by or builds nothing from."""
-
-
 def read_config(folder: Path) -> "GPTOSSVisionConfig":
-    """The config of a checkpoint, which remembers the folder as its ``name_or_path``.
+    """Read the config of a checkpoint; its ``name_or_path`` is the folder.
 
-    That of a stock gpt-oss becomes the config of a model without vision.
+    A stock gpt-oss gives the config of a model without vision.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder or its config.json does not exist.
         ValueError: it is of another architecture, or no model can be built from it.
     """
     fields = config_fields(folder)
@@ -163,30 +161,28 @@ def read_config(folder: Path) -> "GPTOSSVisionConfig":
 
 
 def _dtype_in(folder: Path, fields: dict[str, Any]) -> str | None:
-    """The type of weights that a config names, as torch spells it; None where it names none."""
+    """Return the name of the weights' type in a config, or None."""
     found = next((fields[name] for name in DTYPE_FIELDS if fields.get(name) is not None), None)
     spelled = found.removeprefix("torch.") if isinstance(found, str) else found
-    if spelled is None or spelled in [dtype_name(dtype) for dtype in FLOATS]:
+    names = [dtype_name(dtype) for dtype in FLOATS.values()]
+    if spelled is None or spelled in names:
         return spelled
-    converted = listed([*map(dtype_name, FLOATS)])
-    raise UserError(f"{folder / 'config.json'} says that dtype is {found!r}; only {converted} are converted")
+    raise UserError(f"{folder / 'config.json'} says dtype {found!r}; only {listed(names)} can be converted")
 
 
 @contextmanager
 def buildable(file: Path) -> Iterator[None]:
-    """Tell of whatever transformers raises while it builds something from a config: it checks little, and late.
+    """Turn what transformers raises while it builds from a config into a `UserError`: it checks few values, and late.
 
     Raises:
         ValueError: naming the file and the cause.
     """
     try:
         yield
-    except Exception as error:  # of a dozen types, for values that the user can mend
+    except Exception as error:  # any of a dozen types, for values that the user can correct
         cause = error.__cause__ or error
-        said = f"{type(cause).__name__}: " * (not isinstance(cause, ValueError)) + " ".join(str(cause).split())
-        raise UserError(f"{file} describes no model that can be built ({said}); mend it, or copy it again") from error
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """A type as configs and reports spell it: ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")
+        kind = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
+        said = kind + " ".join(str(cause).split())
+        raise UserError(
+            f"{file} describes a model that cannot be built ({said}); correct it, or copy it again"
+        ) from error

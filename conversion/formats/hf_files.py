@@ -1,7 +1,7 @@
-"""What a Hugging Face checkpoint is besides the bytes of its weights: which tensors it has, and the files around them.
+"""The files of a Hugging Face checkpoint beside its weights, and the list of its tensors.
 
-Both are asked of the model classes themselves, built without memory, so that a converted checkpoint has to the byte
-what ``save_pretrained`` would write.
+Both come from the model classes themselves, built on torch's meta device, so that a converted checkpoint has to the
+byte the files that ``save_pretrained`` would write.
 """
 
 import json
@@ -18,17 +18,17 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.quantization_config import Mxfp4Config
 
+from ...atomic import atomic_folder
 from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ...bridge.ops.mxfp4 import BLOCK
 from ...errors import UserError
-from ..parameters import MXFP4_PARTS
+from ..parameters import packed_shapes
 from .hf_config import config_fields, read_json
 from .safetensors import TensorSpec
 from .torch_dist_reader import TorchDistCheckpoint
 
 KEPT_IN = "tokenizer"
-"""Folder of a Megatron checkpoint, or of one of its iterations, for `FILES`: Megatron-Bridge keeps tokenizers there."""
+"""Folder for `FILES` in a Megatron checkpoint or one of its iterations; Megatron-Bridge saves tokenizers there too."""
 
 GENERATION = "generation_config.json"
 TEXT_FILES = (
@@ -44,51 +44,54 @@ FILES = (
     "processor_config.json",
     *(f"{part}_gpt_oss_vision.py" for part in ("tokenization", "processing", "image_processing")),
 )
-"""What a checkpoint has besides weights, and besides the code that the model's own class writes."""
+"""Files of a checkpoint apart from weights, and from the code that the model's own class writes."""
 
 CHECKED_FILES = ("config.json", GENERATION, "tokenizer_config.json", "processor_config.json")
-"""Files that are looked into before anything is written."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "mxfp4": torch.bfloat16}
-"""What `--dtype` may be, and the type of the tensors that are not packed."""
+"""JSON files that are checked before anything is written."""
 
 PACKED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
-"""How the names of the tensors end that MXFP4 checkpoints pack."""
+"""Suffixes of the names of the tensors that MXFP4 checkpoints pack."""
 
 NOT_PACKED = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
-"""The modules that gpt-oss's own MXFP4 checkpoints name as left alone."""
+"""The modules that gpt-oss's own MXFP4 checkpoints list as not packed."""
 
 
 def folder_of_files(candidates: Iterable[Path]) -> Path | None:
-    """The first of some folders that has a config."""
+    """Return the first folder that has a config.json, or None."""
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 
 def keep_files(candidates: Iterable[Path], megatron: Path) -> None:
-    """Put what an export will need beside Megatron's files, unless it is there or none of the candidates has it.
+    """Copy the `FILES` that an export will need into a Megatron checkpoint, unless it has them.
 
     Args:
-        candidates: Hugging Face checkpoints, or Megatron checkpoints and their iterations.
+        candidates: Hugging Face checkpoints, or Megatron checkpoints and their iterations; the first that has a config
+            is copied from.
         megatron: root of a Megatron checkpoint.
     """
     source = folder_of_files([place for folder in candidates for place in (folder / KEPT_IN, folder)])
-    if source is not None and not (megatron / KEPT_IN / "config.json").is_file():
-        copy_files(source, megatron / KEPT_IN, FILES)
+    kept = megatron / KEPT_IN
+    if source is None or (kept / "config.json").is_file():
+        return
+    with atomic_folder(kept, overwrite=True) as folder:  # a kill never leaves a part of the files
+        if kept.is_dir():
+            shutil.copytree(kept, folder, dirs_exist_ok=True)
+        copy_files(source, folder, FILES)
 
 
 def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:
-    """Where config, tokenizer and processor are: in `hf` if it is given, else kept in the checkpoint.
+    """Return the folder of config, tokenizer and processor: `hf` if it is given, else the one in the checkpoint.
 
     Raises:
         FileNotFoundError: there is no config.
-        ValueError: one of the files is no JSON.
+        ValueError: one of the files is not JSON.
     """
     if hf is not None:
         config_fields(hf)
     folder = hf or folder_of_files(place / KEPT_IN for place in (checkpoint.folder, checkpoint.root))
     if folder is None:
         raise FileNotFoundError(
-            f"{checkpoint.folder} keeps no config of its model; name the Hugging Face checkpoint it came from with --hf"
+            f"{checkpoint.folder} has no config of its model; name the Hugging Face checkpoint it came from with --hf"
         )
     for name in CHECKED_FILES:
         if (folder / name).is_file():
@@ -97,7 +100,7 @@ def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy those of the files that are there."""
+    """Copy those files of `names` that exist."""
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (source / name).is_file():
@@ -105,10 +108,10 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
 
 
 def meta_model(config: GPTOSSVisionConfig, dtype: torch.dtype, *, text_only: bool = False) -> PreTrainedModel:
-    """The model without its weights: every tensor on torch's meta device.
+    """Build the model with every tensor on torch's meta device.
 
     Raises:
-        ValueError: `text_only`, and the text of this model is not what gpt-oss computes.
+        ValueError: `text_only`, and gpt-oss cannot express the text part of this model.
     """
     with torch.device("meta"):
         if text_only:
@@ -117,10 +120,10 @@ def meta_model(config: GPTOSSVisionConfig, dtype: torch.dtype, *, text_only: boo
 
 
 def gpt_oss_config(config: GPTOSSVisionConfig) -> GptOssConfig:
-    """The config of the same model without what is visual.
+    """Return the config of the model's text part as a stock gpt-oss.
 
     Raises:
-        ValueError: when it has what gpt-oss has not, so that another model would come out.
+        ValueError: gpt-oss cannot express it.
     """
     if any(config.nope_layers):
         layers = ", ".join(str(layer) for layer, skips in enumerate(config.nope_layers) if skips)
@@ -136,11 +139,11 @@ def gpt_oss_config(config: GPTOSSVisionConfig) -> GptOssConfig:
 
 
 def tensors_of(model: PreTrainedModel, *, packed: bool = False) -> list[TensorSpec]:
-    """What a checkpoint of a model holds, in the model's order.
+    """Return the tensors of a model's checkpoint, in the model's order.
 
     Args:
         model: a `meta_model`.
-        packed: as MXFP4.
+        packed: the experts as MXFP4.
 
     Raises:
         ValueError: `packed`, and rows of experts are no multiple of MXFP4's blocks.
@@ -148,16 +151,14 @@ def tensors_of(model: PreTrainedModel, *, packed: bool = False) -> list[TensorSp
     tensors = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
     if not packed:
         return tensors
-    return [part for tensor in tensors for part in (_packed(tensor) if tensor.name.endswith(PACKED) else [tensor])]
-
-
-def _packed(tensor: TensorSpec) -> list[TensorSpec]:
-    """``[E, in, out]`` as blocks ``[E, out, in / 32, 16]`` and scales ``[E, out, in / 32]``."""
-    experts, inside, outside = tensor.shape
-    if inside % BLOCK:
-        raise UserError(f"MXFP4 packs rows in blocks of {BLOCK}; those of {tensor.name} have {inside} numbers")
-    shapes = (experts, outside, inside // BLOCK, BLOCK // 2), (experts, outside, inside // BLOCK)
-    return [TensorSpec(tensor.name + part, torch.uint8, shape) for part, shape in zip(MXFP4_PARTS, shapes, strict=True)]
+    parts = []
+    for tensor in tensors:
+        if tensor.name.endswith(PACKED):
+            shapes = packed_shapes(tensor.name, tensor.shape)
+            parts += [TensorSpec(name, torch.uint8, shape) for name, shape in shapes.items()]
+        else:
+            parts.append(tensor)
+    return parts
 
 
 def write_files(model: PreTrainedModel, source: Path, out: Path, *, packed: bool) -> None:
@@ -172,13 +173,15 @@ def write_files(model: PreTrainedModel, source: Path, out: Path, *, packed: bool
     is_ours = isinstance(model, GPTOSSVisionForCausalLM)
     copy_files(source, out, FILES if is_ours else TEXT_FILES)
     if packed:
-        left_alone = [*NOT_PACKED, "model.vision_adapter"] if is_ours else [*NOT_PACKED]
-        model.config.quantization_config = Mxfp4Config(modules_to_not_convert=left_alone).to_dict()
-    # It writes no file of weights, having no tensors, and would remove the shards that are in its folder.
+        not_packed = [*NOT_PACKED, "model.vision_adapter"] if is_ours else [*NOT_PACKED]
+        model.config.quantization_config = Mxfp4Config(modules_to_not_convert=not_packed).to_dict()
+    # Into a folder of its own: given no tensors it writes no weights, and it removes the shards of its folder.
     with tempfile.TemporaryDirectory() as folder, _without_bars():
         model.save_pretrained(folder, state_dict={})
         written = {*os.listdir(folder)}
-        if (source / GENERATION).is_file():  # as it is: transformers would refuse to write settings that contradict
+        if (
+            source / GENERATION
+        ).is_file():  # copied unchanged: transformers refuses to write settings that contradict each other
             written.discard(GENERATION)
         copy_files(Path(folder), out, written)
     if not is_ours and (out / "tokenizer_config.json").is_file():
@@ -197,7 +200,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def _make_stock(file: Path) -> None:
-    """Name a tokenizer that every transformers has: ours differs only in padding on the left."""
+    """Name a tokenizer class of transformers: ours differs from it only in padding on the left."""
     settings: dict[str, Any] = json.loads(file.read_text())
     for ours in ("auto_map", "processor_class"):
         settings.pop(ours, None)

@@ -1,7 +1,6 @@
-"""A Hugging Face checkpoint as a source of parameters: which tensors it must hold, whether it does, reading them."""
+"""A Hugging Face checkpoint to convert: its tensors compared with those of its model, and read."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -10,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...bridge.ops.mxfp4 import MXFP4_PARTS
 from ...bridge.weight_map import group_of
 from ...errors import UserError
+from ..dtypes import FLOATS, dtype_name
 from ..engine.stream import Worker
 from ..messages import refuse_mismatch
-from ..parameters import MXFP4_PARTS, MegatronParameter, parameters
-from .hf_config import FLOATS, TEXT_MODEL_TYPE, buildable, config_fields, dtype_name, read_config
+from ..parameters import MegatronParameter, packed_shapes, parameters
+from .hf_config import TEXT_MODEL_TYPE, buildable, config_fields, read_config
 from .safetensors import TensorInfo, read_index
 
 if TYPE_CHECKING:
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """A checked checkpoint.
+    """A checkpoint whose tensors match its config.
 
     Attributes:
-        folder: where it is.
-        config: of the model; without vision, where the checkpoint is a stock gpt-oss.
-        tensors: what is stored, by name.
-        missing: names that a stock gpt-oss does not have; they count as zeros.
+        folder: of the checkpoint.
+        config: of the model; of a model without vision if the checkpoint is a stock gpt-oss.
+        tensors: the stored tensors, by name.
+        missing: tensors of the model that a stock gpt-oss does not have; they are taken as zeros.
     """
 
     folder: Path
@@ -40,31 +41,31 @@ class Source:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the weights that are not packed: what the config says, else the type of most of their numbers.
+        """Type of the weights that are not packed: that of the config, else that of most elements.
 
         Not the widest: our bf16 checkpoints have vision biases in fp32.
         """
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
-        numbers: Counter[torch.dtype] = Counter()
+        elements: Counter[torch.dtype] = Counter()
         for stored in self.tensors.values():
-            if stored.dtype in FLOATS:
-                numbers[stored.dtype] += stored.nbytes // stored.dtype.itemsize
-        return numbers.most_common(1)[0][0]
+            if stored.dtype in FLOATS.values():
+                elements[stored.dtype] += stored.nbytes // stored.dtype.itemsize
+        return elements.most_common(1)[0][0]
 
     @cached_property
     def parameters(self) -> list[MegatronParameter]:
-        """Of the Megatron model."""
+        """The parameters of the Megatron model."""
         return parameters(shapes_of(self.config), self.config.num_key_value_heads)
 
     def stored(self, name: str) -> tuple[TensorInfo, ...]:
-        """What is stored of a tensor of the model: itself, its blocks and scales, or nothing."""
+        """Return the stored tensors of one tensor of the model: itself, its blocks and scales, or none."""
         if name in self.tensors:
             return (self.tensors[name],)
         return tuple(self.tensors[name + part] for part in MXFP4_PARTS if name + part in self.tensors)
 
     def nbytes(self, parameter: MegatronParameter) -> list[int]:
-        """Bytes to read for a parameter, for each tensor that it is read from."""
+        """Return the bytes to read for a parameter, one number for each stored tensor."""
         whole = [stored for name in parameter.hf for stored in self.stored(name)]
         return [stored.nbytes // (1 if parameter.expert is None else stored.shape[0]) for stored in whole]
 
@@ -86,11 +87,11 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """Look at a checkpoint's config and headers, and compare them with the model.
+    """Read a checkpoint's config and headers, and refuse it where its tensors are not those of the model.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: another architecture, damaged files, or tensors that are missing, foreign or of the wrong shape.
+        ValueError: another architecture, damaged files, or tensors that are missing, unknown or of another shape.
     """
     config = read_config(folder)
     tensors, shapes = read_index(folder), shapes_of(config)
@@ -102,16 +103,14 @@ def open_source(folder: Path) -> Source:
 
 
 def shapes_of(config: "GPTOSSVisionConfig") -> dict[str, tuple[int, ...]]:
-    """Every tensor of the transformers model with its shape, unquantised.
+    """Return the shape of every tensor of the transformers model, unquantised.
 
     Raises:
-        ValueError: its embeddings are its head too, it has no biases, or it describes no model that can be built.
+        ValueError: the embeddings are tied, attention has no biases, or the model cannot be built.
     """
     file = Path(config.name_or_path or "") / "config.json"
     if config.tie_word_embeddings:
-        raise UserError(
-            f"{file} says tie_word_embeddings; embeddings that are the head too are not converted; untie them first"
-        )
+        raise UserError(f"{file} says tie_word_embeddings; tied embeddings cannot be converted; untie them first")
     if not config.attention_bias:
         raise UserError(f"{file} says attention_bias=false, which Megatron cannot express beside experts with biases")
     from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
@@ -122,12 +121,12 @@ def shapes_of(config: "GPTOSSVisionConfig") -> dict[str, tuple[int, ...]]:
 
 
 def _check(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Whether every tensor of the model is stored in its shape, and nothing else."""
+    """Refuse a checkpoint that does not hold every tensor of the model in its shape, and no other."""
     missing, wrong, used = [], [], set()
     for name, shape in shapes.items():
         is_packed = name not in source.tensors and bool(source.stored(name)) and len(shape) == 3
-        wanted = _packed_shapes(name, shape) if is_packed else {name: tuple(shape)}
-        types = (torch.uint8,) if is_packed else FLOATS
+        wanted = packed_shapes(name, shape) if is_packed else {name: tuple(shape)}
+        types = (torch.uint8,) if is_packed else tuple(FLOATS.values())
         found = {part: source.tensors[part] for part in wanted if part in source.tensors}
         missing += [part for part in wanted if part not in found and name not in source.missing]
         wrong += [
@@ -142,13 +141,6 @@ def _check(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
         "tensors of the checkpoint that nothing reads": sorted(source.tensors.keys() - used),
     }
     refuse_mismatch(source.folder, titles)
-
-
-def _packed_shapes(name: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Of blocks and scales: output rows first, 32 numbers in 16 bytes."""
-    experts, inside, outside = shape
-    blocks, scales = (name + part for part in MXFP4_PARTS)
-    return {blocks: (experts, outside, inside // 32, 16), scales: (experts, outside, inside // 32)}
 
 
 def _spelled(tensor: TensorInfo) -> str:

@@ -15,7 +15,7 @@ import yaml
 
 from ...bridge.config_map import load_balancing_fields, megatron_fields
 from ...errors import UserError
-from .run_config import NAME as RUN_CONFIG
+from .run_config import RUN_CONFIG
 
 if TYPE_CHECKING:
     from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from ...errors import UserError
+from ..dtypes import SAFETENSORS, dtype_name
 from ..engine.files import bytes_of
 from ..engine.stream import STEP, Worker
 from ..messages import refuse_mismatch
@@ -162,7 +163,7 @@ def open_checkpoint(path: Path) -> TorchDistCheckpoint:
 
 def _iteration_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder; name that of a Megatron checkpoint")
+        raise FileNotFoundError(f"{path} is not a folder; name the folder of a Megatron checkpoint")
     if (path / ".metadata").is_file():
         return path
     if not (path / LATEST).is_file():
@@ -215,11 +216,7 @@ ADMITTED: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): str,
     ("collections", "OrderedDict"): dict,
     **{("pathlib", name): _joined for name in ("Path", "PosixPath", "PurePosixPath")},
-    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)},
-    **{
-        ("torch", name): getattr(torch, name)
-        for name in ("float64", "int64", "int32", "int16", "int8", "uint8", "bool")
-    },
+    **{("torch", dtype_name(dtype)): dtype for dtype in SAFETENSORS.values()},
 }
 """What a table may name, and what is built in its place: nothing of it runs code of torch's or of anyone's."""
 

@@ -17,11 +17,11 @@ import torch
 from rich.console import Console
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from gpt_oss_vision.bridge.ops.mxfp4 import MXFP4_PARTS
 from gpt_oss_vision.conversion.engine.journal import check_space, open_output
 from gpt_oss_vision.conversion.engine.stream import STEP, Task, Worker, stream
 from gpt_oss_vision.conversion.formats.hf_source import shapes_of
 from gpt_oss_vision.conversion.formats.safetensors import ShardPlan, TensorSpec, plan_shards
-from gpt_oss_vision.conversion.parameters import MXFP4_PARTS
 from gpt_oss_vision.terminal import Progress
 
 

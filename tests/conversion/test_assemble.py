@@ -140,7 +140,7 @@ BROKEN = {
     ),
     "a tower of another width": (lambda vision: edit_config(vision, intermediate_size=32), "do not match its config"),
     "a tower without a config": (lambda vision: (vision / "config.json").unlink(), r"holds no config\.json"),
-    "no folder": (shutil.rmtree, "vision is no folder; name that of"),
+    "no folder": (shutil.rmtree, "vision is not a folder; name the folder of"),
     "fewer layers than are stored": (
         lambda vision: edit_config(vision, num_hidden_layers=1),
         r"config\.json has no layers for some tensors of its tower: (\w+\.)+1\.",
@@ -154,7 +154,7 @@ BROKEN = {
     **{
         f"a config that is {text}": (
             lambda vision, text=text: (vision / "config.json").write_text(text),
-            r"config\.json holds \w+ where an object",
+            r"config\.json holds \w+ in place of an object",
         )
         for text in ("[]", "null", '"x"')
     },
@@ -168,7 +168,7 @@ BROKEN = {
     **{
         f"{name} {value!r}": (
             lambda vision, name=name, value=value: edit_config(vision, **{name: value}),
-            rf"vision/config\.json describes no model that can be built \(.*{said}",
+            rf"vision/config\.json describes a model that cannot be built \(.*{said}",
         )
         for name, value, said in (
             ("hidden_size", "x", "'hidden_size' expected int, got str"),

@@ -84,7 +84,7 @@ BROKEN = {
     ),
     "embeddings that are the head": (lambda hf: edit_config(hf, tie_word_embeddings=True), "tie_word_embeddings"),
     "no biases": (lambda hf: edit_config(hf, attention_bias=False), r"config\.json says attention_bias=false"),
-    "no folder": (shutil.rmtree, r"hf is no folder; name that of a Hugging Face checkpoint"),
+    "no folder": (shutil.rmtree, r"hf is not a folder; name the folder of a Hugging Face checkpoint"),
     "weights of torch": (
         lambda hf: (hf / "model.safetensors").rename(hf / "pytorch_model.bin"),
         r"has its weights in pytorch_model\.bin; save them as safetensors",
@@ -96,7 +96,7 @@ BROKEN = {
     **{
         f"a config that is {text}": (
             lambda hf, text=text: (hf / "config.json").write_text(text),
-            r"config\.json holds \w+ where an object",
+            r"config\.json holds \w+ in place of an object",
         )
         for text in ("[]", "null", '"x"', "3")
     },
@@ -104,21 +104,21 @@ BROKEN = {
     **{
         f"an index that is {text}": (
             lambda hf, text=text: (hf / "model.safetensors.index.json").write_text(text),
-            r"index\.json (holds \w+ where an object|has no weight_map)",
+            r"index\.json (holds \w+ in place of an object|has no weight_map)",
         )
         for text in ("[]", "null", "{}", '{"weight_map": null}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}')
     },
     **{
         f"dtype {dtype!r}": (
             lambda hf, dtype=dtype: edit_config(hf, dtype=dtype),
-            r"config\.json says that dtype is .*; only bfloat16, float16, float32 are converted",
+            r"config\.json says dtype .*; only bfloat16, float16, float32 can be converted",
         )
         for dtype in ("foo", "auto", 5, "float8_e4m3fn", "int64", [])
     },
     **{
         f"{name} {value!r}": (
             lambda hf, name=name, value=value: edit_config(hf, **{name: value}),
-            rf"config\.json describes no model that can be built \(.*{said}.*\); mend it, or copy it again$",
+            rf"config\.json describes a model that cannot be built \(.*{said}.*\); correct it, or copy it again$",
         )
         for name, value, said in (
             ("hidden_size", "abc", "'hidden_size' expected int, got str"),

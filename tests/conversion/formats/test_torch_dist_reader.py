@@ -264,7 +264,7 @@ def test_another_folder_and_another_format_are_refused(tmp_path: Path):
     (save(tmp_path) / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     with pytest.raises(ValueError, match="saved as 'zarr'"):
         open_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no folder; name that of a Megatron checkpoint"):
+    with pytest.raises(FileNotFoundError, match="is not a folder; name the folder of a Megatron checkpoint"):
         open_checkpoint(tmp_path / "elsewhere")
 
 
