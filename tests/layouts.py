@@ -151,6 +151,16 @@ def megatron_logits(path: Path, layout: Layout, batch: Microbatch, *, training: 
         return _whole_vocabulary(model(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values")))
 
 
+def fork_checkpoint_queue() -> None:
+    """Make the queue of Megatron-Core's checkpoint writer a fork of this rank.
+
+    By default it is a new process, which imports the main module and all its imports again: some seconds of every rank.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    get_write_results_queue("fork")
+
+
 def build(bridge: Any, layout: Layout, **changed: Any) -> list[torch.nn.Module]:
     """The model of a checkpoint at a layout, wrapped for data parallelism, on initialised groups."""
     from megatron.bridge.training.config import DistributedDataParallelConfig

@@ -24,7 +24,7 @@ from checkpoints import (
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize
 from gpt_oss_vision.conversion.importing import import_checkpoint
-from layouts import Layout
+from layouts import Layout, fork_checkpoint_queue
 from tiny import tiny_vision_config
 
 CHECKPOINTS = {
@@ -53,6 +53,7 @@ def import_by_bridge(hf: Path, out: Path) -> None:
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
+    fork_checkpoint_queue()
     with temporary_distributed_context(backend="gloo"):
         AutoBridge.import_ckpt(hf, out)
 

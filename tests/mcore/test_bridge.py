@@ -11,7 +11,7 @@ from gpt_oss_vision.bridge import hf, mcore
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
-from layouts import Layout, build
+from layouts import Layout, build, fork_checkpoint_queue
 from tiny import tiny_config, tiny_model
 
 LAYOUTS = {"one rank": {}, "TP2": {"tp": 2}, "PP2": {"pp": 2}, "EP2": {"ep": 2}}
@@ -34,6 +34,7 @@ def there_and_back(source: Path, megatron_path: Path, target: Path) -> None:
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
+    fork_checkpoint_queue()
     with temporary_distributed_context(backend="gloo"):
         AutoBridge.import_ckpt(source, megatron_path)
     AutoBridge.from_hf_pretrained(source).export_ckpt(megatron_path, target, strict=True)
@@ -73,6 +74,7 @@ def test_every_layout_holds_the_same_weights(sizes: dict[str, int], tmp_path: Pa
 def save_at(path: Path, layout: Layout, megatron_path: Path) -> None:
     from megatron.bridge import AutoBridge
 
+    fork_checkpoint_queue()
     torch.distributed.init_process_group("gloo")
     bridge = AutoBridge.from_hf_pretrained(path)
     provider = bridge.to_megatron_provider()
