@@ -17,11 +17,6 @@ from .digits import EvaluationRow
 ASKED_AT_ONCE = 99
 
 
-def load(folder: Path) -> tuple[GPTOSSVisionForCausalLM, GPTOSSVisionProcessor]:
-    """The exported model and its processor, loaded as by any user of transformers."""
-    return GPTOSSVisionForCausalLM.from_pretrained(folder).eval(), GPTOSSVisionProcessor.from_pretrained(folder)
-
-
 def chats(rows: Sequence[EvaluationRow], image: str) -> list[Chat]:
     """The questions of some rows, with the image named by ``image``: "right", "wrong" or "no"."""
     return [getattr(row, f"{image}_image") for row in rows]

@@ -30,11 +30,12 @@ from ...conversion.importing import import_checkpoint
 from ...terminal import Progress, quiet
 from ..base import ConfigContainer, base_config
 from ..data.megatron import ChatDatasetProvider
+from ..inference.generate import load
 from ..training.log import LossHistory
 from ..training.train import train
 from . import figures
 from .digits import DigitsSplit, EvaluationRow, all_texts, evaluation_rows, write_digits
-from .evaluate import ASKED_AT_ONCE, accuracy, ask, expert_shares, largest_difference, load
+from .evaluate import ASKED_AT_ONCE, accuracy, ask, expert_shares, largest_difference
 from .settings import EXPERTS, KEY_VALUE_HEADS, LAYERS, VOCABULARY, Settings
 from .tokenizer import train_tokenizer
 
