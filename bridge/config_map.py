@@ -46,7 +46,7 @@ TRAINING_ONLY = ("vocab_size", "seq_length", "init_method_std", "attention_dropo
 """Fields that may differ between two runs of one model: the same weights give the same logits."""
 
 PER_MODALITY = "modality_aux_loss"
-"""Our own value of ``moe_router_load_balancing_type``: ``aux_loss`` for text and for visual tokens apart."""
+"""Our own value of ``moe_router_load_balancing_type``: ``aux_loss`` for text and for visual tokens separately."""
 
 
 def load_balancing_fields(config: "GPTOSSVisionConfig") -> dict[str, Any]:

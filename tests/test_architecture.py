@@ -21,24 +21,27 @@ from gpt_oss_vision import cli
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ROOMS = ("bridge", "conversion", "recipes")
-SOURCES = sorted([*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))])
+PACKAGES = ("bridge", "conversion", "recipes")
+SOURCES = sorted([*ROOT.glob("*.py"), *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))])
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a room may import: modules of ours by prefix, and other packages (None: any direct dependency)."""
+    """What a package may import: modules of ours by prefix, and other packages (None: any direct dependency)."""
 
     ours: tuple[str, ...]
     others: frozenset[str] | None = None
 
 
 TASKS = ("importing", "exporting", "assemble", "verify")
-BELOW_FORMATS = ("conversion.engine", "conversion.parameters", "conversion.messages", "errors", "terminal", "atomic")
+BELOW_FORMATS = (
+    *(f"conversion.{name}" for name in ("engine", "parameters", "messages", "dtypes")),
+    *("errors", "terminal", "atomic"),
+)
 BELOW_TASKS = (*BELOW_FORMATS, "conversion.formats", "conversion.comparison", "conversion.lora")
 
-# The first prefix that fits a file counts. A room may always import itself.
+# The first prefix that fits a file counts. A package may always import itself.
 RULES = {
     "bridge/ops": Rule((), frozenset({"torch"})),
     "bridge/hf": Rule(
@@ -55,8 +58,9 @@ RULES = {
         ("bridge.hf.configuration_gpt_oss_vision", "errors"), frozenset({"torch", "transformers", "torchao"})
     ),
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
-    "conversion/engine": Rule(("errors", "terminal", "atomic")),
-    "conversion/parameters.py": Rule(("bridge.ops", "bridge.weight_map"), frozenset({"torch"})),
+    "conversion/dtypes.py": Rule((), frozenset({"torch"})),
+    "conversion/engine": Rule(("conversion.dtypes", "errors", "terminal", "atomic")),
+    "conversion/parameters.py": Rule(("bridge.ops", "bridge.weight_map", "errors"), frozenset({"torch"})),
     "conversion/messages.py": Rule(("errors",), frozenset()),
     "conversion/formats": Rule(("bridge", *BELOW_FORMATS)),
     "conversion/comparison": Rule(("bridge", *BELOW_FORMATS, "conversion.formats")),
@@ -128,19 +132,19 @@ def is_within(module: str, prefixes: tuple[str, ...]) -> bool:
 
 def rule_of(file: Path) -> tuple[str, Rule]:
     name = name_of(file)
-    return next((room, rule) for room, rule in RULES.items() if name == room or name.startswith(f"{room}/"))
+    return next((package, rule) for package, rule in RULES.items() if name == package or name.startswith(f"{package}/"))
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)
 def test_imports_go_one_way(file: Path):
-    room, rule = rule_of(file)
-    allowed = (*rule.ours, room.removesuffix(".py").replace("/", "."))
+    package, rule = rule_of(file)
+    allowed = (*rule.ours, package.removesuffix(".py").replace("/", "."))
     for line, module in imports_of(file):
         root = module.partition(".")[0]
         if module.startswith("."):
-            assert is_within(module[1:], allowed), f"{name_of(file)}:{line} imports {module}, which {room} may not"
+            assert is_within(module[1:], allowed), f"{name_of(file)}:{line} imports {module}, which {package} may not"
         elif root not in sys.stdlib_module_names and rule.others is not None:
-            assert root in rule.others, f"{name_of(file)}:{line} imports {module}, which {room} may not"
+            assert root in rule.others, f"{name_of(file)}:{line} imports {module}, which {package} may not"
 
 
 def test_no_modules_import_each_other_in_a_circle():

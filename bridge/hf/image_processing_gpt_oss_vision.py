@@ -125,7 +125,7 @@ def _open(source: str) -> Image.Image:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         if isinstance(error, UnidentifiedImageError):
-            raise ValueError(f"Can't read the image {name}: it is in no format that PIL knows, or damaged.") from error
+            raise ValueError(f"Can't read the image {name}: it is in no format that PIL reads, or damaged.") from error
         raise ValueError(f"Can't read the image {name}: {str(error).rstrip('.')}.") from error
     return image
 

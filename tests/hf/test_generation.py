@@ -130,7 +130,7 @@ def test_a_conversation_that_brings_all_its_images_takes_the_new_ones(model, con
 
 
 def test_a_prompt_with_images_is_not_read_in_chunks(model, config):
-    with pytest.raises(ValueError, match="prefill_chunk_size=16 would cut"):
+    with pytest.raises(ValueError, match="prefill_chunk_size=16 splits the prompt"):
         model.generate(**tiny_batch(config), prefill_chunk_size=16, max_new_tokens=2)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-import gpt_oss_vision
 from checkpoints import OBLONG, edit_config, save_pair
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.verify import verify
@@ -15,7 +14,6 @@ from gpt_oss_vision.conversion.verify import verify
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `hf`, and `megatron` made from it."""
-    gpt_oss_vision.register()
     return save_pair(tmp_path_factory.mktemp("pair"), **OBLONG)
 
 

@@ -99,7 +99,7 @@ def test_a_broken_checkpoint_is_one_sentence(
 
 BAD_IMAGES = {
     "cut off": (b"P6 9 7 255\n", "bad.png: image file is truncated"),
-    "no picture": (b"text", "bad.png: it is in no format that PIL knows, or damaged."),
+    "no picture": (b"text", "bad.png: it is in no format that PIL reads, or damaged."),
     "0 x 0": (b"P6 0 0 255\n", "bad.png"),
     "a decompression bomb": (b"P6 60000 60000 255\n", "bad.png: Image size (3600000000 pixels) exceeds limit"),
 }
