@@ -33,7 +33,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("--hf", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face checkpoint")
     add("--megatron", type=Path, required=True, metavar="DIR", help="folder of the Megatron checkpoint")
     add("--logits", action="store_true", help="compare logits too: each model has to fit in memory, in fp32")
-    add("--report", type=Path, default="verify.json", metavar="FILE", help="file to write (%(default)s)")
+    add("--report", type=Path, metavar="FILE", help="JSON file for the report, with a hash of every tensor")
+    add("--overwrite", action="store_true", help="replace --report")
     add("--jobs", type=at_least(1), default=4, metavar="N", help="threads (%(default)s)")
 
     add = add_command(actions, assemble).add_argument
@@ -100,24 +101,27 @@ def export(
     return _summarize(out, export_checkpoint(megatron, out, **choices, **output), dry_run)
 
 
-def verify(hf: Path, megatron: Path, logits: bool, report: Path, jobs: int) -> int:
+def verify(hf: Path, megatron: Path, logits: bool, report: Path | None, overwrite: bool, jobs: int) -> int:
     """Compare a Hugging Face checkpoint with a Megatron one, tensor by tensor, bit by bit.
 
-    Experts in MXFP4 may differ from the weights that they were packed from within the bound of the rounding. The report
-    is JSON, with a hash of every tensor. The exit code is 1 where the checkpoints differ.
+    Experts in MXFP4 may differ from the weights that they were packed from within the bound of the rounding. The exit
+    code is 1 where the checkpoints differ.
     """
     from rich.console import Console
 
     from ..terminal import quiet
     from . import verify as task
 
-    target = os.path.realpath(report)  # /dev/stdout is another file while `quiet` holds it
+    target = os.path.realpath(report) if report else None  # /dev/stdout is another file inside `quiet`
     # With `logits`, Megatron runs, which prints much.
     with os.fdopen(os.dup(2), "w") as terminal, quiet(Path(os.devnull)):
-        found = task.verify(hf, megatron, logits=logits, report=target, jobs=jobs, console=Console(file=terminal))
+        output = {"report": target, "overwrite": overwrite, "console": Console(file=terminal)}
+        found = task.verify(hf, megatron, logits=logits, jobs=jobs, **output)
     if not found["agrees"]:
-        raise UserError(f"{found['worst']}; {report} has all")
-    print(f"{hf} and {megatron} agree: {task.agreement(found)}; {report} has a hash of each.")
+        raise UserError(f"{found['worst']}; {f'{report} has all' if report else '--report FILE lists all'}")
+    print(
+        f"{hf} and {megatron} agree: {task.agreement(found)}" + (f"; {report} has a hash of each." if report else ".")
+    )
     return 0
 
 

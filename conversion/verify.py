@@ -21,7 +21,7 @@ from ..bridge.ops.mxfp4 import Dequantizer
 from ..bridge.weight_map import LANGUAGE_MODEL, group_of
 from ..terminal import Progress
 from .comparison.difference import Difference
-from .engine.report import Digest, check_target, make_report, replace_report
+from .engine.report import Digest, check_report_path, make_report, save_report
 from .engine.stream import InMemoryJournal, Task, Worker, stream
 from .formats.hf_source import Source, open_source
 from .formats.run_config import check_config, model_fields
@@ -114,6 +114,7 @@ def verify(
     *,
     logits: bool = False,
     report: str | Path | None = None,
+    overwrite: bool = False,
     jobs: int = 4,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -125,8 +126,8 @@ def verify(
         megatron: a checkpoint's root, whose latest iteration is taken, or the folder of one iteration.
         logits: run both models too, in fp32 on the CPU; one after the other has to fit in memory. Where rounding or
             packing has changed numbers, the difference is reported and not judged.
-        report: a file for what is returned, as JSON; of an earlier comparison, it is replaced. It is written when the
-            tensors are compared, and again after the logits.
+        report: a JSON file for the returned report, written after the tensors and again after the logits.
+        overwrite: replace the file `report`.
         jobs: threads.
         console: where progress goes; None is nowhere.
 
@@ -137,13 +138,13 @@ def verify(
 
     Raises:
         FileNotFoundError: a file is missing.
-        FileExistsError: `report` is a file that is no report of a comparison.
+        FileExistsError: `report` exists.
         ValueError: a checkpoint is damaged, or names, shapes or what else makes the model differ; lists them.
         OSError: `report` cannot be written; says all the same whether the checkpoints agree.
     """
     target = Path(os.path.realpath(report)) if report else None
     if target:
-        check_target(target)
+        check_report_path(target, overwrite=overwrite)
     hf, megatron, console = Path(hf).absolute(), Path(megatron).absolute(), console or Console(quiet=True)
     source, checkpoint = open_source(hf), open_checkpoint(megatron)
     compared, left_out = _in_common(source, checkpoint)
@@ -252,7 +253,7 @@ def _save(found: Mapping[str, Any], path: Path | None) -> None:
     if path is None:
         return
     try:
-        replace_report(found, path)
+        save_report(found, path)
     except OSError as error:
         verdict = found["worst"] or f"{found['hf']} and {found['megatron']} agree: {agreement(found)}"
         raise OSError(f"{verdict}; but the report was not written: {error.strerror}: {path}") from error

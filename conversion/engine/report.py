@@ -17,16 +17,16 @@ export merges an adapter, of the merged numbers in fp32. ``nan`` and ``inf`` are
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from secrets import token_hex
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 import xxhash
 
+from ...atomic import atomic_file
 from ..dtypes import dtype_name
 
 REPORT = "conversion.json"
@@ -104,60 +104,32 @@ def read_report(folder: Path) -> dict[str, Any]:
     return json.loads((folder / REPORT).read_text())
 
 
-def check_target(path: Path) -> None:
-    """Whether a report may and can be written.
+def check_report_path(path: Path, *, overwrite: bool) -> None:
+    """Refuse a ``--report`` that cannot be written, before anything is compared.
 
     Raises:
-        FileExistsError: a file is there that is no report of a comparison.
-        OSError: it is a folder, or in a folder that is not there or cannot be written to.
+        FileExistsError: a file exists there and `overwrite` is False; devices and pipes are allowed.
+        OSError: it is a folder, its folder does not exist or cannot be written to.
     """
     if path.is_dir():
         raise IsADirectoryError(f"--report {path} is a folder; name a file in it")
+    if path.is_file() and not overwrite:
+        raise FileExistsError(f"--report {path} exists; name another file, or replace it with --overwrite")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"--report {path} has no folder to be in; make {path.parent} first")
-    if _is_device(path):
-        return
-    if path.exists() and not _is_report(path):
-        raise FileExistsError(f"--report {path} exists and is no report of verify; name another file")
-    try:
-        with _beside(path).open("x") as file:
-            os.unlink(file.name)
-    except OSError as error:
-        raise OSError(f"--report {path} cannot be written ({error.strerror}); name a file elsewhere") from error
+        raise FileNotFoundError(f"The folder {path.parent} of --report {path.name} does not exist; make it first")
+    if not path.exists():
+        try:
+            with TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise OSError(f"--report {path} cannot be written ({error.strerror}); name a file elsewhere") from error
 
 
-def _is_device(path: Path) -> bool:
-    """Whether it is something like /dev/null, which is written to and never replaced."""
-    return path.exists() and not path.is_file()
-
-
-def _is_report(file: Path) -> bool:
-    with file.open("rb") as stream:
-        if stream.read(1) != b"{":  # it may be weights, too large to look at
-            return False
-    try:
-        return json.loads(file.read_bytes()).get("action") == "verify"
-    except ValueError:
-        return False
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{token_hex(4)}")
-
-
-def replace_report(report: Mapping[str, Any], path: Path) -> None:
-    """Write a report to a file of its own, all at once: a reader finds the old one or the new one.
+def save_report(report: Mapping[str, Any], path: Path) -> None:
+    """Write a report to a file of its own, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    if _is_device(path):
-        path.write_text(text)
-        return
-    beside = _beside(path)
-    try:
-        beside.write_text(text)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        file.write(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 
 import gpt_oss_vision
 from checkpoints import OBLONG, SQUARE, change, edit_config, save_pair, save_tiny
+from gpt_oss_vision import cli
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.verify import agreement, verify
@@ -301,44 +300,29 @@ def test_the_text_part_is_held_to_its_numbers_names_and_config(text: Path, tmp_p
 # --- the report's file -------------------------------------------------------------------------------------------
 
 
-def occupy(path: Path, content: str) -> Path:
-    path.write_text(content)
-    return path
-
-
 @pytest.mark.parametrize(
-    ("make", "error", "said"),
+    ("name", "error", "said"),
     [
-        (
-            lambda folder: folder / "none" / "report.json",
-            FileNotFoundError,
-            "has no folder to be in; make .*none first$",
-        ),
-        (lambda folder: folder, IsADirectoryError, "is a folder; name a file in it$"),
-        (lambda folder: Path("/proc/report.json"), OSError, r"cannot be written \(.*\); name a file elsewhere$"),
-        (lambda folder: folder / ("x" * 250), OSError, r"cannot be written \(File name too long\); "),
-        *(
-            (lambda folder, content=content: occupy(folder / "mine.json", content), FileExistsError, "is no report of")
-            for content in ("", "my notes", "[]", "{", '{"action": "import"}', '{"a": 1}\n{"a": 2}\n')
-        ),
+        ("none/report.json", FileNotFoundError, "The folder .*none of --report report.json does not exist; make it"),
+        ("", IsADirectoryError, "is a folder; name a file in it$"),
+        ("/proc/report.json", OSError, r"cannot be written \(.*\); name a file elsewhere$"),
+        ("mine.json", FileExistsError, "exists; name another file, or replace it with --overwrite$"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_refused_before_comparing(
-    make: Callable[[Path], Path], error: type[Exception], said: str, tmp_path: Path
+    name: str, error: type[Exception], said: str, tmp_path: Path
 ):
-    path = make(tmp_path)
-    before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(error, match=f"^--report {path} .*{said}"):
-        verify(tmp_path / "no checkpoint", tmp_path / "none either", report=path)
-    assert before is None or path.read_bytes() == before
-    assert [*tmp_path.iterdir()] == ([] if before is None else [path])
+    (tmp_path / "mine.json").write_text("my notes")
+    with pytest.raises(error, match=said):
+        verify(tmp_path / "no checkpoint", tmp_path / "none either", report=tmp_path / name)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("mine.json", "my notes")]
 
 
 def test_an_earlier_report_is_replaced_by_way_of_its_link(pair: Path, tmp_path: Path):
+    (tmp_path / "report.json").write_text("old")
     (tmp_path / "link.json").symlink_to(tmp_path / "report.json")
-    for _ in range(2):
-        report = verify(pair / "hf", pair / "megatron", report=tmp_path / "link.json")
-        assert json.loads((tmp_path / "report.json").read_text()) == report
+    report = verify(pair / "hf", pair / "megatron", report=tmp_path / "link.json", overwrite=True)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
     assert (tmp_path / "link.json").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "report.json"]
 
@@ -373,11 +357,18 @@ def test_a_difference_is_told_where_the_report_cannot_be_written(pair: Path, tmp
         verify(pair / "hf", pair / "megatron", report="/dev/full")
 
 
-def test_the_command_exits_with_1_and_names_the_worst(pair: Path, tmp_path: Path):
-    hf = spoiled(tmp_path / "hf")
-    words = ["--hf", str(hf), "--megatron", str(pair / "megatron"), "--report", str(tmp_path / "report.json")]
-    command = [sys.executable, "-m", "gpt_oss_vision.cli", "convert", "verify", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "tensors differ; output_layer.weight the most: 1 of " in done.stderr
-    assert not json.loads((tmp_path / "report.json").read_text())["agrees"]
+def test_the_command_exits_with_1_and_names_the_worst(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    words = ["convert", "verify", "--megatron", str(pair / "megatron"), "--hf", str(spoiled(tmp_path / "hf"))]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main(words) == 1
+    assert [*Path().iterdir()] == []  # no report unless one is asked for
+    assert cli.main([*words, "--report", "report.json"]) == 1
+    assert not json.loads(Path("report.json").read_text())["agrees"]
+    without, with_report = capsys.readouterr().err.splitlines()
+    assert "tensors differ; output_layer.weight the most: 1 of " in without and without.endswith(
+        "--report FILE lists all"
+    )
+    assert with_report.endswith("report.json has all")
