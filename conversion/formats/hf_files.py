@@ -73,6 +73,7 @@ def keep_files(candidates: Iterable[Path], megatron: Path) -> None:
     kept = megatron / KEPT_IN
     if source is None or (kept / "config.json").is_file():
         return
+    megatron.mkdir(parents=True, exist_ok=True)  # training has saved nothing yet
     with atomic_folder(kept, overwrite=True) as folder:  # a kill never leaves a part of the files
         if kept.is_dir():
             shutil.copytree(kept, folder, dirs_exist_ok=True)

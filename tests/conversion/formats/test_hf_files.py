@@ -57,3 +57,8 @@ def test_files_that_are_kept_already_are_not_replaced(hf: Path, tmp_path: Path):
     (hf / "config.json").write_text("another")
     keep_files([hf], tmp_path)
     assert (tmp_path / "tokenizer" / "config.json").read_text() == "config.json"
+
+
+def test_a_folder_in_which_training_has_saved_nothing_yet_is_made(hf: Path, tmp_path: Path):
+    keep_files([hf], tmp_path / "run" / "megatron")
+    assert {path.name for path in (tmp_path / "run" / "megatron" / "tokenizer").iterdir()} == {*FILES}
