@@ -1,9 +1,9 @@
 """Memory and files of a conversion's threads: tensors that are read and written around the page cache.
 
 `O_DIRECT` is used where the file system supports it; ranges that are cached already, as after a download, are read from
-the cache (cachestat, Linux >= 6.5). Buffered reads and writes with `posix_fadvise` would be 60 lines less, and cost the
-CPU that the conversion needs: an import of 4 layers of gpt-oss-20b (14.4 GB moved, two cores) took 60 s in place of
-42 s, with 36 s in place of 3 s of system time; an export 55 s in place of 53 s (two runs each, alternating).
+the cache (cachestat, Linux >= 6.5). Buffered reads and writes would be simpler, and cost CPU that the conversion needs:
+at 17a182e an import of 4 layers of gpt-oss-20b (14.4 GB moved, two shared cores) took 64 and 56 s in place of 46 and
+38 s, with 36 s of system time in place of 3 s; an export with mxfp4 55 s in place of 53 s.
 """
 
 import ctypes

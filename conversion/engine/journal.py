@@ -5,7 +5,7 @@ lists the tasks whose bytes are on the disk: one line each, appended after its f
 plan continues from there; one with another plan is refused. A second call is refused while the first holds an flock on
 ``OUT.partial/lock``. That file is opened read-write: NFS emulates flock by byte-range locks, which need it.
 
-Resuming is kept although a 20B import takes half a minute: on a network disk the same bytes take an hour.
+Resuming is kept although a 20B import takes half a minute on a local disk: network disks are slower, and 120B larger.
 """
 
 import errno
