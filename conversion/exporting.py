@@ -126,7 +126,7 @@ class Export:
 
     def _write(self, parameter: MegatronParameter, worker: Worker) -> dict[str, Any]:
         """Read a parameter, convert it and write it, a block of rows after the other."""
-        stored, digest = self.checkpoint.tensors[parameter.key], Digest()
+        stored, places, digest = self.checkpoint.tensors[parameter.key], self._places(parameter), Digest()
         blocks = blocks_of(parameter, stored.dtype)
         for rows in blocks:
             with worker.scope():
@@ -135,7 +135,6 @@ class Export:
                     values = worker.take(values.shape, torch.float32).copy_(values)
                     self.adapters.merge(parameter, rows, values)
                 digest.update(values)
-                places = self._places(parameter)
                 offsets = [offset + nbytes * rows.start // blocks[-1].stop for _, offset, nbytes in places]
                 converted = self._convert(worker, parameter, values, offsets)
                 for (file, _, _), offset, part in zip(places, offsets, converted, strict=True):

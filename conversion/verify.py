@@ -1,4 +1,4 @@
-"""Holding a Hugging Face checkpoint against a Megatron one: every tensor bit for bit, streamed; on request the logits.
+"""Compare a Hugging Face checkpoint with a Megatron one: every tensor bit for bit, streamed; on request the logits.
 
 Where the two store different types of numbers, the wider is rounded to the narrower; of fp16 and bf16 either may have
 been rounded. Experts in MXFP4 are compared with what they were packed from: no number may be further off than packing
@@ -198,7 +198,7 @@ def _changes(entries: Mapping[str, dict[str, Any]]) -> list[str]:
     """What has changed numbers of the tensors that are compared: ``packing``, ``rounding``, both or nothing."""
     packed = any(_differs_by_packing(entry) for entry in entries.values())
     rounded = any("rounded" in entry for entry in entries.values())
-    return ["packing"] * packed + ["rounding"] * rounded
+    return [name for name, is_so in {"packing": packed, "rounding": rounded}.items() if is_so]
 
 
 def _differs_by_packing(entry: Mapping[str, Any]) -> bool:
