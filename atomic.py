@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from secrets import token_hex
+from tempfile import TemporaryFile
 from typing import TextIO
 
 
@@ -36,6 +37,32 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_file(path: Path, option: str, *, overwrite: bool) -> None:
+    """Refuse a file that `atomic_file` could not write, or may not replace, before the work whose result it holds.
+
+    Args:
+        path: the file. Devices and pipes, such as /dev/stdout, are allowed.
+        option: of the command that names it, for the message.
+        overwrite: whether an existing file may be replaced.
+
+    Raises:
+        FileExistsError: it exists, and `overwrite` is False.
+        OSError: it is a folder, its folder does not exist or cannot be written to.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a folder; name a file in it")
+    if path.is_file() and not overwrite:
+        raise FileExistsError(f"{option} {path} exists; name another file, or replace it with --overwrite")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The parent folder {path.parent} of {option} does not exist; make it first")
+    if path.is_file() or not path.exists():
+        try:
+            with TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise type(error)(f"{option} {path} cannot be written ({error.strerror}); name a file elsewhere") from error
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..atomic import check_file
 from ..bridge.ops.mxfp4 import Dequantizer
 from ..bridge.weight_map import LANGUAGE_MODEL, group_of
 from ..terminal import Progress
 from .comparison.difference import Difference
-from .engine.report import Digest, check_report_path, make_report, save_report
+from .engine.report import Digest, make_report, save_report
 from .engine.stream import InMemoryJournal, Task, Worker, stream
 from .formats.hf_source import Source, open_source
 from .formats.run_config import check_config, model_fields
@@ -144,7 +145,7 @@ def verify(
     """
     target = Path(os.path.realpath(report)) if report else None
     if target:
-        check_report_path(target, overwrite=overwrite)
+        check_file(target, "--report", overwrite=overwrite)
     hf, megatron, console = Path(hf).absolute(), Path(megatron).absolute(), console or Console(quiet=True)
     source, checkpoint = open_source(hf), open_checkpoint(megatron)
     compared, left_out = _in_common(source, checkpoint)

@@ -81,16 +81,11 @@ def _check_files(batch: Path, out: Path, overwrite: bool) -> None:
     """Refuse files of questions and answers that cannot be read and written, before a model is loaded."""
     if not batch.is_file():
         raise FileNotFoundError(f"--batch {batch} is no file")
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a folder; name a file in it")
     if out.exists() and out.samefile(batch):
         raise FileExistsError(f"--out {out} is the file of questions; name another file")
-    if out.is_file() and not overwrite:
-        raise FileExistsError(f"--out {out} exists; name another file, or replace it with --overwrite")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"The parent folder {out.parent} of --out does not exist; make it first")
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"--out {out} cannot be written (Permission denied); name another file")
+    from ..atomic import check_file
+
+    check_file(out, "--out", overwrite=overwrite)
 
 
 def _check_folder(out: Path, overwrite: bool) -> None:

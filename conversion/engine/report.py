@@ -20,7 +20,6 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -102,27 +101,6 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of an output folder."""
     return json.loads((folder / REPORT).read_text())
-
-
-def check_report_path(path: Path, *, overwrite: bool) -> None:
-    """Refuse a ``--report`` that cannot be written, before anything is compared.
-
-    Raises:
-        FileExistsError: a file exists there and `overwrite` is False; devices and pipes are allowed.
-        OSError: it is a folder, its folder does not exist or cannot be written to.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(f"--report {path} is a folder; name a file in it")
-    if path.is_file() and not overwrite:
-        raise FileExistsError(f"--report {path} exists; name another file, or replace it with --overwrite")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"The folder {path.parent} of --report {path.name} does not exist; make it first")
-    if not path.exists():
-        try:
-            with TemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise OSError(f"--report {path} cannot be written ({error.strerror}); name a file elsewhere") from error
 
 
 def save_report(report: Mapping[str, Any], path: Path) -> None:

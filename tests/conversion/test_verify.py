@@ -303,7 +303,7 @@ def test_the_text_part_is_held_to_its_numbers_names_and_config(text: Path, tmp_p
 @pytest.mark.parametrize(
     ("name", "error", "said"),
     [
-        ("none/report.json", FileNotFoundError, "The folder .*none of --report report.json does not exist; make it"),
+        ("none/report.json", FileNotFoundError, "The parent folder .*none of --report does not exist; make it first$"),
         ("", IsADirectoryError, "is a folder; name a file in it$"),
         ("/proc/report.json", OSError, r"cannot be written \(.*\); name a file elsewhere$"),
         ("mine.json", FileExistsError, "exists; name another file, or replace it with --overwrite$"),
