@@ -56,6 +56,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: order(item.path.relative_to(config.rootpath / "tests").as_posix()))
 
 
+def pytest_collection_finish() -> None:
+    """Start torch's autograd engine before a test can make it start threads, which no forked rank would survive.
+
+    With a FakeTensorMode, as torch.compile opens it, torch (2.11.0) counts a CUDA device where there is none. A first
+    backward pass after that starts a thread for it, and every backward pass in a fork fails.
+    """
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        torch.ones((), requires_grad=True).backward()
+
+
 def installed() -> dict[str, str]:
     """The installed versions, without what a build adds (``2.11.0+cpu``)."""
     return {name: metadata.version(name).partition("+")[0] for name in VERSIONS_OF_UPSTREAM}

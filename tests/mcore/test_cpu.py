@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
 
@@ -106,12 +107,24 @@ def test_a_rank_that_hangs_is_given_up():
         cpu.run_ranks(1, hangs, timeout=0.5)
 
 
+def test_a_rank_can_train_after_its_parent_has_compiled_and_trained():
+    """Needs the backward pass of tests/conftest.py before any test; see there."""
+    with FakeTensorMode():
+        torch.ones(2)
+    one_backward_pass()
+    cpu.run_ranks(1, one_backward_pass)
+
+
 def test_workers_of_a_rank_do_not_outlive_it(tmp_path: Path):
     with pytest.raises(RuntimeError, match="did not finish"):
         cpu.run_ranks(1, starts_a_worker_and_hangs, tmp_path / "pid", timeout=3)
     pid = (tmp_path / "pid").read_text()
     status = Path(f"/proc/{pid}/status")
     assert not status.exists() or "zombie" in status.read_text()
+
+
+def one_backward_pass() -> None:
+    torch.ones((), requires_grad=True).backward()
 
 
 def starts_a_worker_and_hangs(file: Path) -> None:
