@@ -1,4 +1,4 @@
-"""Checkpoints for the tests of conversion: tiny ones of every kind, and reading them whole by their owners' means."""
+"""Tiny checkpoints of every kind for the tests of conversion, and readers that use only safetensors and torch."""
 
 import json
 import resource
@@ -23,7 +23,7 @@ OBLONG = {"hidden_size": 64, "intermediate_size": 96}
 def save_tiny(
     folder: Path, *, dtype: torch.dtype = torch.float32, packed: bool = False, shards: str = "5GB", **overrides: object
 ) -> Path:
-    """A tiny checkpoint with tokenizer and processor; `packed` has its experts in MXFP4, `shards` is their size."""
+    """Save a tiny checkpoint with its processor; `packed` puts the experts into MXFP4, `shards` limits a shard."""
     processor = tiny_processor()
     fields = {"vocab_size": len(processor.tokenizer), "image_token_id": processor.image_token_id}
     model = tiny_model(tiny_config(**fields | overrides))
@@ -38,13 +38,13 @@ def save_tiny(
 
 
 def save_pair(folder: Path, **choices: Any) -> Path:
-    """A folder with a tiny checkpoint, `hf`, and `megatron` made from it; see `save_tiny` for the choices."""
+    """Save a tiny checkpoint as `hf` in a folder, and its import as `megatron`; `choices` are those of `save_tiny`."""
     import_checkpoint(save_tiny(folder / "hf", **choices), folder / "megatron")
     return folder
 
 
 def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object] | None = None, /, **fields: object) -> Path:
-    """Edit the config of a checkpoint in place: by a function, or by other values of some fields."""
+    """Edit the config of a checkpoint in place: with a function, or with new values of some fields."""
     file = folder / "config.json"
     config = json.loads(file.read_text()) | fields
     if edit:
@@ -54,7 +54,7 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object] | None = 
 
 
 def change(folder: Path, edit) -> Path:
-    """Edit the tensors of a checkpoint of one file in place."""
+    """Edit the tensors of a single-file checkpoint in place."""
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -62,7 +62,7 @@ def change(folder: Path, edit) -> Path:
 
 
 def pack(tensors: dict[str, torch.Tensor]) -> None:
-    """Put the experts' weights into MXFP4, as gpt-oss ships them: output rows first."""
+    """Put the experts' weights into MXFP4 in gpt-oss's layout, `[experts, out, in]`."""
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         values = tensors.pop(name).mT.contiguous()
         tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = quantize(values)
@@ -74,7 +74,7 @@ def load_hf(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_megatron(folder: Path, iteration: str = "iter_0000000") -> dict[str, torch.Tensor]:
-    """Every tensor of an iteration of a Megatron checkpoint, by torch's own reader."""
+    """Every tensor of one iteration in a Megatron checkpoint, read by torch."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -106,7 +106,7 @@ def at_most_open(descriptors: int) -> Iterator[None]:
 
 
 def memory_taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """A list that grows, with every task from now on, by the memory that it states and the most that it takes."""
+    """A list that gets an entry per task from now on: the memory that the task declares, and its peak."""
     taken: list[tuple[int, int]] = []
     init = Task.__init__
 
@@ -124,7 +124,7 @@ def memory_taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def check_memory(stated: int, taken: list[tuple[int, int]], jobs: int = 4) -> None:
-    """Assert that no task took more than it states, that the dry run's number follows, and that it is no mere guess."""
+    """Assert that no task takes more than it declares, nor the largest much less, and the total covers all jobs."""
     assert all(peak <= memory + PADDING for memory, peak in taken)
     largest = max(memory for memory, _ in taken)
     assert stated >= jobs * (largest + PADDING)

@@ -1,4 +1,4 @@
-"""What every test runs under: nothing comes from the Hub, one worker per core, and which tests a machine leaves out."""
+"""Settings of all tests: no access to the Hub, at most one worker per core, and the tests that are left out."""
 
 import os
 import sys
@@ -10,10 +10,10 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # workers and ranks fill the cores; threads of theirs would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers and ranks use all cores; more threads would compete for them
 
 WORKERS = 4  # at most: each has Megatron in memory, 2 GiB, and forks ranks
-# The files that take longest, so that no worker begins one when the others are done.
+# The slowest files, which run first, so that no worker starts one when the others have finished.
 LONGEST = (
     "mcore/test_layouts.py",
     "recipes/quickstart/test_quickstart.py",
@@ -28,8 +28,8 @@ LONGEST = (
     "mcore/test_bridge.py",
 )
 
-# The versions at which every `upstream` test passes. Where others are installed, these tests run by default: one that
-# fails names the work-around that can go. When all pass, write the new versions here.
+# The versions with which every `upstream` test passes. With other versions these tests run by default; one that fails
+# names the work-around that can be removed. When all pass, write the new versions here.
 VERSIONS_OF_UPSTREAM = {"megatron-bridge": "0.6.2", "megatron-core": "0.19.2", "torch": "2.11.0"}
 
 
@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Workers for `-n auto`: one per core; none for a single file, which would be whole on one worker, or with `-s`."""
+    """Workers for `-n auto`: one per core; none for a single file, which one worker runs anyway, or with `-s`."""
     paths = {argument.partition("::")[0] for argument in config.args}
     is_one_file = len(paths) == 1 and Path(paths.pop()).is_file()
     return 0 if is_one_file or config.option.capture == "no" else min(WORKERS, len(os.sched_getaffinity(0)))
@@ -46,7 +46,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip `gpu` tests without a CUDA device, deselect `upstream` tests at known versions, sort the longest first."""
-    if not Path("/dev/nvidiactl").exists():  # asking torch would load it for every test
+    if not Path("/dev/nvidiactl").exists():  # torch.cuda.is_available() would import torch for every test
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -57,10 +57,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Start torch's autograd engine before a test can make it start threads, which no forked rank would survive.
+    """Start torch's autograd engine before a test can make it start device threads, which break forked ranks.
 
-    With a FakeTensorMode, as torch.compile opens it, torch (2.11.0) counts a CUDA device where there is none. A first
-    backward pass after that starts a thread for it, and every backward pass in a fork fails.
+    Under a FakeTensorMode, which torch.compile uses, torch (2.11.0) counts a CUDA device on a machine without one. If
+    the first backward pass comes after that, it starts a thread for this device, and every one in a fork fails.
     """
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
@@ -68,7 +68,7 @@ def pytest_collection_finish() -> None:
 
 
 def installed() -> dict[str, str]:
-    """The installed versions, without what a build adds (``2.11.0+cpu``)."""
+    """The installed versions, without local version labels such as ``+cpu``."""
     return {name: metadata.version(name).partition("+")[0] for name in VERSIONS_OF_UPSTREAM}
 
 
@@ -78,7 +78,7 @@ def order(file: str) -> int:
 
 @pytest.fixture(autouse=True)
 def megatron_is_not_imported(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With `--no-megatron`: a test, or the import of its file, that loads Megatron fails."""
+    """With `--no-megatron`, fail a test that imports Megatron, or whose file does."""
     yield
     if request.config.getoption("no_megatron"):
         assert not {"megatron.core", "megatron.bridge"} & sys.modules.keys()

@@ -1,4 +1,4 @@
-"""Killing a conversion at its n-th record, in processes forked from this warm one, until it gets through."""
+"""Kill a conversion at its n-th record, for growing n, in forks of this process, until it finishes."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from gpt_oss_vision.conversion.engine.journal import Journal
 
 
 def fork(work: Callable[[], object]) -> int:
-    """Run something in a process of its own; its exit code is 0, or 1 where it raised."""
+    """Run `work` in a fork and return its process id; its exit code is 0, or 1 if `work` raised."""
     child = os.fork()
     if not child:
         code = 1
@@ -38,7 +38,7 @@ def killed_at(convert: Callable[[], object], number: int, *, is_written: bool) -
     """Run `convert` in a fork that is killed at its n-th record, right before or after that is in the journal.
 
     Returns:
-        Whether it was killed, and did not get through before.
+        Whether it was killed before it finished.
     """
 
     def mortal() -> None:
@@ -62,8 +62,8 @@ def killed_at(convert: Callable[[], object], number: int, *, is_written: bool) -
 def survives_kills(convert: Callable[[], object], out: Path) -> int:
     """Call `convert`, which makes `out`, again and again, killing the n-th call at its n-th record, until it is done.
 
-    Odd calls are killed before that record is written, even ones after it. Every call has to continue the one before,
-    and the output to have the bytes of a call that was left alone.
+    Odd calls are killed before that record is written, even ones after it. Asserts that every call continues the one
+    before, and that the output has the bytes of an uninterrupted call.
 
     Returns:
         How many calls were killed.

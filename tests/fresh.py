@@ -1,4 +1,4 @@
-"""Scripts in fresh processes: forks of a new interpreter that has imported torch, transformers, and nothing of ours."""
+"""Run scripts in fresh processes: forks of a new interpreter that has imported torch and transformers alone."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def run_fresh(folder: Path, scripts: dict[str, list[str]]) -> dict[str, Finished
     """Run each script, given by its name with its arguments, one after the other, in a process of its own.
 
     Args:
-        folder: where they run, and keep modules that come with a checkpoint.
+        folder: their working directory, and the cache of modules that come with a checkpoint.
     """
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHER],

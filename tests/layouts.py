@@ -1,8 +1,8 @@
-"""A few optimizer steps of Megatron at any parallel layout, and the same of the transformers model.
+"""A few optimizer steps of Megatron at any parallel layout, and the same steps of the transformers model.
 
 Runs inside ranks that `cpu.run_ranks` forks. The loss function, the schedules, Adam and clipping are Megatron's own;
-on the other side they are torch's. Gradients come back under transformers' names: the exported form of a model whose
-parameters are replaced by their gradients, so what the bridge does to a weight it does to its gradient.
+on the other side they are torch's. Gradients have transformers' names: every parameter is replaced by its gradient, and
+the model is exported, so the bridge converts a gradient in the same way as its weight.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 IGNORED = -100
-# What both optimizers are told. Every step is clipped; biases and norms do not decay.
+# Settings of both optimizers. Gradients are clipped in every step; biases and norms have no weight decay.
 ADAM: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8}
 BETAS = (0.9, 0.95)
 MAX_NORM = 1.0
@@ -114,7 +114,7 @@ def _reference_loss(model: torch.nn.Module, microbatches: list[Microbatch]) -> t
 
 
 def megatron_run(path: Path, layout: Layout, steps: list[list[Microbatch]]) -> Run | None:
-    """The same by Megatron at a layout. Every rank calls it; rank 0 of the last pipeline stage answers, others None."""
+    """The same by Megatron at a layout, on every rank; only rank 0 of the last pipeline stage returns a `Run`."""
     from megatron.bridge import AutoBridge
     from megatron.core import parallel_state
 
@@ -152,9 +152,9 @@ def megatron_logits(path: Path, layout: Layout, batch: Microbatch, *, training: 
 
 
 def fork_checkpoint_queue() -> None:
-    """Make the queue of Megatron-Core's checkpoint writer a fork of this rank.
+    """Fork the queue process of Megatron-Core's checkpoint writer from this rank.
 
-    By default it is a new process, which imports the main module and all its imports again: some seconds of every rank.
+    By default it is spawned, and imports the main module and all its imports again, which takes seconds on every rank.
     """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
@@ -179,7 +179,7 @@ def build(bridge: Any, layout: Layout, **changed: Any) -> list[torch.nn.Module]:
 
 
 def build_optimizer(model: list[torch.nn.Module], layout: Layout) -> Any:
-    """Megatron's Adam, and what the schedules have to know of it, as Megatron-Bridge's training loop sets it."""
+    """Megatron's Adam; sets the functions that the schedules need, as Megatron-Bridge's training loop does."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -224,7 +224,7 @@ def _constant_rates(optimizer: Any, settings: Any) -> None:
 
 
 def _run_schedule(step: Callable, model: list[torch.nn.Module], microbatches: list[Microbatch], **options: Any) -> list:
-    """Megatron's schedule on the microbatches of this data-parallel rank, which are dealt out in turn."""
+    """Run Megatron's schedule on the microbatches of this data-parallel rank, which are distributed in turns."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -290,7 +290,7 @@ def _exported_gradients(bridge: Any, model: list[torch.nn.Module]) -> dict[str, 
 
 
 def _gather_gradients(chunk: torch.nn.Module) -> None:
-    """Bring together what the distributed optimizer has reduced in pieces, each rank one of every bucket."""
+    """All-gather the gradients: the distributed optimizer reduces one shard of every bucket on each rank."""
     if not chunk.ddp_config.use_distributed_optimizer:
         return
     for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
@@ -320,7 +320,7 @@ def _whole_sequence(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _all_microbatches(logits: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Those of all data-parallel ranks, in the order in which they were dealt out."""
+    """The logits of all data-parallel ranks, in the order of the microbatches."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group()

@@ -1,8 +1,8 @@
-"""transformers' own common tests, as modules to inherit from, out of a folder of its source.
+"""transformers' own common tests, loaded as modules from a folder of its source.
 
-The installed package does not hold them. `TRANSFORMERS_TESTS` names the `tests` folder of a checkout at the installed
-version; without it, the one of its source distribution is taken, which `just mixins` fetches. That one lacks modules
-that the others import, the generation tests among them; what is missing is stood in for by as little as they need.
+The installed package does not contain them. `TRANSFORMERS_TESTS` names the `tests` folder of a checkout at the
+installed version; without it, the folder of the source distribution is used, which `just mixins` downloads. That folder
+lacks some modules that the others import, among them the generation tests; minimal stubs replace these.
 """
 
 import importlib
@@ -21,7 +21,7 @@ PACKAGE = "transformers_tests"  # its own name, `tests`, is taken
 SDIST = Path(__file__).parents[1] / ".cache" / f"transformers-{transformers.__version__}"
 FOLDER = Path(os.environ.get("TRANSFORMERS_TESTS", SDIST / "tests"))
 
-# What the source distribution lacks of what its files import.
+# Modules that the source distribution imports, but lacks.
 ABSENT: dict[str, dict[str, Any]] = {
     f"{PACKAGE}.generation": {},
     f"{PACKAGE}.generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
@@ -32,7 +32,7 @@ ABSENT: dict[str, dict[str, Any]] = {
 
 
 def load(name: str) -> ModuleType:
-    """A module of transformers' tests. Skips the whole file that asks where there is no folder to load it from."""
+    """A module of transformers' tests. Without a folder to load it from, the calling test file is skipped."""
     if not (FOLDER / "test_modeling_common.py").exists():
         pytest.skip(f"{FOLDER} does not hold transformers' own tests: run `just mixins`", allow_module_level=True)
     if PACKAGE not in sys.modules:

@@ -1,5 +1,5 @@
 """
-GPT-OSS-Vision a second time: plain functions in fp64, written from the description of the model and from nothing else.
+A second implementation of GPT-OSS-Vision: plain functions in fp64, written from the description of the model alone.
 
 It shares no code with the package, and is slow and short on purpose. Shapes: b rows, s positions, h hidden,
 n query heads, g key-value heads, d head size, e experts, t = b * s tokens.
@@ -54,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotation(config: Config, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin `(s, d / 2)`, YaRN's factor on both included."""
+    """cos and sin `(s, d / 2)`, both multiplied by YaRN's attention factor."""
     rope = config.get("rope_parameters") or {**config["rope_scaling"], "rope_theta": config["rope_theta"]}
     dim, theta = config["head_dim"], rope["rope_theta"]
     half = torch.arange(dim // 2, dtype=torch.float64)

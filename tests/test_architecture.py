@@ -1,4 +1,4 @@
-"""Rules of the design that a reader would otherwise keep in mind: read from the source, with nothing heavy imported."""
+"""Rules of the design, checked in the source and the docs, without importing torch, transformers or Megatron."""
 
 import argparse
 import ast
@@ -28,7 +28,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 @dataclass(frozen=True)
 class Rule:
-    """What a package may import: modules of ours by prefix, and other packages (None: any direct dependency)."""
+    """The permitted imports of a package: our modules by prefix, and other packages (None: any direct dependency)."""
 
     ours: tuple[str, ...]
     others: frozenset[str] | None = None
@@ -93,7 +93,7 @@ RULES = {
     "bridge/__init__.py": Rule((), frozenset()),
 }
 UPSTREAM = {"bridge/mcore/upstream.py", *(f"bridge/mcore/cpu/{name}.py" for name in ("stand_ins", "runtime", "ranks"))}
-# Set on providers and mappings by Megatron-Bridge for their subclasses to read; its own do.
+# Attributes of providers and mappings that Megatron-Bridge sets, and that its own subclasses read.
 HANDED_DOWN = {"_pg_collection"}
 
 
@@ -112,7 +112,7 @@ def exists(module: str) -> bool:
 
 
 def imports_of(file: Path) -> Iterator[tuple[int, str]]:
-    """Line and name of each module that `file` imports: ours as «.bridge.ops», others as «torch.nn»."""
+    """Line and name of each module that `file` imports: ours as `.bridge.ops`, others as `torch.nn`."""
     package = file.parent.relative_to(ROOT).parts
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
@@ -148,7 +148,7 @@ def test_imports_go_one_way(file: Path):
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    """As they are loaded; an import within a function runs later."""
+    """At load time; an import within a function runs later."""
     graph = {}
     for file in SOURCES:
         module = "." + name_of(file).removesuffix(".py").removesuffix("__init__").replace("/", ".").strip(".")
@@ -217,7 +217,7 @@ def test_importing_the_package_loads_no_framework():
 
 @pytest.mark.parametrize("name", ["cli.py", "conversion/commands.py", "recipes/commands.py", "arguments.py"])
 def test_parsers_import_the_standard_library_alone(name: str):
-    """At module level: `--help` and a usage error answer within half a second."""
+    """At module level, so that `--help` and a usage error take less than half a second."""
     top = [node for node in tree_of(ROOT / name).body if isinstance(node, ast.Import | ast.ImportFrom)]
     lines = {node.lineno for node in top}
     modules = {module for line, module in imports_of(ROOT / name) if line in lines}
@@ -250,7 +250,7 @@ def is_private(name: str) -> bool:
 
 
 def names_from_megatron(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
-    """Line, imported name and name in the file of all that comes from Megatron."""
+    """Line, imported name and local name of each import from Megatron."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -285,7 +285,7 @@ def root_of(node: ast.expr) -> str:
 
 
 def inherited_touches(tree: ast.Module, bound: set[str]) -> Iterator[tuple[int, str]]:
-    """Uses of `self._name` in classes built on Megatron's that no class of the file defines."""
+    """Line and name of each `self._name` in subclasses of Megatron's classes that no class of the file defines."""
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     heirs: set[str] = set()
     for node in classes:  # in the order of the file, so a base comes before its heirs

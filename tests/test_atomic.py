@@ -124,7 +124,7 @@ KILLED_AT = {
 
 
 def dying(function: Callable, calls: int) -> Callable:
-    """The function, which kills the process instead of making the call of this number."""
+    """A wrapper of the function that kills the process in place of call number `calls`, from 0."""
     made = 0
 
     def call(*args: object, **options: object) -> object:
@@ -170,7 +170,7 @@ def test_a_folder_moved_aside_by_a_killed_call_is_back_when_the_next_one_refuses
     assert contents(tmp_path) == {"a/old": "old"}
 
 
-def test_a_second_call_leaves_the_temporary_folder_of_a_living_one_alone(tmp_path: Path):
+def test_a_second_call_leaves_the_temporary_folder_of_a_running_one_alone(tmp_path: Path):
     with atomic_folder(tmp_path / "a", overwrite=True) as first:
         (first / "file").write_text("first")
         replace(tmp_path / "a")

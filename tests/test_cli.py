@@ -1,4 +1,4 @@
-"""The command's manners: exit codes, one sentence for a failure, and nothing of the user's damaged."""
+"""The command line: exit codes, one sentence for a failure, and no damage to the user's files."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def failing(error: BaseException) -> Callable[[], int]:
 
 
 def failure(error: Exception, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the user reads when `error` ends a subcommand; checks that it exits 1."""
+    """The message on stderr when `error` ends a subcommand; asserts the exit code 1."""
     assert attempt(failing(error), debug=False) == 1
     return capsys.readouterr().err
 
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def earlier(tmp_path: Path) -> Path:
-    """A folder that an earlier run made, with a note of the user's own in it."""
+    """A folder that an earlier run made, with a note of the user in it."""
     out = tmp_path / "out"
     (out / "hf").mkdir(parents=True)
     for name in ("report.json", "note.txt", "hf/config.json"):
@@ -137,7 +137,7 @@ def test_overwrite_spares_a_folder_that_no_run_made(tmp_path: Path):
 
 @pytest.fixture
 def run_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the quickstart in a folder, with `work` in place of the work."""
+    """A function that runs the quickstart in a folder, with `work` in place of the training."""
 
     def run_in(out: Path, work: Callable[[Path], None] = lambda _: None, *, overwrite: bool = False) -> int:
         def run(folder: Path, _: object) -> dict[str, float]:
@@ -232,7 +232,7 @@ assert not {"torch", "numpy"} & sys.modules.keys()
 
 
 @pytest.mark.parametrize("kind", [UserError, OSError])
-def test_what_the_user_can_mend_is_its_message_alone(kind: type[Exception], capsys: pytest.CaptureFixture[str]):
+def test_a_user_error_prints_its_message_alone(kind: type[Exception], capsys: pytest.CaptureFixture[str]):
     assert failure(kind("2 images need 516 tokens;\n  make room"), capsys) == (
         "gpt-oss-vision: 2 images need 516 tokens; make room\n"
     )
@@ -251,7 +251,7 @@ def test_any_other_exception_is_called_a_bug(kind: type[Exception], capsys: pyte
     assert failure(kind("sinks"), capsys) == f"gpt-oss-vision: {bug}\n"
 
 
-def test_memory_that_ran_out_is_no_bug_and_comes_with_advice(capsys: pytest.CaptureFixture[str]):
+def test_out_of_memory_is_no_bug_and_comes_with_advice(capsys: pytest.CaptureFixture[str]):
     advice = "use fewer --jobs, a smaller --batch-size, --int8, or a machine with more"
     assert failure(MemoryError(), capsys) == f"gpt-oss-vision: out of host memory: no message; {advice}\n"
     gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -267,7 +267,7 @@ def test_debug_lets_the_traceback_through(error: Exception):
         attempt(failing(error), debug=True)
 
 
-def test_an_interrupt_is_no_failure_to_explain(capsys: pytest.CaptureFixture[str]):
+def test_an_interrupt_exits_with_130_and_no_explanation(capsys: pytest.CaptureFixture[str]):
     assert attempt(failing(KeyboardInterrupt()), debug=False) == 130
     assert capsys.readouterr().err == "gpt-oss-vision: interrupted\n"
 

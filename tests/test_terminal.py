@@ -1,4 +1,4 @@
-"""What a run shows and what goes to its log."""
+"""The output of a run on the terminal and in its log."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from gpt_oss_vision import terminal
 from gpt_oss_vision.terminal import Progress, quiet
 
 
-def test_what_others_write_goes_to_the_log_and_what_we_show_to_the_terminal(tmp_path: Path):
+def test_output_of_libraries_goes_to_the_log_and_ours_to_the_terminal(tmp_path: Path):
     reader, writer = os.pipe()
     saved = os.dup(1)
     os.dup2(writer, 1)
@@ -31,7 +31,7 @@ def test_what_others_write_goes_to_the_log_and_what_we_show_to_the_terminal(tmp_
 
 
 def shown_in_a_log(monkeypatch: pytest.MonkeyPatch, total: int, *, in_bytes: bool = False) -> tuple[Progress, StringIO]:
-    """A progress with a clock that stands still, and what it prints."""
+    """A progress display with a stopped clock, and its output."""
     monkeypatch.setattr(terminal.time, "monotonic", lambda: 0.0)
     shown = StringIO()
     return Progress("Task", total, Console(file=shown), in_bytes=in_bytes), shown
@@ -69,7 +69,7 @@ def test_bytes_are_shown_with_their_rate_and_without_those_of_an_earlier_run(mon
     ]
 
 
-def test_a_bar_leaves_what_an_earlier_run_has_done_out_of_its_rate():
+def test_the_rate_of_a_bar_excludes_the_bytes_of_an_earlier_run():
     with Progress("Task", 10**10, Console(file=StringIO(), force_terminal=True), in_bytes=True) as progress:
         progress.skip(4 * 10**9)
         (task,) = progress._bar.tasks

@@ -1,4 +1,4 @@
-"""The columns of the weight map: what the transformers model says of its own parameters, and Megatron's names."""
+"""The columns of the weight map agree with the transformers model's own tables, for the names of both formats."""
 
 import re
 

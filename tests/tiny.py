@@ -1,4 +1,4 @@
-"""Tiny configurations, models and batches with every feature switched on, for the tests of all rooms."""
+"""Tiny configurations, models and batches with every feature switched on, for the tests of all packages."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ def tiny_config(**overrides: Any) -> GPTOSSVisionConfig:
     """
     Four layers that differ in window and rotation, four experts, a two-layer ViT with six tokens an image.
 
-    Nothing is square that is not square by nature: hidden 32, experts 48, heads 4 x 16, groups 2, vision 16.
-    YaRN starts at 32 positions and the window is 8, so a sequence of 40 is past both.
+    Of the matrices, only `k_proj`, `v_proj` and the tower's attention are square: hidden 32, experts 48, heads 4 x 16,
+    groups 2, vision 16. YaRN starts at 32 positions and the window is 8, so a sequence of 40 is past both.
     """
     fields: dict[str, Any] = {
         "vocab_size": 256,
@@ -69,7 +69,7 @@ def tiny_vision_config(model_type: str = "vit", **overrides: Any) -> dict[str, A
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     """
-    Fills every parameter in place with values under which no part can be dropped unnoticed: norms away from 1,
+    Fill every parameter in place with values for which every part of the model changes the output: norms away from 1,
     biases and vision bias away from 0, sinks from -5 to +20, experts that reach their clamps.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -143,7 +143,7 @@ def tiny_processor(config: GPTOSSVisionConfig | None = None) -> GPTOSSVisionProc
 
 
 def tiny_checkpoint(folder: Path, **overrides: Any) -> Path:
-    """Saves the `tiny_model` for the `tiny_processor` to a folder, with both; the same folder comes back."""
+    """Save a `tiny_model` that fits the `tiny_processor`, and that processor, to a folder; return the folder."""
     processor = tiny_processor()
     fields = {"vocab_size": len(processor.tokenizer), "image_token_id": processor.image_token_id}
     model = tiny_model(tiny_config(**(fields | overrides)))

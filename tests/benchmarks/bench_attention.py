@@ -2,8 +2,8 @@
 
     uv run python tests/benchmarks/bench_attention.py [--tokens 2048] [--window 128] [--repeats 5] [--threads 1]
 
-The floor is the time that the products of visible queries and keys alone would take, seven of them forward and backward
-(the backward computes the logits again), at the speed of a dense matrix product of the same type, measured in between.
+The floor is the time of the seven matrix products over visible query-key pairs, forward and backward (the backward pass
+computes the logits again), at the measured speed of a dense matrix product of the same dtype.
 """
 
 import argparse
@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def inputs(tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Query, key, value as a model hands them over, `[b, s, h, d]` transposed, and sinks."""
+    """Query, key and value in the layout of a model, `[b, s, h, d]` transposed to `[b, h, s, d]`, and sinks."""
     shapes = [(1, tokens, heads, SIZE) for heads in (HEADS, GROUPS, GROUPS)]
     tensors = [torch.randn(shape).to(dtype).transpose(1, 2).requires_grad_() for shape in shapes]
     return [*tensors, (2 * torch.randn(HEADS)).to(dtype).requires_grad_()]
@@ -39,7 +39,7 @@ def fused(tensors: list[torch.Tensor], window: int | None) -> torch.Tensor:
 
 
 def eager_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What transformers hands to eager; in a model it is built once for all layers, so it is not timed."""
+    """The mask that eager attention gets from transformers; models build it once for all layers, so it is not timed."""
     return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[None, None]
 
 
@@ -57,7 +57,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def matrix_product(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    """2 * 2048 ** 3 operations."""
+    """A matrix product of 2 * 2048 ** 3 floating-point operations."""
     left, right = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
     return lambda: left @ right
 
@@ -76,7 +76,7 @@ def compare(name: str, tokens: int, window: int | None, repeats: int) -> None:
     }
     check(step(lambda: fused(tensors, window), tensors, grad_output), runs["eager"](), dtype)
     times: dict[str, list[float]] = {run: [] for run in runs}
-    for _ in range(repeats):  # eager, fused, product, eager, fused, …: a slow minute slows all three
+    for _ in range(repeats):  # in turns, so that a slow minute of the machine affects all three
         for run, function in runs.items():
             times[run].append(seconds(function))
     peer, ours, product = (statistics.median(times[run]) for run in runs)
@@ -90,7 +90,7 @@ def compare(name: str, tokens: int, window: int | None, repeats: int) -> None:
 
 
 def check(found: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> None:
-    """A fast wrong answer is not worth timing."""
+    """Assert that outputs and gradients agree within the rounding of the dtype."""
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     for ours, theirs in zip(found, expected, strict=True):
         error = (ours.float() - theirs.float()).norm() / theirs.float().norm()

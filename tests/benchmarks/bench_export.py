@@ -1,10 +1,10 @@
-"""How fast a Megatron checkpoint is exported and verified, beside what the disk gives.
+"""Time the export and the verification of a Megatron checkpoint, against the speed of the disk.
 
     uv run python tests/benchmarks/bench_import.py 20b megatron --keep        (once; see there)
     uv run python tests/benchmarks/bench_export.py megatron out [--dtype mxfp4] [--jobs 4] [--hf 20b] [--keep]
 
-The limit is the same reads and writes with nothing computed in between, by as many threads, on the same files: before
-and after the export. Memory is RssAnon summed over all processes, looked at every 50 ms. With ``--hf``, the output is
+The limit is the same reads and writes of the same files by as many threads, without computation, measured before and
+after the export. Memory is RssAnon, summed over all processes and sampled every 50 ms. With ``--hf``, the output is
 compared with the safetensors that the Megatron checkpoint was imported from.
 """
 
@@ -22,13 +22,13 @@ from gpt_oss_vision.conversion.formats.torch_dist_reader import open_checkpoint
 
 
 def reads_of(export: Export) -> list[tuple[Path, int, int]]:
-    """File, offset and bytes of every chunk."""
+    """File, offset and length of every chunk."""
     stored = {parameter.key: export.checkpoint.tensors[parameter.key] for parameter in export.parameters}
     return [(chunk.file, chunk.position, chunk.length) for tensor in stored.values() for chunk in tensor.chunks]
 
 
 def same_tensors(ours: Path, theirs: Path) -> str:
-    """How many tensors have the same bytes."""
+    """Count the tensors with the same bytes; return a sentence for the report."""
     mine, other = read_index(ours), read_index(theirs)
     same = 0
     for name in mine.keys() & other.keys():

@@ -1,15 +1,15 @@
-"""How fast a Hugging Face checkpoint is imported, beside what the disk gives and what Megatron-Bridge's functions take.
+"""Time the import of a Hugging Face checkpoint, against the speed of the disk and Megatron-Bridge's own functions.
 
     uv run python tests/benchmarks/make_20b.py 20b                            (once; with --layers 2 for a small disk)
     uv run python tests/benchmarks/bench_import.py 20b out [--jobs 4] [--keep]
 
-The limit is the same reads and writes with nothing computed in between, by as many threads, on the same files: before
-and after the import. The page cache holds none of the source in all three. Memory is RssAnon summed over all processes
-of the import, looked at every 50 ms.
+The limit is the same reads and writes of the same files by as many threads, without computation, measured before and
+after the import. The page cache holds none of the source in all three. Memory is RssAnon, summed over all processes of
+the import and sampled every 50 ms.
 
-One layer's experts are also read and laid out in memory on one core, out of the page cache: by the import's threads, as
-many times as the model has layers, and by Megatron-Bridge's functions in its order. Each has two turns, and the better
-one counts. Seconds per layer, multiplied, are an estimate for 20B and 120B, labelled so.
+The experts of one layer are also read from the page cache and converted in memory on one core: by the import's threads,
+once per layer of the model, and by Megatron-Bridge's functions in its order. The better of two runs counts. The numbers
+for 20B and 120B are the seconds per layer, multiplied, and are labelled as estimates.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MOST_SCRATCH = 4 * 10**9
 
 
 def convert_and_watch(*words: object) -> tuple[float, int]:
-    """Seconds of a conversion by the command, all imports included, and the most RssAnon of its processes, in bytes."""
+    """Run `convert`; return its seconds, with all imports, and the peak RssAnon of its processes in bytes."""
     begun, peak = time.perf_counter(), 0
     process = subprocess.Popen([sys.executable, "-m", "gpt_oss_vision.cli", "convert", *map(str, words)])
     while process.poll() is None:
@@ -52,7 +52,7 @@ def convert_and_watch(*words: object) -> tuple[float, int]:
 
 
 def family(pid: int) -> Iterator[int]:
-    """A process and all that descend from it."""
+    """The ids of a process and of all its descendants."""
     yield pid
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -74,12 +74,12 @@ def anonymous_memory(pid: int) -> int:
 def copy_seconds(reads: Iterable[tuple[Path, int, int]], total: int, scratch: Path, jobs: int) -> float:
     """Seconds for a conversion's reads and writes alone, in steps, each piece by one thread.
 
-    Where the output is larger than `MOST_SCRATCH`, the scratch file is written over again.
+    If the output is larger than `MOST_SCRATCH`, the scratch file is overwritten repeatedly.
 
     Args:
-        reads: file, offset and bytes of every piece.
+        reads: file, offset and length of every piece.
         total: bytes that are written.
-        scratch: a name beside which there is room.
+        scratch: a path; the scratch file is made in its parent folder.
         jobs: threads.
     """
     size = min(total, MOST_SCRATCH) // STEP * STEP
@@ -109,7 +109,7 @@ def copy_seconds(reads: Iterable[tuple[Path, int, int]], total: int, scratch: Pa
 
 
 def forget(files: Iterable[Path]) -> None:
-    """Take files out of the page cache."""
+    """Drop files from the page cache."""
     for file in files:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -117,7 +117,7 @@ def forget(files: Iterable[Path]) -> None:
 
 
 def remember(tensors: Iterable[TensorInfo]) -> None:
-    """Take tensors into the page cache."""
+    """Read tensors into the page cache."""
     for tensor in tensors:
         with tensor.file.open("rb") as stream:
             os.pread(stream.fileno(), tensor.nbytes, tensor.offset)
@@ -144,21 +144,21 @@ def our_layer(plan: ConversionPlan, layers: int, jobs: int) -> float:
 
 
 class Nowhere(dict):
-    """Files whose bytes are dropped."""
+    """Output files that drop all bytes."""
 
     def __missing__(self, name: str) -> "Nowhere":
         return self
 
     def write(self, *_: object) -> None:
-        """Drop."""
+        """Drop the bytes."""
 
     def values(self) -> list:
-        """None is open."""
+        """No file is open."""
         return []
 
 
 def bridge_layer(hf: Path, experts: int) -> float:
-    """Seconds of the same by Megatron-Bridge's own functions: a tensor of all experts, then expert by expert."""
+    """Seconds for the same layer by Megatron-Bridge's own functions: dequantise all experts, then copy one by one."""
     from gpt_oss_vision.bridge import plugin  # noqa: F401
 
     # isort: split

@@ -1,10 +1,10 @@
-"""How fast MXFP4 experts are dequantised and quantised, beside Megatron-Bridge, transformers and a plain copy.
+"""Time the dequantising and quantising of MXFP4, against Megatron-Bridge, transformers and a plain copy.
 
     uv run python tests/benchmarks/bench_mxfp4.py [--experts 4] [--rounds 5] [--threads 1]
 
-The tensors are `gate_up_proj` of gpt-oss-20b's real shape. All contenders run in turns in one process, once a round;
-printed are medians. That all dequantise to the same bits is asserted first. The floors are copies of the unpacked
-values: into memory in use, and into new memory, which the kernel hands out page by page.
+The tensors have the shape of gpt-oss-20b's `gate_up_proj`. All contenders run in turns in one process, once per round;
+medians are printed. First it is asserted that all dequantise to the same bits. The floors are copies of the unpacked
+values: into memory in use, and into new memory, which the kernel allocates page by page.
 """
 
 import argparse
@@ -22,7 +22,7 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time: what it is called, what it does, and whether it is one that ours are compared with."""
+    """A function to time; `is_peer` marks those of other projects, which ours are compared with."""
 
     name: str
     run: Callable[[], object]
@@ -30,7 +30,7 @@ class Contender:
 
 
 def dequantisers(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[list[Contender], torch.Tensor]:
-    """Everything that dequantises `blocks`, checked to give the same bits, and the values."""
+    """All functions that dequantise `blocks`, checked to give the same bits, and the values."""
     from megatron.bridge.models.conversion.quantization_utils import dequantize_mxfp4
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -66,7 +66,7 @@ def dequantisers(blocks: torch.Tensor, scales: torch.Tensor) -> tuple[list[Conte
 
 
 def quantisers(values: torch.Tensor) -> list[Contender]:
-    """Everything that quantises; Megatron-Bridge's scales and rounds by another rule, so bits are not compared."""
+    """All functions that quantise; Megatron-Bridge scales and rounds by another rule, so bits are not compared."""
     from megatron.bridge.models.conversion.quantization_utils import quantize_mxfp4_e2m1_like_scale
 
     from gpt_oss_vision.bridge.ops.mxfp4 import Quantizer, dequantize, quantize
@@ -83,7 +83,7 @@ def quantisers(values: torch.Tensor) -> list[Contender]:
 
 
 def measure(contenders: list[Contender], rounds: int) -> dict[str, float]:
-    """Median seconds by name; each runs once before, and then once a round."""
+    """Median seconds by name, over one run per round, after one warm-up run."""
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for _ in range(rounds + 1):
         for contender in contenders:
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    logging.disable(logging.INFO)  # Megatron-Bridge tells at length which of its optional packages are missing
+    logging.disable(logging.INFO)  # Megatron-Bridge logs each of its optional packages that is missing
 
     from gpt_oss_vision.bridge import mcore  # lets Megatron-Bridge be imported without Transformer Engine
 

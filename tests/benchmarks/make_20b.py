@@ -1,11 +1,11 @@
-"""Write a synthetic gpt-oss-20b with a ViT-L/14: real names, shapes and number types, random but finite numbers.
+"""Write a synthetic gpt-oss-20b with a ViT-L/14: real names, shapes and dtypes, random finite values.
 
     uv run python tests/benchmarks/make_20b.py FOLDER [--layers 24]
 
 13.8 GB and the tower's 0.6 GB; less with fewer layers.
 
-The experts are MXFP4, as gpt-oss ships them, with scales that the OCP rule would give: quantising the dequantised
-numbers returns the same bytes.
+The experts are in MXFP4, as in gpt-oss, with the scales that the OCP rule gives: quantising the dequantised values
+returns the same bytes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from gpt_oss_vision.terminal import Progress
 
 
 def config_20b(layers: int = 24, experts: int = 32) -> GPTOSSVisionConfig:
-    """The shape of gpt-oss-20b, or of a piece of it; 36 layers and 128 experts are the 120b."""
+    """The config of gpt-oss-20b, or of a smaller one; 36 layers and 128 experts give the 120b."""
     return GPTOSSVisionConfig(
         num_hidden_layers=layers,
         num_local_experts=experts,
@@ -51,7 +51,7 @@ def tensors_of(config: GPTOSSVisionConfig) -> list[TensorSpec]:
 
 
 def random_bytes(tensor: TensorSpec, nbytes: int, generator: np.random.Generator) -> np.ndarray:
-    """Bytes of finite numbers; a block of MXFP4 has a largest value of 4 or 6, so that its scale is the rule's."""
+    """Bytes of finite values; the largest value of an MXFP4 block is 4 or 6, so that its scale follows the rule."""
     raw = np.frombuffer(generator.bytes(nbytes), dtype=np.uint8).copy()
     if tensor.name.endswith(MXFP4_PARTS[0]):
         raw[::16] |= 0x06
@@ -67,7 +67,7 @@ def random_bytes(tensor: TensorSpec, nbytes: int, generator: np.random.Generator
 
 
 def task_of(tensor: TensorSpec, plan: ShardPlan) -> Task:
-    """Writing one tensor, in steps."""
+    """The task that writes one tensor, in steps."""
     place = plan.places[tensor.name]
 
     def run(worker: Worker) -> None:
@@ -81,7 +81,7 @@ def task_of(tensor: TensorSpec, plan: ShardPlan) -> Task:
 
 
 def make(folder: Path, config: GPTOSSVisionConfig, **options: Any) -> int:
-    """Write a checkpoint of a config; the bytes of its weights."""
+    """Write a checkpoint of a config; return the size of its weights in bytes."""
     tensors = tensors_of(config)
     plan = plan_shards(tensors)
     tasks = plan.header_tasks() + [task_of(tensor, plan) for tensor in tensors]

@@ -194,7 +194,7 @@ def test_layers_beyond_the_config_are_found_under_every_prefix(kind: str, tmp_pa
         assemble(tmp_path / "text", tmp_path / "vision", tmp_path / "out", image_token_id=3)
 
 
-def test_a_clip_that_says_nothing_of_its_tower_is_refused(tmp_path: Path):
+def test_a_clip_config_without_a_tower_is_refused(tmp_path: Path):
     save_text(tmp_path / "text")
     towers()["CLIP"].save_pretrained(tmp_path / "vision")
     file = tmp_path / "vision" / "config.json"
@@ -204,7 +204,7 @@ def test_a_clip_that_says_nothing_of_its_tower_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("spoil", "sentence"), BROKEN.values(), ids=BROKEN)
-def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, tmp_path: Path):
+def test_broken_input_is_refused_with_the_reason_and_leaves_nothing(spoil, sentence: str, tmp_path: Path):
     save_text(tmp_path / "text")
     towers()["ViT"].save_pretrained(tmp_path / "vision")
     spoil(tmp_path / "vision")
@@ -213,7 +213,7 @@ def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, t
     assert {path.name for path in tmp_path.iterdir()} <= {"text", "vision"}
 
 
-def test_a_text_that_has_vision_already_is_refused(tmp_path: Path):
+def test_a_text_checkpoint_that_has_vision_already_is_refused(tmp_path: Path):
     save_text(tmp_path / "text")
     towers()["ViT"].save_pretrained(tmp_path / "vision")
     assemble(tmp_path / "text", tmp_path / "vision", tmp_path / "first", image_token_id=3)

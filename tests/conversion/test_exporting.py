@@ -1,4 +1,4 @@
-"""Streamed export: what AutoBridge gives, from any layout that training saves, in every precision, for every reader."""
+"""Streamed export: equal to AutoBridge's, from any layout, in every precision, readable by transformers alone."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def registered():
 
 
 def there_and_back(folder: Path, export_as: str, **fields: object) -> Path:
-    """`hf`, imported as `megatron`, exported as `back`."""
+    """Save a checkpoint as `hf`, import it as `megatron`, export that as `back`."""
     save_pair(folder, **fields)
     export_checkpoint(folder / "megatron", folder / "back", dtype=export_as)
     return folder
@@ -90,7 +90,7 @@ def test_mxfp4_becomes_bf16_and_mxfp4_again_with_the_same_bytes(sizes: dict, tmp
 def test_mxfp4_with_other_scales_than_the_rule_gives_keeps_its_values(tmp_path: Path):
     def use_small_values_only(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if name.endswith("_blocks")]:
-            tensors[name] &= 0xBB  # no exponent of 2 or more, so the rule would choose smaller scales
+            tensors[name] &= 0xBB  # values up to 1.5 only, so the rule would choose smaller scales
 
     change(save_tiny(tmp_path / "hf", **OBLONG, dtype=torch.bfloat16, packed=True), use_small_values_only)
     import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
@@ -126,7 +126,7 @@ def test_bf16_becomes_the_mxfp4_of_the_rule_and_the_rest_stays(tmp_path: Path):
 
 @dataclass(frozen=True)
 class Training:
-    """How the quickstart is trained."""
+    """Settings of a training run on the quickstart's data."""
 
     layout: Layout
     precision: str = "fp32"
@@ -174,7 +174,7 @@ def export_by_bridge(like: Path, megatron: Path, hf: Path) -> None:
 
 
 @pytest.mark.parametrize("training", TRAININGS.values(), ids=TRAININGS)
-def test_what_training_saved_at_a_layout_is_exported_as_by_autobridge(training: Training, start: Path, tmp_path: Path):
+def test_a_checkpoint_of_any_layout_is_exported_as_by_autobridge(training: Training, start: Path, tmp_path: Path):
     saved = tmp_path / "megatron"
     cpu.run_ranks(training.layout.world_size, train_as, training, start, saved)
     export_checkpoint(saved, tmp_path / "ours", dtype=training.precision)
@@ -184,7 +184,7 @@ def test_what_training_saved_at_a_layout_is_exported_as_by_autobridge(training: 
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype, name
         assert torch.equal(ours[name], tensor), name
-    assert any(not torch.equal(tensor.float(), before[name]) for name, tensor in ours.items())  # training did something
+    assert any(not torch.equal(tensor.float(), before[name]) for name, tensor in ours.items())  # it has been trained
     assert verify(tmp_path / "ours", saved)["agrees"]
 
 
@@ -208,7 +208,7 @@ with torch.no_grad():
 
 
 def logits_elsewhere(folder: Path, tokens: torch.Tensor, tmp_path: Path, *, trusted: bool) -> torch.Tensor:
-    """What a fresh process makes of a checkpoint, in fp32."""
+    """The fp32 logits of a checkpoint, computed in a fresh process."""
     torch.save(tokens, tmp_path / "tokens.pt")
     words = [str(folder), "trusted" if trusted else "", str(tmp_path / "tokens.pt"), str(tmp_path / "logits.pt")]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -248,14 +248,14 @@ def test_text_only_is_a_stock_gpt_oss_with_every_key_in_place(tmp_path: Path):
         assert torch.equal(stock.eval()(tokens).logits, whole.eval()(tokens).logits)
 
 
-def test_text_only_of_what_gpt_oss_cannot_express_is_refused(tmp_path: Path):
+def test_text_only_is_refused_if_gpt_oss_cannot_express_the_model(tmp_path: Path):
     import_checkpoint(save_tiny(tmp_path / "hf", use_nope=True, nope_stride=2), tmp_path / "megatron")
     with pytest.raises(ValueError, match="Layers 1, 3 have no rotation"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "text", text_only=True)
     assert not list(tmp_path.glob("text*"))
 
 
-# --- its manners -------------------------------------------------------------------------------------------------
+# --- files, errors and interruptions ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def test_import_export_and_verify_give_a_parameter_the_same_hash(megatron: Path,
         assert entry["xxh3_128"] == exported[name]["xxh3_128"] == verified[name]["xxh3_128"]
 
 
-def test_a_dry_run_writes_nothing_and_says_how_much(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_dry_run_writes_nothing_and_reports_sizes(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan = export_checkpoint(megatron, tmp_path / "out", dry_run=True)
     assert list(tmp_path.iterdir()) == []
     taken = memory_taken(monkeypatch)
@@ -343,7 +343,7 @@ def test_a_nan_is_reported_in_bf16_and_refused_in_mxfp4(megatron: Path, tmp_path
     )
 
 
-def test_a_checkpoint_that_keeps_no_config_asks_for_one(megatron: Path, tmp_path: Path):
+def test_a_checkpoint_that_keeps_no_config_needs_one_from_hf(megatron: Path, tmp_path: Path):
     bare = shutil.copytree(megatron, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer"))
     with pytest.raises(FileNotFoundError, match="name the Hugging Face checkpoint it came from with --hf"):
         export_checkpoint(bare, tmp_path / "out")
@@ -376,8 +376,8 @@ def test_two_at_once_do_not_harm_each_other(megatron: Path, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
 
 
-def test_settings_of_generation_that_contradict_are_kept_as_they_are(megatron: Path, tmp_path: Path):
-    """As fine-tuned checkpoints have them; transformers reads them, and would not write them."""
+def test_contradictory_generation_settings_are_kept_as_they_are(megatron: Path, tmp_path: Path):
+    """Fine-tuned checkpoints have such settings; transformers reads them, but refuses to write them."""
     copy = shutil.copytree(megatron, tmp_path / "copy")
     settings = copy / "iter_0000000" / "tokenizer" / "generation_config.json"
     settings.write_text(json.dumps({"do_sample": False, "temperature": 0.7}))

@@ -1,4 +1,4 @@
-"""Failures of an import: each has a sentence, does no harm and can be continued."""
+"""Failures of an import: each is explained in a sentence, damages nothing, and the next call continues."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def undisturbed(hf: Path, out: Path) -> dict[str, bytes]:
-    """The files that an import writes when nothing goes wrong; they are removed again."""
+    """The files of an import without a failure; they are removed again."""
     import_checkpoint(hf, out)
     files = files_of(out)
     shutil.rmtree(out)
@@ -150,7 +150,7 @@ def flip(file: Path, byte: int) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "sentence"), BROKEN.values(), ids=BROKEN)
-def test_broken_input_gets_a_sentence_and_leaves_nothing(spoil, sentence: str, hf: Path, tmp_path: Path):
+def test_broken_input_is_refused_in_one_sentence_and_leaves_nothing(spoil, sentence: str, hf: Path, tmp_path: Path):
     """A dry run ends right after the checks, so it shows that they come before anything is written."""
     shutil.copytree(hf, tmp_path / "hf")
     spoil(tmp_path / "hf")
@@ -187,7 +187,7 @@ def test_a_write_that_fails_half_way_is_continued_from_what_is_on_the_disk(
 
 
 def test_two_at_once_do_not_harm_each_other(hf: Path, tmp_path: Path):
-    """The second is refused while the first runs; the first goes on to the right bytes."""
+    """The second is refused while the first runs; the first completes with the right bytes."""
     out = tmp_path / "out"
     expected = undisturbed(hf, out)
     begun, go_on = threading.Event(), threading.Event()

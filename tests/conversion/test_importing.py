@@ -1,4 +1,4 @@
-"""Streamed import: to the bit what AutoBridge and Megatron's own save give, and loaded by whatever loads theirs."""
+"""Streamed import: bit for bit the checkpoint that AutoBridge and Megatron save, and loaded in the same ways."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_it_writes_the_tensors_that_autobridge_writes(fields: dict, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One checkpoint, as `hf`, and imported, as `ours` and `theirs`."""
+    """One checkpoint, `hf`, imported by us as `ours` and by AutoBridge as `theirs`."""
     folder = tmp_path_factory.mktemp("both")
     save_tiny(folder / "hf")
     import_checkpoint(folder / "hf", folder / "ours")
@@ -81,7 +81,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_writes_the_files_that_autobridge_writes(both: Path):
-    """But for the numbering of the data files."""
+    """Except for the data files, which are numbered in another way."""
     ours, theirs = files_of(both / "ours"), files_of(both / "theirs")
     assert {name for name in theirs if not name.endswith(".distcp")} <= ours.keys()
     for name in ("latest_checkpointed_iteration.txt", "iter_0000000/metadata.json", "latest_train_state.pt"):
@@ -89,7 +89,7 @@ def test_it_writes_the_files_that_autobridge_writes(both: Path):
 
 
 def test_it_writes_the_configuration_that_autobridge_writes(both: Path):
-    """But for the path, and for where the weights of a model that is built from it begin."""
+    """Except for the path, `save`, and for `use_cpu_initialization`, the place where new weights are initialised."""
     differing = {"save", "use_cpu_initialization"}
 
     def lines(name: str) -> list[str]:
@@ -117,7 +117,7 @@ def test_it_holds_every_object_that_megatron_keeps_and_those_of_transformer_engi
 
 
 def weights_at(path: Path, hf: Path, layout: Layout) -> dict[str, torch.Tensor]:
-    """What a model that is loaded at a layout holds, under transformers' names."""
+    """The weights of a model that is loaded at a layout, under transformers' names."""
     from megatron.bridge import AutoBridge
     from megatron.core import parallel_state
 
@@ -250,7 +250,7 @@ def test_the_hash_is_that_of_the_tensors_bytes(both: Path):
     assert found["hf"] == ["model.layers.2.mlp.experts.gate_up_proj"]
 
 
-def test_a_dry_run_writes_nothing_and_says_how_much(both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_dry_run_writes_nothing_and_reports_sizes(both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan = import_checkpoint(both / "hf", tmp_path / "out", dry_run=True)
     written = files_of(both / "ours")
     assert plan["bytes_written"] == sum(len(data) for name, data in written.items() if name.endswith(".distcp"))
@@ -262,7 +262,7 @@ def test_a_dry_run_writes_nothing_and_says_how_much(both: Path, tmp_path: Path, 
 
 
 def losses(out: Path, start: Path, checkpoint: Path) -> list[float]:
-    """Of two steps of training at TP2·EP2 from an imported checkpoint, as the last rank sees them."""
+    """The losses of two training steps at TP2·EP2 from an imported checkpoint, on the last rank."""
     from gpt_oss_vision.recipes.quickstart.digits import write_digits
     from gpt_oss_vision.recipes.quickstart.run import fine_tune
     from gpt_oss_vision.recipes.quickstart.settings import Settings

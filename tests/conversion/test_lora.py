@@ -1,4 +1,4 @@
-"""Adapters that Megatron-Bridge's own LoRA has trained: as PEFT's, and merged, they give the same logits."""
+"""Adapters that are trained with Megatron-Bridge's LoRA: exported for PEFT, or merged, they give the same logits."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ LAST = "iter_0000003"
 
 @dataclass(frozen=True)
 class Kind:
-    """What is adapted, and how; on two ranks, attention is split and each has half of the experts, or of each."""
+    """The settings of a LoRA. On two ranks, attention is sharded, and each has half of the experts, or half of each."""
 
     targets: list[str]
     ranks: int = 1
@@ -42,7 +42,7 @@ class Kind:
     options: dict[str, Any] = field(default_factory=dict)
 
     def lora(self):
-        """Megatron-Bridge's own."""
+        """Megatron-Bridge's LoRA with these settings."""
         from megatron.bridge.peft.lora import LoRA
 
         return LoRA(target_modules=self.targets, dim=4, alpha=12, **self.options)
@@ -62,7 +62,7 @@ def train_lora(start: Path, out: Path, kind: Kind) -> None:
     sizes = (1, kind.ranks) if kind.splits_experts else (kind.ranks, 1)
     config.model.expert_model_parallel_size, config.model.expert_tensor_parallel_size = sizes
     config.peft = kind.lora()
-    config.optimizer.lr = config.optimizer.min_lr = 0.03  # so that three steps leave something to see
+    config.optimizer.lr = config.optimizer.min_lr = 0.03  # large, so that three steps change the logits
     config.checkpoint.pretrained_checkpoint, config.checkpoint.save = str(start / "megatron"), str(out)
     train(config)
 
@@ -105,7 +105,7 @@ def test_an_adapter_by_peft_and_merged_weights_give_the_same_logits(adapter: Pat
 
 
 def megatron_logits(start: Path, adapter: Path, kind: Kind, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What Megatron itself computes with the adapters in place, not merged."""
+    """The logits of the Megatron model with the adapters in place, not merged."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.peft.utils import load_peft_adapter_checkpoint
 
@@ -138,7 +138,7 @@ def test_a_base_in_half_precision_is_merged_in_full(adapter: Path, start: Path, 
     assert all(torch.equal(half[name], full[name].to(half[name].dtype)) for name in full)
 
 
-def test_a_base_that_has_moved_is_asked_for(adapter: Path, start: Path, tmp_path: Path):
+def test_a_moved_base_must_be_named(adapter: Path, start: Path, tmp_path: Path):
     moved = shutil.copytree(adapter, tmp_path / "adapter")
     file = moved / "iter_0000003" / "run_config.yaml"
     file.write_text(file.read_text().replace(str(start / "megatron"), "/nowhere"))
@@ -162,7 +162,7 @@ def without_the_work_around_for_classes(start: Path, out: Path) -> None:
 
 @pytest.mark.upstream
 def test_megatron_bridge_still_takes_transformer_engine_for_present(start: Path, tmp_path: Path):
-    """When this fails, the line about ``HAVE_TE`` in `upstream.apply` can go."""
+    """When this fails, the line about ``HAVE_TE`` in `upstream.apply` can be removed."""
     if upstream.HAVE_TE:
         pytest.skip("Transformer Engine is installed")
     with pytest.raises(TypeError, match="isinstance"):
@@ -178,7 +178,7 @@ def without_the_work_around_for_experts(start: Path, out: Path) -> None:
 
 @pytest.mark.upstream
 def test_megatron_bridge_still_refuses_to_adapt_experts_that_are_not_its_own(start: Path, tmp_path: Path):
-    """When this fails, `upstream._adapter_attributes_with_our_experts` can go."""
+    """When this fails, `upstream._adapter_attributes_with_our_experts` can be removed."""
     with pytest.raises(NotImplementedError, match="Layer type is unrecognized for LoRA"):
         cpu.run_ranks(1, without_the_work_around_for_experts, start, tmp_path / "out")
 
@@ -255,7 +255,7 @@ def test_settings_that_cannot_be_used_are_named(edit, said: str, everything: Pat
     [lambda config: config.pop("checkpoint"), lambda config: config["checkpoint"].update(pretrained_checkpoint=None)],
     ids=["no settings", "null"],
 )
-def test_only_a_merge_asks_for_a_base_that_is_not_named(edit, everything: Path, start: Path, tmp_path: Path):
+def test_a_base_must_be_named_for_a_merge_only(edit, everything: Path, start: Path, tmp_path: Path):
     unnamed = with_settings(everything, tmp_path / "unnamed", edit)
     with pytest.raises(FileNotFoundError, match="does not say which weights these are for; name them with --base"):
         export_checkpoint(unnamed, tmp_path / "out")
@@ -309,7 +309,7 @@ def test_adapters_that_do_not_fit_are_listed_and_nothing_is_left(edit, said: str
     assert not list(tmp_path.glob("out*"))
 
 
-def test_the_report_tells_of_the_merged_numbers(everything: Path, start: Path, tmp_path: Path):
+def test_the_report_describes_the_merged_weights(everything: Path, start: Path, tmp_path: Path):
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{QKV}.linear_out.weight"][1, 3, 0] = torch.nan
 
@@ -358,7 +358,7 @@ def test_an_export_for_peft_that_is_killed_is_continued_to_the_same_bytes(
     everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     many_small_tasks(monkeypatch)
-    import peft  # noqa: F401 - so that the forks need not
+    import peft  # noqa: F401 - once, and not in every fork
 
     assert survives_kills(lambda: export_adapters(everything, tmp_path / "out"), tmp_path / "out") > 5
 

@@ -1,6 +1,6 @@
-"""`run_config.yaml` without Megatron: key by key, and byte by byte, what Megatron-Bridge writes for the same config.
+"""`run_config.yaml`, written without Megatron: byte for byte the file of Megatron-Bridge for the same config.
 
-Called as a script, it writes the defaults anew (`just run-config-defaults`).
+Run as a script, this file writes the defaults again (`just run-config-defaults`).
 """
 
 import subprocess
@@ -34,7 +34,7 @@ CONFIGS = {
 
 
 def bridge_text(config: GPTOSSVisionConfig, dtype: torch.dtype) -> str:
-    """What Megatron-Bridge writes into `run_config.yaml` when `AutoBridge.import_ckpt` saves a model alone."""
+    """The `run_config.yaml` that Megatron-Bridge writes when `AutoBridge.import_ckpt` saves a model alone."""
     from gpt_oss_vision.bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable
 
     # isort: split
@@ -66,7 +66,7 @@ def bridge_text(config: GPTOSSVisionConfig, dtype: torch.dtype) -> str:
 
 
 def defaults() -> str:
-    """What of that does not depend on the model."""
+    """The part of `bridge_text` that does not depend on the model."""
     config = tiny_config(**PLAIN)
     found = yaml.safe_load(bridge_text(config, torch.float32))
     for name in (*megatron_metadata._model_fields(config, torch.float32), "hf_model_id"):

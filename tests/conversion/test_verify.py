@@ -1,4 +1,4 @@
-"""Comparing two checkpoints: nothing that differs is missed, and what may differ is held to its bound."""
+"""Comparing two checkpoints: every difference is found, and permitted differences are within their bounds."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_mxfp4_of_other_numbers_is_within_its_bound(pair: Path):
     assert all(0 < entry["share_of_bound"] <= 1 and entry["different"] for entry in packed)
 
 
-def test_it_says_how_far_two_checkpoints_agree(pair: Path):
+def test_the_agreement_of_two_checkpoints_is_described(pair: Path):
     exact, packed = verify(pair / "hf", pair / "megatron"), verify(pair / "packed", pair / "megatron")
     count = len(exact["tensors"])
     assert agreement(exact) == f"{count} tensors bit for bit"
@@ -94,7 +94,7 @@ def test_mxfp4_beyond_its_bound_is_found(pair: Path, tmp_path: Path):
 
 
 def test_a_scale_does_not_widen_its_own_bound(pair: Path, tmp_path: Path):
-    """All numbers zero, under a scale so large that zero would be within the rounding of anything packed by it."""
+    """All values are zero, with a scale so large that zero is within its rounding error of every original value."""
 
     def erase(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.experts.down_proj_blocks"].zero_()
@@ -132,14 +132,14 @@ def test_q_k_and_v_are_compared_each_in_its_own_type(tmp_path: Path):
 
 
 def export_bf16(folder: Path) -> None:
-    """To `folder / "hf"`, by way of fp16."""
+    """Import fp16 as `megatron`, and export that to `hf` in bf16."""
     save_tiny(folder / "start", **OBLONG, dtype=torch.float16)
     import_checkpoint(folder / "start", folder / "megatron")
     export_checkpoint(folder / "megatron", folder / "hf", dtype="bf16")
 
 
 def import_as(source: torch.dtype, dtype: str, **choices: bool) -> Callable[[Path], None]:
-    """From `folder / "hf"`."""
+    """A function that saves `hf` in the dtype `source` and imports it in `dtype`."""
 
     def run(folder: Path) -> None:
         save_tiny(folder / "hf", **OBLONG, dtype=source, **choices)
@@ -198,7 +198,7 @@ def test_mxfp4_that_the_number_type_cannot_hold_agrees_with_its_import(dtype: st
     ],
 )
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_numbers_that_are_no_numbers_get_words_and_json(
+def test_special_values_are_described_in_words_and_valid_json(
     before: float, after: float, said: str, dtype: str, tmp_path: Path
 ):
     def put(number: float) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -253,7 +253,7 @@ def test_logits_after_packing_are_reported_and_not_judged(pair: Path):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `seeing`, a Megatron checkpoint, its text part as `hf`, and `megatron` made from that."""
+    """A folder with `seeing`, a Megatron checkpoint with vision, its text part as `hf`, and the import of `hf`."""
     folder = tmp_path_factory.mktemp("text")
     save_tiny(folder / "start", **OBLONG, dtype=torch.bfloat16, use_nope=False)
     import_checkpoint(folder / "start", folder / "seeing")
@@ -269,7 +269,7 @@ def test_an_import_of_a_stock_gpt_oss_agrees(text: Path):
     assert report["tensors"]["decoder.layers.0.mlp.router.vision_bias"]["hf"] == []
 
 
-def test_a_stock_gpt_oss_is_compared_with_the_text_part_of_what_sees(text: Path):
+def test_a_stock_gpt_oss_is_compared_with_the_text_part_of_a_model_with_vision(text: Path):
     report = verify(text / "hf", text / "seeing", logits=True)
     assert report["agrees"] and report["logits"]["agrees"], report
     assert {"decoder.layers.mlp.router.vision_bias", "vision_adapter.proj.weight"} <= {*report["left_out"]}
@@ -278,7 +278,7 @@ def test_a_stock_gpt_oss_is_compared_with_the_text_part_of_what_sees(text: Path)
     assert f" tensors bit for bit, without Megatron's {count} tensors of vision, logits to " in agreement(report)
 
 
-def test_the_logits_of_a_packed_text_part_are_those_of_its_numbers(text: Path, tmp_path: Path):
+def test_the_logits_of_a_packed_text_part_agree_with_its_import(text: Path, tmp_path: Path):
     export_checkpoint(text / "seeing", tmp_path / "hf", dtype="mxfp4", text_only=True)
     import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
     report = verify(tmp_path / "hf", tmp_path / "megatron", logits=True)
@@ -286,7 +286,7 @@ def test_the_logits_of_a_packed_text_part_are_those_of_its_numbers(text: Path, t
     assert verify(tmp_path / "hf", text / "seeing")["agrees"]
 
 
-def test_the_text_part_is_held_to_its_numbers_names_and_config(text: Path, tmp_path: Path):
+def test_the_text_part_must_agree_in_values_and_config(text: Path, tmp_path: Path):
     def flip(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"][3, 4] += 1
 
@@ -337,7 +337,7 @@ def test_when_the_logits_fail_the_report_of_the_tensors_is_there(pair: Path, tmp
 
 
 def spoiled(folder: Path) -> Path:
-    """The checkpoint of `pair` with a number that is another."""
+    """The checkpoint of `pair` with one changed value."""
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"][3, 4] += 100
@@ -346,7 +346,7 @@ def spoiled(folder: Path) -> Path:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
-def test_a_difference_is_told_where_the_report_cannot_be_written(pair: Path, tmp_path: Path):
+def test_a_difference_is_an_error_message_too_if_the_report_cannot_be_written(pair: Path, tmp_path: Path):
     hf = spoiled(tmp_path / "hf")
     said = (
         "^1 of .* tensors differ; output_layer.weight the most: 1 of .*; but the report was not written: No space left"

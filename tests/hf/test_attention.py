@@ -1,4 +1,4 @@
-"""`sink_sdpa` in transformers: the model's numbers are those of `eager`, however it is fed."""
+"""`sink_sdpa` in transformers: the model's results are those of `eager` for every kind of input."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ register_attention()
 
 @pytest.fixture(autouse=True)
 def always_fused(monkeypatch):
-    """However short the sequence."""
+    """Use the fused kernel for short sequences too."""
     monkeypatch.setattr(kernels, "_SHORT", 0)
 
 
@@ -106,7 +106,7 @@ def test_logits_and_gradients_are_those_of_eager(models, masks, name: str):
     for parameter, gradient in gradients.items():
         error = (gradient - expected_gradients[parameter]).norm()
         assert error <= 1e-4 * expected_gradients[parameter].norm() + 1e-7, parameter
-    # The kernel ran in every layer, and no (q, k) mask was built where the padding says it all.
+    # The kernel ran in every layer, and no (q, k) mask was built where a padding mask is enough.
     assert [mask if mask is None else mask.ndim for mask in masks] == [KINDS[name]] * eager.config.num_hidden_layers
 
 
@@ -143,7 +143,7 @@ def test_beams_are_those_of_eager(models):
     assert torch.equal(fused.generate(**batch, do_sample=False, num_beams=3, max_new_tokens=8), expected)
 
 
-def test_past_the_real_window_and_a_block_it_is_eager(tmp_path, masks):
+def test_past_the_real_window_and_a_block_results_are_those_of_eager(tmp_path, masks):
     eager, fused = both(tmp_path, tiny_config(sliding_window=128))
     batch = tiny_batch(eager.config, images_per_row=(2,), length=300)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_it_can_be_chosen_later(models):
 # What is refused
 
 
-def test_before_register_it_is_refused_with_what_to_do(monkeypatch):
+def test_before_register_it_is_refused_with_advice(monkeypatch):
     monkeypatch.delitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sink_sdpa")
     with pytest.raises(ValueError, match=r"call gpt_oss_vision\.register\(\)\.$"):
         GPTOSSVisionForCausalLM._from_config(tiny_config(), attn_implementation="sink_sdpa")

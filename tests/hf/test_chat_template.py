@@ -74,11 +74,11 @@ def system(effort: str = "medium", calls: str = "") -> str:
     return SYSTEM.format(today=datetime.date.today().isoformat(), effort=effort) + calls + "<|end|>"
 
 
-def test_without_being_asked_for_nothing_is_added(processor):
+def test_by_default_nothing_is_added(processor):
     assert processor.apply_chat_template([ASKED]) == USER
 
 
-def test_reasoning_effort_brings_gpt_oss_s_system_message(processor):
+def test_reasoning_effort_adds_gpt_oss_s_system_message(processor):
     rendered = processor.apply_chat_template([ASKED], reasoning_effort="high", add_generation_prompt=True)
     assert rendered == system("high") + USER + "<|start|>assistant"
 
@@ -165,7 +165,7 @@ def test_a_result_may_be_an_image(processor):
     assert rendered == "<|start|>functions.camera to=assistant<|channel|>commentary<|message|><image>taken<|end|>"
 
 
-def test_a_call_is_what_the_assistant_writes(processor):
+def test_a_call_is_part_of_the_assistant_s_tokens(processor):
     arguments = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     inputs = processor.apply_chat_template([ASKED, CALLED], **arguments)
     said = [token for token, mask in zip(inputs["input_ids"][0], inputs["assistant_masks"][0], strict=True) if mask]
@@ -179,6 +179,6 @@ def test_a_call_is_what_the_assistant_writes(processor):
         (RETURNED, "A tool message without the name of a tool"),
     ],
 )
-def test_what_harmony_can_not_say_is_refused(processor, message, sentence):
+def test_messages_that_harmony_cannot_express_are_refused(processor, message, sentence):
     with pytest.raises(Exception, match=sentence):
         processor.apply_chat_template([ASKED, message])

@@ -1,4 +1,4 @@
-"""Saving and loading: bit for bit, in every type, under the agreed names, through the Auto classes, and without us."""
+"""Saving and loading: bit for bit, in every dtype, under fixed names, by the Auto classes, without this package too."""
 
 import json
 import re
@@ -148,7 +148,7 @@ def test_a_tower_under_the_names_of_transformers_4_loads(tmp_path):
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory) -> dict[str, Path]:
-    """A checkpoint of gpt-oss itself, with its whole vocabulary: in bf16, and with its experts in MXFP4."""
+    """A stock gpt-oss checkpoint with the whole vocabulary: in bf16, and with its experts in MXFP4."""
     folders = {kind: tmp_path_factory.mktemp("stock") / kind for kind in ("bf16", "mxfp4")}
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_key_value_heads": 2}
@@ -181,7 +181,7 @@ assert model.model.vision_adapter.proj.weight.std() > 0
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "mxfp4"])
 def test_a_stock_checkpoint_loads_in_a_fresh_process(kind, fresh):
-    """Text logits are its own, in MXFP4 those of transformers' unpacking; what is new is initialised and reported."""
+    """Text logits equal those of gpt-oss, as transformers loads it; new weights are initialised and reported."""
     assert fresh[kind].returncode == 0, fresh[kind].stderr
     assert "has no vision_adapter: its 27 weights are new, and still to be trained." in fresh[kind].stderr
     assert "has no vision_bias: its 2 weights are new, and still to be trained." in fresh[kind].stderr
@@ -232,7 +232,7 @@ def test_a_checkpoint_with_foreign_weights_is_refused_with_their_names(saved):
 
 
 def test_a_convolution_in_the_place_of_a_tower_is_refused_by_name(saved):
-    """As in checkpoints of the original code whose ViT had failed to build."""
+    """The original code saved such checkpoints when it failed to build its ViT."""
 
     def replace_tower(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if ".vit." in name]:
@@ -334,7 +334,7 @@ model.save_pretrained(folder + "/again")
 
 @pytest.fixture(scope="module")
 def fresh(stock, checkpoint, tmp_path_factory) -> dict[str, Finished]:
-    """The scripts above, each having run in a fresh process, by name."""
+    """The results of the scripts above, each run in a fresh process, by name."""
     folder = tmp_path_factory.mktemp("fresh")
     scripts = {"without us": [WITHOUT_US, str(checkpoint), str(folder / "logits.pt")]}
     model = GPTOSSVisionForCausalLM.from_pretrained(checkpoint)

@@ -1,4 +1,4 @@
-"""The configuration: what is derived, what is accepted, what is refused and with which sentence."""
+"""The configuration: its derived fields, the forms that it accepts, and the messages of its refusals."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Generation: the cache, padding, beams and images change nothing but speed."""
+"""Generation: the output does not depend on the cache, on padding or on the other rows of a batch."""
 
 import pytest
 import torch
@@ -50,9 +50,9 @@ def test_past_the_real_window_the_cache_changes_nothing():
 
 @pytest.mark.slow
 def test_past_the_original_context_the_cache_and_padding_change_nothing():
-    """YaRN's 4,096 positions, with gpt-oss's own window."""
+    """The context is YaRN's 4,096 positions; the window is gpt-oss's own."""
     rope = tiny_config().rope_parameters | {"original_max_position_embeddings": 4096}
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # of each kind of layer one
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # one layer of each kind
     config = tiny_config(**sizes, sliding_window=128, max_position_embeddings=32_768, rope_parameters=rope)
     model, batch = tiny_model(config), tiny_batch(config, images_per_row=(2,), length=4100)
     alone = model.generate(**batch, **GREEDY, max_new_tokens=2)
@@ -100,7 +100,7 @@ def test_a_conversation_goes_on_from_its_cache(model, config):
     first = model.generate(**batch, **GREEDY, max_new_tokens=6)
     question = tiny_batch(config, images_per_row=(1,), length=20, seed=1)
     input_ids = torch.cat((first.sequences, question["input_ids"]), dim=1)
-    # From the cache only the new image is needed; from scratch, both.
+    # With the cache only the new image is needed; without it, both.
     cached = model.generate(
         input_ids=input_ids,
         pixel_values=question["pixel_values"],
@@ -114,8 +114,8 @@ def test_a_conversation_goes_on_from_its_cache(model, config):
 
 
 @pytest.mark.parametrize("images_per_question", [(0, 0), (1, 0)])
-def test_a_conversation_that_brings_all_its_images_takes_the_new_ones(model, config, images_per_question):
-    """As a processor gives them for a whole chat."""
+def test_a_continued_conversation_may_come_with_all_its_images(model, config, images_per_question):
+    """As the processor returns them for a whole chat."""
     batch = tiny_batch(config, images_per_row=(1, 2))
     first = model.generate(**batch, **GREEDY, max_new_tokens=6)
     question = tiny_batch(config, images_per_question, length=20, seed=1)
@@ -134,7 +134,7 @@ def test_a_prompt_with_images_is_not_read_in_chunks(model, config):
         model.generate(**tiny_batch(config), prefill_chunk_size=16, max_new_tokens=2)
 
 
-def test_an_assistant_sees_the_images():
+def test_an_assistant_model_gets_the_images():
     config = tiny_config(sliding_window=128)
     model, assistant = tiny_model(config), tiny_model(config, seed=1)
     batch = tiny_batch(config, images_per_row=(2,))
@@ -155,7 +155,7 @@ def test_embeddings_of_a_prompt_generate_as_the_prompt(model, config):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, in what its compiler imports
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from a module that torch's compiler imports
 def test_compiled_steps_without_a_graph_break_give_the_same_output():
     config = tiny_config(num_hidden_layers=2)  # one of each kind; compiling takes seconds for each layer
     model, batch = tiny_model(config), tiny_batch(config)

@@ -1,4 +1,4 @@
-"""The image processor: every kind of picture becomes what a viewer would show, or one clear sentence."""
+"""The image processor: every kind of image becomes the pixels that a viewer would show, or a clear error."""
 
 import base64
 from io import BytesIO
@@ -22,7 +22,7 @@ def processor() -> GPTOSSVisionImageProcessor:
 
 
 def picture(width: int = 24, height: int = 16) -> Image.Image:
-    """Smooth colours, unlike in every corner."""
+    """Smooth colours that differ in every corner."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return Image.fromarray(np.stack((x, y, 255 - x), axis=-1).astype(np.uint8))
 
@@ -86,7 +86,7 @@ def test_transparency_is_laid_on_white(processor, mode):
 def test_exif_rotation_is_applied(processor):
     image, file = picture(), BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
     image.save(file, "png", exif=exif)
     turned = image.rotate(-90, expand=True)
     torch.testing.assert_close(pixels(processor, Image.open(file)), pixels(processor, turned))
@@ -179,7 +179,7 @@ def test_a_broken_file_is_named(processor, tmp_path, kind):
 
 def test_a_folder_is_named(processor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("cats").mkdir()  # could be base64 as well
+    Path("cats").mkdir()  # also valid base64
     with pytest.raises(ValueError, match=r"^Can't read the image cats: .*Is a directory"):
         processor("cats")
 
@@ -213,6 +213,6 @@ def test_floats_with_other_channels_are_refused(processor):
         processor(np.zeros((4, 9, 9), np.float32), input_data_format="channels_first")
 
 
-def test_something_else_is_refused(processor):
+def test_an_object_of_another_type_is_refused(processor):
     with pytest.raises(TypeError, match="An image must be a path"):
         processor(3)

@@ -1,4 +1,4 @@
-"""The model card's examples run as written, but for the name of the Hub and of the package."""
+"""The model card's examples run as written, except for the names of the checkpoint and of the package."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from tiny import tiny_checkpoint
 
 NAME = "AIGym/gpt_oss_vision_20B"
 
-# «Usage Examples» of the card, one after the other, in one namespace.
+# "Usage Examples" of the card, one after the other, in one namespace.
 TEXT = """
 from transformers import GPTOSSVisionForCausalLM, GPTOSSVisionTokenizer
 
@@ -50,7 +50,7 @@ model = GPTOSSVisionForCausalLM.from_pretrained(
 
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the examples define: starts empty, in a folder with a checkpoint and an image."""
+    """The namespace of the examples, empty at first; the working directory has a checkpoint and an image."""
     tiny_checkpoint(tmp_path / "checkpoint", use_nope=False, num_hidden_layers=5)
     Image.new("RGB", (30, 20), "red").save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)

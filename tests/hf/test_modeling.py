@@ -1,4 +1,4 @@
-"""The model against the fp64 oracle and against gpt-oss, its gradients, and what it refuses."""
+"""The model against the fp64 oracle and against gpt-oss, its gradients, and its refusals."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def is_idle(name: str) -> bool:
-    """A key's bias adds the same to all scores of a query; only rotation or a sink, which a tower lacks, can tell."""
+    """A tower's key bias changes no output: it adds the same to all scores of a query, without a sink or rotation."""
     return ".vit." in name and name.endswith("k_proj.bias")
 
 
@@ -59,7 +59,7 @@ def test_logits_equal_the_oracle(variant):
     reference = oracle.forward(model.state_dict(), config.to_dict(), **batch)
     with torch.no_grad():
         assert relative_error(model(**batch).logits, reference) < 1e-5
-        model.set_experts_implementation("eager")  # grouped matrix products know no fp64
+        model.set_experts_implementation("eager")  # grouped matrix products do not support fp64
         assert relative_error(model.double()(**batch).logits, reference) < 3e-6
 
 
@@ -72,7 +72,7 @@ def test_logits_equal_the_oracle_past_the_real_window():
 
 
 def test_every_parameter_matters_to_the_oracle():
-    """Or the comparison above could not see that the model drops it."""
+    """Otherwise the comparison above would not detect that the model ignores the parameter."""
     config = tiny_config()
     weights, batch = tiny_model(config).state_dict(), tiny_batch(config)
     reference = oracle.forward(weights, config.to_dict(), **batch)
@@ -222,7 +222,7 @@ def test_the_load_balancing_loss_may_be_taken_per_modality(images_per_row):
 
 
 def test_each_modality_s_imbalance_reaches_its_routers():
-    """The gradient is that of the loss as computed, without gpt-oss's own."""
+    """The gradient comes from the loss per modality, without one from gpt-oss's own balancing loss."""
     config = tiny_config(router_aux_loss_coef=0.5, router_aux_loss_per_modality=True)
     model, batch = tiny_model(config).train(), tiny_batch(config)
     bias = model.model.layers[0].mlp.router.vision_bias
@@ -237,7 +237,7 @@ def test_each_modality_s_imbalance_reaches_its_routers():
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("tower", TOWERS)
 def test_every_experts_implementation_gives_the_same_logits(tmp_path, implementation, tower):
-    """Chosen on loading, or later."""
+    """The implementation is chosen on loading, or later."""
     config = tiny_config(vision_config=tiny_vision_config(tower))
     model, batch = tiny_model(config), tiny_batch(config)
     model.save_pretrained(tmp_path)
@@ -267,7 +267,7 @@ def test_every_parameter_takes_part_in_a_step_with_images(tower):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_on_text_what_only_images_use_gets_a_gradient_of_zero(tower):
+def test_on_text_vision_parameters_get_a_gradient_of_zero(tower):
     config = tiny_config(vision_config=tiny_vision_config(tower))
     model, batch = tiny_model(config).train(), tiny_batch(config, images_per_row=(0, 0))
     for name, gradient in gradients(model, batch).items():
@@ -275,7 +275,7 @@ def test_on_text_what_only_images_use_gets_a_gradient_of_zero(tower):
         assert is_idle(name) or (gradient.abs().max() == 0) == only_images, name
 
 
-def test_taking_part_leaves_the_loss_on_text_as_it_is():
+def test_on_text_training_mode_does_not_change_the_logits():
     config = tiny_config()
     model, batch = tiny_model(config), tiny_batch(config, images_per_row=(0, 0))
     assert torch.equal(model.train()(**batch).logits, model.eval()(**batch).logits)
@@ -292,7 +292,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
 
 
 def test_modality_stays_with_its_microbatch():
-    """As under a pipeline's schedule: both forwards first, with recomputation in the backwards."""
+    """As in a pipeline schedule: both forward passes come first, and the backward passes recompute them."""
     config = tiny_config()
     model = tiny_model(config).train()
     batches = [tiny_batch(config, images_per_row=(1,)), tiny_batch(config, images_per_row=(0,), seed=1)]

@@ -1,4 +1,4 @@
-"""The examples of the page about transformers run, one after the other, as written."""
+"""The examples of docs/transformers.md run as written, one after the other."""
 
 import json
 import re
@@ -10,13 +10,13 @@ from PIL import Image
 from tiny import tiny_checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs/transformers.md"
-# Without those that name a checkpoint of the reader's own.
+# Without the examples that need a checkpoint of the reader.
 EXAMPLES = [code for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "path/to/" not in code]
 
 
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What a quickstart leaves, as far as the page asks for it: a checkpoint, an image and chats."""
+    """The output of a quickstart, as far as the page uses it: a checkpoint, an image and chats."""
     out = tmp_path / "out"
     (out / "digits/images").mkdir(parents=True)
     tiny_checkpoint(out / "hf")

@@ -1,4 +1,4 @@
-"""Pipelines and Auto classes: strings, chats with images, batches; in this process, a fresh one, and one without us."""
+"""Pipelines and Auto classes: strings, chats with images, batches; in fresh processes, also without this package."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ SHADES = (20, 200)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Has a checkpoint in `model`, and two images."""
+    """A folder with a checkpoint, `model`, and two images."""
     folder = tmp_path_factory.mktemp("folder")
     tiny_checkpoint(folder / "model")
     for shade in SHADES:
@@ -135,7 +135,7 @@ WHOSE = ("ours", "the checkpoint's")
 
 @pytest.fixture(scope="module")
 def fresh(folder) -> dict[str, Finished]:
-    """The script above, having run in a fresh process with our classes, and in one with the checkpoint's."""
+    """The results of the script above in two fresh processes: with our classes, and with the checkpoint's."""
     chat = json.dumps(question(folder / "20.png", "Which digit?"))
     return run_fresh(folder, {whose: [FRESH, str(folder / "model"), whose, chat] for whose in WHOSE})
 

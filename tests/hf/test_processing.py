@@ -1,4 +1,4 @@
-"""The processor: every image gets its placeholders, every mark its image, and chats are harmony."""
+"""The processor: every image gets its placeholders, every `<image>` an image, and chats are rendered as harmony."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProce
 from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from tiny import tiny_config, tiny_model, tiny_processor
 
-TOKENS = 6  # of an image
+TOKENS = 6  # per image
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Fitting in memory: half precision, INT8 with the experts, MXFP4, and devices that transformers chooses."""
+"""Models in less memory: half precision, INT8 for the experts too, MXFP4, and devices chosen by transformers."""
 
 import re
 from pathlib import Path
@@ -16,13 +16,13 @@ from gpt_oss_vision.bridge.hf_int8 import EXPERT_WEIGHTS, LINEAR_WEIGHTS, descri
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
 from tiny import tiny_batch, tiny_config, tiny_model
 
-# torchao, when it reads what it has saved.
+# torchao gives this warning when it reads a file that it has saved.
 pytestmark = pytest.mark.filterwarnings("ignore:Stored version is not the same as current default version")
 
 
 @pytest.fixture(scope="module")
 def config() -> GPTOSSVisionConfig:
-    """Wide enough for scales not to weigh; every expert is chosen, so that a rounding can't change the choice."""
+    """Wide, so that scales take little memory; every expert is chosen, so that rounding can't change the choice."""
     return tiny_config(hidden_size=96, intermediate_size=128, num_experts_per_tok=4)
 
 
@@ -116,7 +116,7 @@ def test_of_the_20b_model_less_than_3_percent_is_not_quantised():
     assert 0.02 < left / total < 0.03
 
 
-def test_experts_unpacked_one_by_one_are_the_experts(model, checkpoint):
+def test_experts_unpacked_one_by_one_give_the_same_logits(model, checkpoint):
     one_by_one = GPTOSSVisionForCausalLM.from_pretrained(checkpoint, experts_implementation="dequantized")
     torch.testing.assert_close(logits_of(one_by_one), logits_of(model), rtol=1e-4, atol=1e-5)
 
@@ -151,7 +151,7 @@ def test_mxfp4_experts_are_unpacked_on_a_cpu(packed):
 
 
 class PlainExperts(mxfp4.Mxfp4GptOssExperts):
-    """Stands in for packed experts, whose kernels need a GPU: takes what they take, and is the plain experts."""
+    """Stand-in for packed experts, whose kernels need a GPU: the same arguments, computed by the plain experts."""
 
     def __init__(self, experts: nn.Module):
         nn.Module.__init__(self)
@@ -162,12 +162,12 @@ class PlainExperts(mxfp4.Mxfp4GptOssExperts):
 
 
 def plain_routing(logits: torch.Tensor, top_k: int) -> tuple[tuple[torch.Tensor, torch.Tensor], None, None]:
-    """As the kernels' `routing`: the largest logits, and their softmax."""
+    """The `routing` of the kernels in plain torch: indices of the largest logits, and their softmax."""
     top, indices = logits.topk(top_k)
     return (indices, top.softmax(-1)), None, None
 
 
-def test_packed_experts_are_told_of_visual_tokens(checkpoint, monkeypatch):
+def test_packed_experts_route_visual_tokens_with_the_vision_bias(checkpoint, monkeypatch):
     config = GPTOSSVisionConfig.from_pretrained(checkpoint, num_experts_per_tok=2)
     model = GPTOSSVisionForCausalLM.from_pretrained(checkpoint, config=config)
     expected = logits_of(model)

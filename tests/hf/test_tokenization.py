@@ -1,4 +1,4 @@
-"""The tokenizer: gpt-oss's special tokens, its way to split, and a small one trained like it."""
+"""The tokenizer: gpt-oss's special tokens and pre-tokenizer, in a small vocabulary that is trained here."""
 
 import pytest
 

@@ -85,7 +85,7 @@ def test_gradient_checkpointing_changes_nothing(processor, dataset, tmp_path):
 
 
 def test_smoothed_labels_are_shifted_as_the_model_shifts_them(processor, dataset, tmp_path):
-    register_auto_classes()  # the Trainer looks up by the name of the class whether to shift
+    register_auto_classes()  # the Trainer decides by the name of the class whether to shift
     model = model_for(processor)
     batch = collate_for_trainer(list(dataset), processor.tokenizer.pad_token_id)
     labels = batch.pop("labels")[:, 1:]
@@ -99,7 +99,7 @@ def test_smoothed_labels_are_shifted_as_the_model_shifts_them(processor, dataset
 def test_the_best_model_is_loaded_whole_at_the_end(processor, dataset, tmp_path):
     model = model_for(processor)
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    # At this rate the first step is the best: each one makes it worse.
+    # At this learning rate every step makes the model worse, so the first checkpoint is the best one.
     losses(model, dataset, tmp_path, **steps, max_steps=2, learning_rate=3.0, load_best_model_at_end=True)
     best = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "checkpoint-1").state_dict()
     last = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "checkpoint-2").state_dict()

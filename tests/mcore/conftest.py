@@ -9,7 +9,7 @@ from tiny import tiny_config, tiny_model
 
 @pytest.fixture(scope="session")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `tiny_model()` in Hugging Face format, known to AutoBridge."""
+    """A folder with `tiny_model()` in Hugging Face format; its classes are registered with AutoBridge."""
     from gpt_oss_vision.bridge import hf, mcore
 
     hf.register_auto_classes()

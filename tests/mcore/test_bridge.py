@@ -1,4 +1,4 @@
-"""Conversion through Megatron-Bridge: exact, complete, and loud about what does not fit."""
+"""Conversion through Megatron-Bridge: exact and complete, with an error that names each tensor that does not fit."""
 
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def there_and_back(source: Path, megatron_path: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_there_and_back_keeps_every_bit(dtype: torch.dtype, tmp_path: Path):
-    """For other towers, shapes and layouts the tests of conversion compare with Megatron-Bridge each way."""
+    """Other towers, shapes and layouts are compared with Megatron-Bridge, in both directions, in tests/conversion."""
     source = saved(tmp_path / "hf")
     GPTOSSVisionForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(source)
     cpu.run_ranks(1, there_and_back, source, tmp_path / "megatron", tmp_path / "back")
@@ -101,8 +101,8 @@ def test_a_checkpoint_saved_by_many_ranks_is_read_by_one(layout: Layout, tmp_pat
 
 
 def fails(path: Path) -> str:
-    """What importing says."""
-    with pytest.raises(Exception) as failure:  # noqa: PT011 - the tests look at what it says
+    """The message of the error that importing raises."""
+    with pytest.raises(Exception) as failure:  # noqa: PT011 - the tests check its message
         cpu.run_ranks(1, exported, path, {})
     return str(failure.value)
 
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name(tmp_path: Path)
 
 
 def test_mxfp4_experts_are_read_in_the_right_orientation(tmp_path: Path):
-    """Square experts, where no shape could tell."""
+    """The experts are square, so no shape shows a wrong orientation."""
     from megatron.bridge.models.conversion.quantization_utils import dequantize_mxfp4
 
     path = saved(tmp_path, hidden_size=64, intermediate_size=64)

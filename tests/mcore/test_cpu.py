@@ -25,7 +25,7 @@ def test_the_store_of_env_rendezvous_is_still_made_under_this_name():
 
 
 @without_cuda
-def test_inside_there_is_a_device_and_outside_there_is_none():
+def test_inside_the_runtime_there_is_a_device_and_outside_there_is_none():
     before = [getattr(owner, name) for owner, name, _ in cpu.redirections()]
     with cpu.runtime(), cpu.runtime():
         assert torch.cuda.is_available()
@@ -38,7 +38,7 @@ def test_inside_there_is_a_device_and_outside_there_is_none():
 
 
 @without_cuda
-def test_it_is_undone_after_a_failure_too():
+def test_the_runtime_is_undone_after_a_failure_too():
     with pytest.raises(ZeroDivisionError), cpu.runtime():
         _ = 1 / 0
     assert not torch.cuda.is_available()
@@ -64,8 +64,8 @@ def test_a_stand_in_is_gone_after_the_import_and_refuses_to_be_built():
         ("nvidia_resiliency_ext", "megatron.bridge.training.pretrain"),
     ],
 )
-def test_megatron_bridge_still_imports_without_asking(package: str, module: str):
-    """When this fails for both, `import_megatron_bridge` can go."""
+def test_megatron_bridge_still_imports_optional_packages_unconditionally(package: str, module: str):
+    """When this fails for both, `import_megatron_bridge` can be removed."""
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
     unconditional = [
@@ -77,18 +77,18 @@ def test_megatron_bridge_still_imports_without_asking(package: str, module: str)
     assert any(name.partition(".")[0] == package for name in unconditional)
 
 
-def test_ranks_answer_in_order():
+def test_results_come_in_the_order_of_the_ranks():
     assert cpu.run_ranks(3, rank_and_size) == [(0, 3), (1, 3), (2, 3)]
 
 
-def test_what_a_rank_raises_is_raised_here():
+def test_an_exception_of_a_rank_is_raised_in_the_caller():
     with pytest.raises(ZeroDivisionError, match="only rank 0 works") as failure:
         cpu.run_ranks(2, only_the_first_works)
     (note,) = failure.value.__notes__
     assert note.startswith("On rank 1 of 2:\nTraceback")
 
 
-def test_many_calls_side_by_side_do_not_meet():
+def test_concurrent_calls_do_not_interfere():
     expected = [[2 * number] * 2 for number in range(5)]
     assert cpu.run_ranks(3, sums_of_pairs, range(5), timeout=120) == [expected] * 3
 
@@ -183,7 +183,7 @@ def hangs() -> None:
 
 @pytest.mark.upstream
 @without_cuda
-def test_megatron_cores_own_sink_still_wants_a_cuda_device():
+def test_megatron_cores_own_sink_still_needs_a_cuda_device():
     """When this fails, `SinkAttention` is no longer needed for the CPU, only for speed."""
     source = importlib.import_module("inspect").getsource(
         importlib.import_module("megatron.core.transformer.dot_product_attention").DotProductAttention.__init__
@@ -223,7 +223,7 @@ def gather_unequal_pieces() -> None:
 
 
 def original_of(wrapped):
-    """What a redirection of `cpu.runtime` stands in for."""
+    """The function that a redirection of `cpu.runtime` replaces."""
     return next(cell.cell_contents for cell in wrapped.__closure__ if callable(cell.cell_contents))
 
 
@@ -245,7 +245,7 @@ def exchange_unequal_pieces() -> tuple[int, list[float], list[float]]:
 
 @pytest.mark.upstream
 @without_cuda
-def test_gloo_still_wants_split_sizes_as_ints():
+def test_gloo_still_needs_split_sizes_as_ints():
     with pytest.raises(TypeError):
         cpu.run_ranks(1, all_to_all_with_tensors)
 

@@ -1,4 +1,4 @@
-"""Operations against published counts, parameters against the built model, memory against what a step allocates."""
+"""Operations against published counts, parameters against the built model, activations against autograd's tensors."""
 
 from types import SimpleNamespace
 
@@ -53,7 +53,7 @@ def test_packed_samples_cost_less_attention_than_one_long_one():
 
 
 def numbers(config: dict, layout: Layout) -> tuple[int, int]:
-    """Of this rank: parameters as estimated, and as built."""
+    """The parameters of this rank: their estimated number, and that of the built model."""
     torch.distributed.init_process_group("gloo")
     provider = provider_from_config(tiny_config(**config))
     layout.apply(provider)
@@ -92,7 +92,7 @@ def finalized(**overrides: object) -> GPTOSSVisionProvider:
 
 
 def test_memory_of_the_20b_model_on_eight_ranks():
-    # 21.2e9 parameters, of which 1.78e9 are dense on every rank and the rest is dealt out.
+    # 21.2e9 parameters: 2.1e9 are dense, and on every rank; the experts' are distributed over the ranks.
     provider = finalized(expert_model_parallel_size=8)
     memory = memory_per_rank(provider, world_size=8, micro_batch_size=1, microbatches=4)
     dense, experts = 2.1e9, 19.1e9 / 8
@@ -156,13 +156,13 @@ def test_interleaving_holds_more_activations():
         ).activations
         for vpp in (None, 2, 3)
     }
-    # (2 (pp - 1) + (vpp - 1) pp + 1) / vpp stages' worth in place of pp.
+    # The activations of (2 (pp - 1) + (vpp - 1) pp + 1) / vpp stages, and without interleaving those of pp.
     assert held[2] == pytest.approx(held[None] * 11 / 8)
     assert held[3] == pytest.approx(held[None] * 15 / 12)
 
 
 def kept_bytes() -> tuple[float, float]:
-    """Of one microbatch of a text model: activations as estimated, and what autograd keeps."""
+    """Bytes of activations for one microbatch of a text model: estimated, and kept by autograd."""
     torch.distributed.init_process_group("gloo")
     provider = provider_from_config(tiny_config(use_vision=False, num_hidden_layers=8), seq_length=64)
     provider.finalize()
@@ -184,7 +184,7 @@ def kept_bytes() -> tuple[float, float]:
     return memory.activations, sum(kept.values())
 
 
-def test_the_estimate_of_activations_is_of_the_order_of_what_is_kept():
+def test_estimated_activations_are_of_the_order_of_the_kept_tensors():
     ((estimated, measured),) = cpu.run_ranks(1, kept_bytes)
     # Plain torch keeps the intermediate results of the gate too, which fused kernels compute again.
     assert estimated < measured < 2.5 * estimated

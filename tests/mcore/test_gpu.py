@@ -10,7 +10,7 @@ from gpt_oss_vision.bridge import hf, mcore
 from gpt_oss_vision.bridge.mcore import cpu
 from tiny import tiny_batch, tiny_config, tiny_model
 
-# Heads as wide as gpt-oss's: fused kernels are made for such.
+# Heads have gpt-oss's size, for which the fused kernels are made.
 CONFIG = tiny_config(head_dim=64, hidden_size=128, intermediate_size=192)
 needs_engine = pytest.mark.skipif(find_spec("transformer_engine") is None, reason="Transformer Engine is not installed")
 
@@ -21,8 +21,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mcore.register()
     folder = tmp_path_factory.mktemp("checkpoint")
     model = tiny_model(CONFIG)
-    # The tiny model's experts are driven to their clamps, where rounding sends tokens elsewhere: transformers'
-    # bf16 is then 0.998 like its own fp32. These are as calm as trained ones.
+    # The tiny model's experts reach their clamps, so rounding changes the routing: the cosine between transformers'
+    # own bf16 and fp32 logits is then 0.998. With smaller weights the experts behave like trained ones.
     for layer in model.model.layers:
         layer.mlp.experts.gate_up_proj.data *= 0.3
     model.bfloat16().save_pretrained(folder)
@@ -30,7 +30,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def both_logits(path: Path, backend: str, device: str, communication: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one batch, ``[b, s, vocab]`` each: transformers' (eager) and Megatron's."""
+    """Logits of one batch, ``[b, s, vocab]`` each: transformers' (eager) and Megatron's."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 

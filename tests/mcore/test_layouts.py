@@ -1,4 +1,4 @@
-"""The Megatron model is the transformers model at every parallel layout: logits, every gradient, and five steps."""
+"""The Megatron model equals the transformers model at every parallel layout: logits, all gradients, five steps."""
 
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ STEPS = 5
 MIXED = [(0, 1, 2), (0, 0, 0), (2, 0, 1), (0, 0, 0)]
 IMAGES = [*(STEPS - 1) * [MIXED], 4 * [(0, 0, 0)]]
 
-# Four groups of keys and values: room for TP4, and for TP2 with CP2.
+# Four key/value groups, which TP4, and TP2 with CP2, divide.
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 CONFIGS = {
     "vit": HEADS,
@@ -78,7 +78,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory):
-    """Saves a config's model once; gives its folder, the microbatches of each step and the run of transformers."""
+    """A function that saves a config's model once; returns its folder, the steps' microbatches, transformers' run."""
     hf.register_auto_classes()
     mcore.register()
     made = {}
@@ -133,13 +133,13 @@ def compare(name: str, layout: Layout, checkpoint) -> None:
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
         assert relative_error(ours, theirs) < 1e-5
     assert set(found.gradients) == set(expected.gradients)
-    # A key bias of the tower shifts all scores of a query alike: its gradient is zero but for rounding.
+    # A key bias of the tower shifts all scores of a query alike: its gradient is zero except for rounding.
     floor = 1e-4 * max(float(gradient.abs().max()) for gradient in expected.gradients.values())
     errors = {
         key: relative_error(found.gradients[key], gradient, floor) for key, gradient in expected.gradients.items()
     }
     assert {key: error for key, error in errors.items() if not error <= 1e-4} == {}  # a NaN is listed too
-    # fp32 has seven digits; on these batches no step puts a token on the other side of a router's choice.
+    # fp32 has seven digits; on these batches rounding changes no router's choice of experts.
     assert found.losses == pytest.approx(expected.losses, rel=1e-6)
     assert found.norms == pytest.approx(expected.norms, rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""Samples packed into one row are the samples run apart: logits, loss and every gradient."""
+"""Samples packed into one row give the results of separate samples: the loss of each token and every gradient."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from layouts import IGNORED, Layout, build, with_labels
 from tiny import tiny_batch, tiny_config
 
 CONFIG = tiny_config()
-# Longer than the window of 8 and than YaRN's 32 positions, and shorter; with two images, none and one.
+# Lengths above YaRN's 32 positions, below the window of 8, and between; with two images, none and one.
 SAMPLES = ((40, 2), (6, 0), (18, 1))
 PADDED_TO = 8
 
@@ -81,7 +81,7 @@ def compare(path: Path, layout: Layout) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
-        # What is added to all keys of a softmax without a sink moves nothing: that gradient is rounding only.
+        # A bias of all keys has no effect in a softmax without a sink: its gradient is rounding only.
         is_rounding = "vision_adapter.vit" in name and name.endswith("k_proj.bias")
         scale = max(float(gradient.abs().max()), (1e-2 if is_rounding else 1e-4) * largest)
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=0, atol=1e-4 * scale, msg=name)
@@ -98,7 +98,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_packed_samples_do_not_see_each_other(layout: Layout, path: Path):
+def test_packed_samples_do_not_attend_to_each_other(layout: Layout, path: Path):
     cpu.run_ranks(layout.world_size, compare, path, layout)
 
 

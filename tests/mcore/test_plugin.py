@@ -1,4 +1,4 @@
-"""`register()` tells each host what it has to know. Here, because it imports Megatron-Bridge."""
+"""The effects of `register()` on transformers and PEFT. In this folder, because it imports Megatron-Bridge."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import gpt_oss_vision
 
 
-def test_register_brings_sink_sdpa_to_transformers(monkeypatch):
+def test_register_adds_sink_sdpa_to_transformers(monkeypatch):
     for mapping in (ALL_ATTENTION_FUNCTIONS._global_mapping, ALL_MASK_ATTENTION_FUNCTIONS._global_mapping):
         monkeypatch.delitem(mapping, "sink_sdpa", raising=False)
     monkeypatch.delitem(sys.modules, "gpt_oss_vision.bridge.plugin", raising=False)

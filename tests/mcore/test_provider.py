@@ -1,4 +1,4 @@
-"""Every number of the transformers config arrives in Megatron's, and what cannot work is refused in a sentence."""
+"""Every field of the transformers config sets Megatron's, and settings that cannot work are refused in a sentence."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from gpt_oss_vision.bridge.mcore.provider import (
 from tiny import tiny_config
 
 
-def test_the_shape_of_gpt_oss_120b_arrives_whole():
+def test_all_fields_of_gpt_oss_120b_are_converted():
     provider = provider_from_config(GPTOSSVisionConfig(use_nope=True))
     assert (provider.num_layers, provider.num_moe_experts, provider.moe_router_topk) == (36, 128, 4)
     assert (provider.hidden_size, provider.moe_ffn_hidden_size, provider.vocab_size) == (2880, 2880, 201088)

@@ -1,4 +1,4 @@
-"""The router's losses and counts are those of transformers' logits at every layout, and its precision is a choice."""
+"""The router's losses and counts follow from transformers' logits at every layout, and its dtype can be set."""
 
 import math
 from pathlib import Path
@@ -33,7 +33,7 @@ def batch(images: tuple[int, ...] = (0, 1, 2)) -> dict[str, torch.Tensor]:
 
 
 def reference_logits(model: GPTOSSVisionForCausalLM, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Router logits ``[t, experts]`` per layer, rows before positions."""
+    """Router logits ``[t, experts]`` per layer; the tokens are those of ``[b, s]``, flattened."""
     logits: list[torch.Tensor] = []
     hooks = [
         layer.mlp.router.register_forward_hook(lambda module, args, out: logits.append(out[0]))
@@ -46,7 +46,7 @@ def reference_logits(model: GPTOSSVisionForCausalLM, inputs: dict[str, torch.Ten
 
 
 def balance(logits: torch.Tensor, is_visual: torch.Tensor, per_modality: bool) -> torch.Tensor:
-    """The loss of a layer by transformers, which adds up the `TOP_K` choices where Megatron takes their mean."""
+    """A layer's loss by transformers, which sums over the `TOP_K` choices; Megatron takes their mean."""
     if per_modality:
         return load_balancing_loss_per_modality((logits,), TOP_K, is_visual, torch.ones_like(is_visual)) / TOP_K
     return load_balancing_loss_func((logits,), EXPERTS, TOP_K) / TOP_K
@@ -91,7 +91,7 @@ def balanced_step(path: Path, layout: Layout, inputs: dict[str, torch.Tensor]) -
         gradients[layer.layer_number - 1] = layer.mlp.router.weight.grad
     for tensor in (losses, gradients):
         torch.distributed.all_reduce(tensor)
-    # The schedule gives each context-parallel rank cp times its part, for data parallelism to take the mean.
+    # The schedule multiplies the part of each context-parallel rank by cp, because data parallelism takes the mean.
     gradients /= parallel_state.get_context_parallel_world_size()
     return losses, gradients, pop_expert_counts(model, LAYERS, EXPERTS)
 
@@ -140,7 +140,7 @@ def test_entropy_and_overlap_of_counts():
 
 
 def router_logits(path: Path, router_dtype: str | None) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Logits of the first router in bf16, the same logits in fp64, and the type of the bias."""
+    """Logits of the first router in a bf16 model, the same logits in fp64, and the dtype of the vision bias."""
     (model,) = build(
         path, Layout(extra={"moe_router_dtype": router_dtype, "bf16": True, "params_dtype": torch.bfloat16})
     )
@@ -183,7 +183,7 @@ def test_a_loss_of_the_router_with_another_weight_than_given_is_refused(fields: 
 
 
 @pytest.mark.parametrize(("per_modality", "kind"), [(False, "aux_loss"), (True, "modality_aux_loss")])
-def test_a_checkpoint_that_wants_a_balanced_router_gets_one(per_modality: bool, kind: str):
+def test_a_balancing_loss_in_the_config_is_set_in_megatron(per_modality: bool, kind: str):
     config = tiny_config(router_aux_loss_coef=0.01, router_aux_loss_per_modality=per_modality)
     provider = provider_from_config(config)
     with cpu.runtime():

@@ -42,8 +42,8 @@ def megatron_logits_of(path: Path, batch: dict[str, torch.Tensor]) -> torch.Tens
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_a_row_says_what_its_tower_is(kind: str):
-    """Linear layers, tokens per image, also with patches and images that are not square, and nothing without a use."""
+def test_a_row_describes_its_tower(kind: str):
+    """Names of linear layers, tokens per image, also if images are not square, and no parameter without a gradient."""
     fields = (
         tiny_vision_config(kind, image_size=[8, 16], patch_size=[4, 8]) if kind == "vit" else tiny_vision_config(kind)
     )

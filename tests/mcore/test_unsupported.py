@@ -1,4 +1,4 @@
-"""The table of features in docs/parallelism.md, row by row: what «works» is run, what is «refused» is tried."""
+"""The table of features in docs/parallelism.md, row by row: "works" must train, and "refused" must raise."""
 
 import ast
 import re
@@ -44,7 +44,7 @@ ROWS = [
     for line in PAGE.read_text().partition("## What works where")[2].partition("\n## ")[0].splitlines()
     if re.match(r"\|.*`(model|ddp)\.", line)
 ]
-# Two microbatches of the first data-parallel rank have images; those of the second are text.
+# Both microbatches of the first data-parallel rank have images; those of the second are text.
 IMAGES = [(1, 1), (0, 0), (2, 0), (0, 0)]
 
 
@@ -59,7 +59,7 @@ def rows(**said: str) -> list:
 
 @pytest.fixture(scope="module")
 def reference() -> tuple[list[list[Microbatch]], Run]:
-    """The microbatches of two steps, and what transformers makes of them."""
+    """The microbatches of two steps, and transformers' run on them."""
     steps = [
         [
             with_labels(tiny_batch(CONFIG, images, length=24, seed=10 * step + place), CONFIG.image_token_id)
@@ -70,7 +70,7 @@ def reference() -> tuple[list[list[Microbatch]], Run]:
     return steps, reference_run(tiny_model(CONFIG), steps)
 
 
-def test_the_table_says_one_of_three_words_in_every_cell():
+def test_every_cell_of_the_table_has_one_of_three_words():
     assert len(ROWS) > 20
     assert {row.torch for row in ROWS} == {"works", "refused"}
     assert {row.transformer_engine for row in ROWS} == {"written", "refused"}
@@ -123,7 +123,7 @@ def fused_gradient() -> torch.Tensor:
 
 @pytest.mark.upstream
 def test_megatron_cores_fused_cross_entropy_still_rounds_its_gradient():
-    """When this fails, the `torch` back end can have it."""
+    """When this fails, the `torch` back end can support it."""
     (gradient,) = cpu.run_ranks(1, fused_gradient)
     assert gradient.dtype == torch.float32
     assert torch.equal(gradient, gradient.bfloat16().float())

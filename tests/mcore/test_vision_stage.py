@@ -1,4 +1,4 @@
-"""The vision stage alone: the ranks share the images, and its activations may be computed twice instead of kept."""
+"""The vision stage alone: the ranks share the images, and activations may be recomputed instead of kept."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ def images(count: int) -> torch.Tensor:
 
 
 def stage(tensor_parallel: int = 1, context_parallel: int = 1, **overrides: object) -> VisionStage:
-    """This rank's copy, with the weights of `adapter()`."""
+    """The vision stage on this rank, with the weights of `adapter()`."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -47,14 +47,14 @@ def loss_of(features: torch.Tensor) -> torch.Tensor:
 
 
 def share(counts: list[int], tensor_parallel: int, context_parallel: int) -> list[tuple]:
-    """Per number of images: how many this rank's tower saw, the features, the gradients summed over the ranks."""
+    """Per count of images: the number in this rank's tower, the features, and the gradients summed over the ranks."""
     module, results = stage(tensor_parallel, context_parallel), []
     seen: list[int] = []
     module.vit.register_forward_pre_hook(lambda vit, args: seen.append(len(args[0])))
     for count in counts:
         module.zero_grad()
         features = module(images(count))
-        # Every context-parallel rank has a part of the loss, every tensor-parallel rank has all of that.
+        # Each context-parallel rank has a part of the loss; all tensor-parallel ranks have the whole of that part.
         (loss_of(features) / context_parallel).backward()
         gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
         for gradient in gradients.values():
@@ -72,7 +72,7 @@ def test_ranks_share_the_images_and_all_get_the_features(tensor_parallel: int, c
     for count, results in zip(counts, zip(*by_rank, strict=True), strict=True):
         seen = [result[0] for result in results]
         most = -(-count // ranks)
-        # A rank with nothing to do looks at a blank image, so that its parameters take part.
+        # A rank without images runs its tower on a blank one, so that its parameters get gradients.
         assert seen == [min(max(count - rank * most, 0), most) or 1 for rank in range(ranks)]
         module = adapter()
         expected = module(images(count)).pooler_output if count else torch.zeros(0, 6, 32)
@@ -87,7 +87,7 @@ def test_ranks_share_the_images_and_all_get_the_features(tensor_parallel: int, c
 
 @contextmanager
 def kept_bytes() -> Iterator[list[int]]:
-    """The bytes of all tensors that autograd keeps for the backward pass inside the context; weights aside."""
+    """The sizes in bytes of all tensors that autograd keeps inside the context, except for weights."""
     sizes: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

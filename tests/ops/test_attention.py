@@ -13,12 +13,12 @@ NAMES = ["query", "key", "value", "sinks"]
 
 @pytest.fixture(autouse=True)
 def always_fused(monkeypatch):
-    """However short the sequence; the loops that it is compared with are slow."""
+    """Use the fused kernel for short sequences too, since the loops that it is compared with are slow."""
     monkeypatch.setattr(attention, "_SHORT", 0)
 
 
 def attention_by_hand(query, key, value, sinks, scale, window=None, mask=None):
-    """One query at a time: ``exp(s_ij) / (exp(sink) + sum_j exp(s_ij))`` over the keys that it may see."""
+    """One query at a time: ``exp(s_ij) / (exp(sink) + sum_j exp(s_ij))`` over its visible keys."""
     rows = []
     batch, heads, queries, _ = query.shape
     groups, keys = key.shape[1], key.shape[2]
@@ -38,7 +38,7 @@ def attention_by_hand(query, key, value, sinks, scale, window=None, mask=None):
 
 
 def inputs(queries: int, keys: int | None = None, heads=4, groups=2, batch=2, size=8, dtype=torch.float64):
-    """Query, key, value and sinks; drawn in fp64, so that every dtype gets the same numbers."""
+    """Query, key, value and sinks; drawn in fp64, so that every dtype gets the same values."""
     generator = torch.Generator().manual_seed(0)
     shapes = [
         (batch, n, length, size)
@@ -74,10 +74,10 @@ def test_output_and_gradients_are_those_of_the_formula(attend, window: int | Non
     assert_same(results(attend, narrow, window=window), expected, 1e-4, 1e-5)
 
 
-# Blocks have 128 queries. The loops are slow, so longer sequences are compared with `sink_attention`, which they hold.
+# Blocks have 128 queries. The loops are slow, so longer sequences are compared with `sink_attention`, tested above.
 @pytest.mark.parametrize("window", [None, 1, 7, 127, 128, 129, 300])
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 300])
-def test_the_borders_of_blocks_leave_no_trace(window: int | None, length: int):
+def test_block_boundaries_do_not_change_the_results(window: int | None, length: int):
     expected = results(sink_attention, inputs(length, batch=1), window=window)
     assert_same(results(fused_sink_attention, inputs(length, batch=1), window=window), expected, 1e-9, 1e-12)
 
@@ -97,7 +97,7 @@ def test_heads_share_the_keys_of_their_group(groups: int):
 
 @pytest.mark.parametrize("window", [None, 128])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_narrow_types_are_as_exact_as_they_are_wide(window: int | None, dtype: torch.dtype, tolerance: float):
+def test_errors_are_within_the_rounding_of_the_dtype(window: int | None, dtype: torch.dtype, tolerance: float):
     expected = results(sink_attention, inputs(200, size=64), window=window)
     found = results(fused_sink_attention, inputs(200, size=64, dtype=dtype), window=window)
     assert all(tensor.dtype == dtype for tensor in found)
@@ -113,7 +113,7 @@ def padding(lengths: list[int], keys: int) -> torch.Tensor:
 @pytest.mark.parametrize("attend", BOTH)
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_not_seen_and_sees_nothing_in_front_of_it(attend, window: int | None, side: str):
+def test_padding_is_masked_and_left_padding_attends_to_nothing(attend, window: int | None, side: str):
     mask = padding([4, 10], 10)
     mask = mask if side == "left" else mask.flip(1)
     expected = results(attention_by_hand, inputs(10), window=window, mask=mask)
@@ -130,8 +130,8 @@ def test_padding_over_several_blocks(window: int | None):
 @pytest.mark.parametrize("attend", BOTH)
 @pytest.mark.parametrize("keys", [10, 14])
 @pytest.mark.parametrize("hidden", [False, float("-inf"), torch.finfo(torch.float32).min])
-def test_a_mask_of_queries_and_keys_stands_in_the_place_of_the_causal_rule(attend, keys: int, hidden: bool | float):
-    """As for packed sequences and static caches; the window doesn't count. Some queries see nothing."""
+def test_a_mask_of_queries_and_keys_replaces_the_causal_mask(attend, keys: int, hidden: bool | float):
+    """As for packed sequences and static caches; the window is ignored. One query has no visible key."""
     mask = torch.rand(2, 1, 10, keys, generator=torch.Generator().manual_seed(2)) < 0.4
     mask[0, 0, 3] = False
     expected = results(attention_by_hand, inputs(10, keys), mask=mask)
@@ -161,7 +161,7 @@ def test_gradients_pass_gradcheck(monkeypatch, window: int | None):
 
 
 def test_strides_and_gradients_of_any_layout_are_taken():
-    """Hosts hand over transposed tensors, and `sum` a gradient without strides."""
+    """Models pass transposed tensors, and `sum` passes an expanded gradient, with strides of 0."""
     tensors = inputs(140, batch=2)
     expected = torch.autograd.grad(sink_attention(*tensors, scale=0.3).sum(), tensors)
     strange = [tensor.detach().transpose(1, -1).contiguous().transpose(1, -1) for tensor in tensors[:3]] + tensors[3:]
@@ -171,14 +171,14 @@ def test_strides_and_gradients_of_any_layout_are_taken():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_query_rotated_in_fp32_meets_a_value_in_bf16_under_autocast():
+def test_queries_in_fp32_and_values_in_bf16_are_taken_as_autocast_gives_them():
     tensors = [tensor.bfloat16() for tensor in inputs(9)]
     mixed = [tensors[0].float(), tensors[1].float(), *tensors[2:]]
     assert torch.equal(fused_sink_attention(*mixed, scale=0.3), fused_sink_attention(*tensors, scale=0.3))
 
 
 @pytest.mark.parametrize(("length", "is_fused"), [(64, False), (65, True)])
-def test_few_keys_go_by_the_formula(monkeypatch, length: int, is_fused: bool):
+def test_few_keys_use_the_formula(monkeypatch, length: int, is_fused: bool):
     monkeypatch.undo()
     output = fused_sink_attention(*inputs(length), scale=0.3)
     assert ("_BlockwiseAttention" in str(output.grad_fn.next_functions)) == is_fused
@@ -204,8 +204,8 @@ def test_a_large_sink_takes_nearly_everything(attend):
 
 
 @pytest.mark.parametrize("window", [None, 128])
-def test_the_cuda_path_hands_its_kernels_what_they_take(window: int | None):
-    """Shapes only: torch checks a kernel's arguments on the meta device too; its numbers need a GPU."""
+def test_the_cuda_path_calls_its_kernels_with_valid_arguments(window: int | None):
+    """Shapes only: torch checks a kernel's arguments on the meta device too; its values need a GPU."""
     shapes = [(2, 64, 300, 64), (2, 8, 300, 64), (2, 8, 300, 64), (64,)]
     tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in shapes]
     output = attention._CudaFlashAttention.apply(*tensors, 0.125, window)

@@ -29,7 +29,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def exactly(nibble: int, scale: int) -> float:
-    """The standard's value as a float64, which holds all of them."""
+    """The standard's value as a float64, which represents every one exactly."""
     magnitude = MAGNITUDES[nibble & 7] * Fraction(2) ** (scale - 127)
     return math.copysign(float(magnitude), -1 if nibble & 8 else 1)
 
@@ -46,7 +46,7 @@ def test_every_byte_under_every_scale_is_the_product_rounded_once(dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
-def test_every_byte_under_every_scale_is_what_transformers_gives_turned(dtype: torch.dtype):
+def test_every_byte_under_every_scale_is_as_in_transformers_transposed(dtype: torch.dtype):
     blocks, scales = every_byte_under_every_scale()
     turned = convert_moe_packed_tensors(blocks[None], scales[None], dtype=dtype)
     assert same_bits(dequantize(blocks[None], scales[None], dtype), turned.mT.contiguous())
@@ -66,7 +66,7 @@ def test_any_shape_is_dequantised_through_all_its_chunks(shape: tuple[int, ...],
     assert same_bits(found, expected.to(dtype))
 
 
-def test_gates_and_ups_in_turns_land_one_after_the_other():
+def test_interleaved_rows_of_gate_and_up_are_separated():
     blocks, scales = random_packed(2 * 300, 20, low=110, high=140)
     plain, parted = dequantize(blocks, scales), torch.empty(600, 640, dtype=torch.bfloat16)
     dequantizer = Dequantizer()
@@ -91,7 +91,7 @@ def test_a_destination_of_any_stride_is_filled_and_the_rest_left(part):
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
-def test_the_scales_tell_whether_values_are_finite(dtype: torch.dtype):
+def test_the_scales_alone_show_whether_values_are_finite(dtype: torch.dtype):
     blocks, dequantizer = torch.arange(256, dtype=torch.uint8).view(1, 16, 16), Dequantizer(dtype)
     for scale in range(256):
         scales = torch.full((1, 16), scale, dtype=torch.uint8)
@@ -117,14 +117,14 @@ def by_the_book(block: list[float]) -> tuple[list[int], int]:
     nibbles = []
     for value in block:
         scaled = abs(Fraction(value)) / Fraction(2) ** exponent
-        # the nearest; of two, the one with an even mantissa, which is an even place in the list
+        # round to nearest, ties to the even mantissa, which has an even index in the list
         code = min(range(8), key=lambda place: (abs(MAGNITUDES[place] - scaled), place % 2))
         nibbles.append(code | (8 if math.copysign(1, value) < 0 else 0))
     return nibbles, exponent + 127
 
 
 def samples(dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Rows of a block: of every magnitude, at and next to every tie, subnormal, sparse, and zero of both signs."""
+    """Rows of one block each: of every magnitude, at and next to every tie, subnormal, sparse, and both zeros."""
     generator = torch.Generator().manual_seed(seed)
     info = torch.finfo(dtype)
     low, high = math.ceil(math.log2(info.smallest_normal)) - 8, math.floor(math.log2(info.max)) - 3
@@ -141,7 +141,7 @@ def samples(dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
-def test_quantising_follows_the_book(dtype: torch.dtype):
+def test_quantising_follows_the_standard(dtype: torch.dtype):
     values = samples(dtype, seed=1)
     values = values[values.isfinite().all(-1)]
     blocks, scales = quantize(values)
@@ -152,7 +152,7 @@ def test_quantising_follows_the_book(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
-def test_what_comes_back_is_within_the_bound(dtype: torch.dtype):
+def test_the_error_of_quantising_is_within_the_bound(dtype: torch.dtype):
     for seed in range(10):
         values = samples(dtype, seed)
         values = values[values.isfinite().all(-1)]
@@ -173,16 +173,16 @@ def test_the_bound_is_reached():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_values_return_always_and_bytes_where_the_scale_is_the_rules(dtype: torch.dtype):
+def test_quantising_again_keeps_values_always_and_bytes_where_the_scale_is_the_rules(dtype: torch.dtype):
     blocks, scales = random_packed(64, 256)
-    blocks[:32] &= 0x99  # magnitudes up to ½ only: the rule scales these blocks otherwise
+    blocks[:32] &= 0x99  # magnitudes up to 1/2 only: the rule gives these blocks another scale
     values = dequantize(blocks, scales, dtype)
     finite = values.view(-1, 32).isfinite().all(-1)
     assert 0.98 < finite.double().mean() < 1  # large scales overflow
     blocks, scales, values = blocks.view(-1, 1, 16)[finite], scales.view(-1, 1)[finite], values.view(-1, 32)[finite]
     again = quantize(values)
     assert same_bits(dequantize(*again, dtype), values)
-    # The rule's scale gives the largest value the exponent 2; only scale 0 is also given to smaller ones.
+    # With the rule's scale the largest value has the exponent 2; only with scale 0 it may have a smaller one.
     codes = torch.maximum(blocks & 7, blocks >> 4 & 7).amax(-1)
     by_rule = ((codes >= 6) | (scales == 0)).squeeze(-1)
     assert 0.3 < by_rule.double().mean() < 0.7
@@ -205,7 +205,7 @@ def test_any_shape_is_quantised(shape: tuple[int, ...]):
 
 
 def test_packed_rows_and_values_of_any_stride_are_read_and_written():
-    values = torch.randn(7, 96, 10).mT  # [7, 10, 96], columns apart
+    values = torch.randn(7, 96, 10).mT  # [7, 10, 96], last axis not contiguous
     assert all(map(torch.equal, quantize(values), quantize(values.contiguous())))
     blocks, scales = torch.zeros(20, 3, 16, dtype=torch.uint8), torch.zeros(20, 3, dtype=torch.uint8)
     for part in (0, 1):

@@ -21,7 +21,7 @@ def processor() -> GPTOSSVisionProcessor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Has `red.png` and `blue.png`."""
+    """A folder with `red.png` and `blue.png`."""
     for name, colour in {"red": (200, 10, 10), "blue": (10, 10, 200)}.items():
         Image.new("RGB", (12, 9), colour).save(tmp_path / f"{name}.png")
     return tmp_path
@@ -44,7 +44,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(start: Path, tmp_path: Path) -> Path:
-    """A folder to train in, with what is only read shared by links."""
+    """A folder to train in; its inputs, which are only read, are links."""
     for name in ("digits", "hf_start", "megatron_start"):
         (tmp_path / name).symlink_to(start / name)
     return tmp_path

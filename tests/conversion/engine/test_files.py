@@ -1,4 +1,4 @@
-"""Memory that is used again and again; files that are read and written around the page cache, and read from it."""
+"""Arenas reuse memory; files are read and written with direct I/O, and ranges in the page cache are read from it."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ HAS_CACHESTAT = tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 5)
 
 
 def blocks(nbytes: int) -> torch.Tensor:
-    """Whole blocks of memory that hold so many bytes."""
+    """A buffer of whole blocks with at least `nbytes` bytes."""
     return Arena().take((-(-nbytes // BLOCK) * BLOCK,), torch.uint8)
 
 
@@ -45,12 +45,12 @@ def test_memory_for_a_file_has_the_offset_of_the_file_within_a_block(offset: int
 
 
 def anonymous_memory() -> int:
-    """Bytes of memory that this process shares with no other."""
+    """RssAnon of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def test_an_arena_is_private_memory_of_as_many_bytes_as_were_taken_at_once():
+def test_an_arena_occupies_private_memory_of_its_peak_size():
     arena, before = Arena(), anonymous_memory()
     for nbytes in (2**20, 2**25, 2**26):
         with arena.scope():
@@ -76,7 +76,7 @@ def forget(file: File, offset: int = 0, nbytes: int = 0) -> None:
 
 
 def read_from_the_disk() -> int:
-    """Bytes that this process has had read from disks so far."""
+    """Bytes that were read from disks for this process so far."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
@@ -114,7 +114,7 @@ def test_bytes_are_written_where_they_belong_and_nowhere_else(
 
 
 @pytest.mark.skipif(not HAS_CACHESTAT, reason="Linux before 6.5 does not say what the page cache holds")
-def test_what_the_page_cache_holds_is_not_read_from_the_disk(file: File):
+def test_cached_bytes_are_not_read_from_the_disk(file: File):
     if file.direct == file.plain:
         pytest.skip("this file system has no direct input")
     data, begun = blocks(SIZE), read_from_the_disk()
@@ -137,7 +137,7 @@ def test_a_cold_read_leaves_the_page_cache_as_it_was(file: File):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_file_that_was_cut_off_gets_a_sentence(file: File, cached: bool):
+def test_a_truncated_file_is_an_error_with_advice(file: File, cached: bool):
     data = blocks(SIZE)
     os.truncate(file.path, 40_000)
     if not cached:
@@ -147,7 +147,7 @@ def test_a_file_that_was_cut_off_gets_a_sentence(file: File, cached: bool):
 
 
 def test_too_many_open_files_is_an_error_and_leaves_none_open(file: File):
-    """And not taken for a file system without direct input."""
+    """The error is not mistaken for a file system without `O_DIRECT`."""
     free = os.dup(file.plain)
     os.close(free)
     with at_most_open(free + 1), pytest.raises(OSError, match="Too many open files") as failure:
@@ -158,7 +158,7 @@ def test_too_many_open_files_is_an_error_and_leaves_none_open(file: File):
     assert again == free
 
 
-def test_a_file_system_without_direct_input_is_read_without(file: File, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_system_without_direct_io_is_read_buffered(file: File, monkeypatch: pytest.MonkeyPatch):
     opening = os.open
 
     def refusing(path: Path, flags: int, *mode: int) -> int:

@@ -1,4 +1,4 @@
-"""A real disk that is too small, or that another program fills: a small one, mounted where only a fork sees it."""
+"""A disk that is too small, or that another program fills: a small file system, mounted in the namespace of a fork."""
 
 import contextlib
 import ctypes
@@ -36,9 +36,9 @@ Disk = Callable[[Path, int, Callable[[], object]], None]
 
 @pytest.fixture(params=["tmpfs", "ext4"])
 def on_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Disk:
-    """Runs something in a fork for which a folder is a file system of that many bytes; skips where none can be mounted.
+    """A function that runs `work` in a fork where a folder is a file system of `nbytes`; skips if mounting is denied.
 
-    One is in memory, which a user may mount in a name space of his own; one has blocks and direct output.
+    tmpfs can be mounted by any user in a namespace of their own; ext4 has blocks and `O_DIRECT`.
     """
 
     def mount(folder: Path, nbytes: int) -> None:
@@ -73,7 +73,7 @@ def _succeeds(work: Callable[[], object]) -> bool:
 
 
 def _unshare() -> None:
-    """Into a name space of this process's own, which a user may have too; its mounts end with the process."""
+    """Move this process into its own mount namespace, also without root; its mounts end with the process."""
     user, group = os.getuid(), os.getgid()
     os.unshare(os.CLONE_NEWNS | (os.CLONE_NEWUSER if user else 0))
     if user:
@@ -90,7 +90,7 @@ def _mount(*arguments: bytes | int | None) -> None:
 
 
 def convert(arguments: tuple[str, str, str], checkpoints: Path, out: Path, *options: str) -> tuple[int, str]:
-    """Exit code, and the last line of what the command said."""
+    """Run the command; return its exit code and its last line of output."""
     action, option, source = arguments
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
@@ -100,14 +100,14 @@ def convert(arguments: tuple[str, str, str], checkpoints: Path, out: Path, *opti
 
 
 def fill(disk: Path, leaving: int) -> None:
-    """Take the room of a disk, as another program would."""
+    """Fill a disk up to `leaving` free bytes, as another program would."""
     free = os.statvfs(disk)
     with (disk / "another").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - leaving)
 
 
 @pytest.mark.parametrize("arguments", CONVERSIONS.values(), ids=CONVERSIONS)
-def test_too_small_from_the_start_it_is_told_in_numbers_and_nothing_is_left(
+def test_a_disk_too_small_from_the_start_is_reported_in_numbers_and_nothing_is_left(
     arguments: tuple[str, str, str], checkpoints: Path, tmp_path: Path, on_disk: Disk
 ):
     def run() -> None:
@@ -122,7 +122,7 @@ def test_too_small_from_the_start_it_is_told_in_numbers_and_nothing_is_left(
 
 
 def before_it_is_reserved(disk: Path, patch: pytest.MonkeyPatch) -> None:
-    """Another program takes all but 1 MiB when there was found to be enough."""
+    """Another program takes all but 1 MiB after the check of free space."""
 
     def check_and_fill(out: Path, needed: int) -> None:
         check_space(out, needed)
@@ -132,7 +132,7 @@ def before_it_is_reserved(disk: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def while_it_is_written(disk: Path, patch: pytest.MonkeyPatch) -> None:
-    """Another program takes all that is left when the first task has been recorded."""
+    """Another program takes all free space after the first task is recorded."""
     record = Journal.record
 
     def record_and_fill(journal: Journal, results: dict, files: Iterable[Path] = ()) -> None:
@@ -145,7 +145,7 @@ def while_it_is_written(disk: Path, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("taken", [before_it_is_reserved, while_it_is_written])
 @pytest.mark.parametrize("arguments", CONVERSIONS.values(), ids=CONVERSIONS)
-def test_filled_by_another_program_it_is_told_and_continued_to_the_same_bytes_when_there_is_room(
+def test_a_disk_filled_by_another_program_is_reported_and_the_next_call_continues_to_the_same_bytes(
     arguments: tuple[str, str, str],
     taken: Callable[[Path, pytest.MonkeyPatch], None],
     checkpoints: Path,
@@ -174,7 +174,7 @@ def test_filled_by_another_program_it_is_told_and_continued_to_the_same_bytes_wh
     on_disk(tmp_path, LARGE_ENOUGH, run)
 
 
-def test_room_that_is_too_small_for_a_file_is_not_kept(tmp_path: Path, on_disk: Disk):
+def test_space_that_is_too_small_for_a_file_is_freed_again(tmp_path: Path, on_disk: Disk):
     def run() -> None:
         free, open_files = os.statvfs(tmp_path).f_bavail, os.listdir("/proc/self/fd")
         with pytest.raises(OSError, match="No space left on device"):

@@ -23,7 +23,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of `pair` beside other work, in which we are."""
+    """A copy of `pair` beside other work; the working directory is its folder `code`."""
     shutil.copytree(pair, tmp_path / "project")
     (tmp_path / "project" / "code").mkdir()
     (tmp_path / "project" / "code" / "thesis.py").write_text("mine")
@@ -67,7 +67,7 @@ SLIPS = {
 
 @pytest.mark.parametrize("dry_run", [False, True], ids=["for good", "dry run"])
 @pytest.mark.parametrize(("convert", "said"), SLIPS.values(), ids=SLIPS)
-def test_overwriting_never_costs_what_no_conversion_made(
+def test_overwriting_is_refused_where_it_would_destroy_an_input_or_other_files(
     convert: Callable[..., object], said: str, dry_run: bool, project: Path
 ):
     before = files_of(project.parent)

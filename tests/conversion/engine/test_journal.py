@@ -1,4 +1,4 @@
-"""The crash-safe output folder: complete or not there, continued after any death, held by one call at a time."""
+"""The crash-safe output folder: complete or absent, continued after any crash, locked by one call at a time."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ PLAN = {"action": "test", "source": {"a": [1, 2]}}
 
 
 def write(out: Path, plan: dict = PLAN, **options: bool) -> None:
-    """An output of two tasks."""
+    """Write an output of two tasks."""
     with open_output(out, plan, **options) as journal:
         for task in ("one", "two"):
             if task not in journal.results:
@@ -31,7 +31,7 @@ def write(out: Path, plan: dict = PLAN, **options: bool) -> None:
 
 
 def interrupted(out: Path, plan: dict = PLAN, **options: bool) -> None:
-    """The same, given up after one task."""
+    """The same, interrupted by an error after one task."""
     with pytest.raises(OSError, match="disk"), open_output(out, plan, **options) as journal:
         (journal.output / "one").write_text("from the first call")
         journal.record({"one": {"kept": 1}})
@@ -66,7 +66,7 @@ def test_a_torn_last_line_does_not_count(cut: int, tmp_path: Path):
         assert file.read_bytes() == whole
 
 
-def test_another_plan_is_refused_by_what_differs(tmp_path: Path):
+def test_another_plan_is_refused_and_the_difference_named(tmp_path: Path):
     interrupted(tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"begun with another source; .* --overwrite"):
         write(tmp_path / "out", PLAN | {"source": {"a": [1, 3]}})
@@ -103,9 +103,9 @@ class Listing(list[os.DirEntry[str]]):
 
 
 def dies(work: Callable[[], object], survived: int) -> bool:
-    """Run something in a fork that dies before it renames or removes anything for the `survived`-th time from 0 on.
+    """Run `work` in a fork that exits before its rename or removal number `survived` (from 0); return whether it did.
 
-    Folders list the journal last, as a disk may.
+    Folders list the journal last, an order that a file system may give.
     """
     left, scan = itertools.count(survived, -1), os.scandir
 
@@ -133,23 +133,23 @@ def dies(work: Callable[[], object], survived: int) -> bool:
 
 
 def dies_replacing(out: Path, survived: int) -> bool:
-    """As `dies`, in replacing an old output."""
+    """The same for a call that replaces an old output."""
     write(out, PLAN | {"action": "old"})
     return dies(lambda: write(out, overwrite=True), survived)
 
 
 def state(folder: Path) -> dict[str, bool]:
-    """What of a partial output is there."""
+    """Which parts of a partial output exist."""
     return {name: os.path.lexists(folder / name) for name in ("journal", "output", "replaced")}
 
 
 STEPS = range(14)
-"""More than there are; the first two look for what may be left of another call."""
+"""More steps than a call has; the first two remove possible leftovers of another call."""
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("survived", STEPS)
-def test_a_death_between_any_two_steps_of_finishing_is_continued(survived: int, overwrite: bool, tmp_path: Path):
+def test_a_crash_between_any_two_steps_of_finishing_is_continued(survived: int, overwrite: bool, tmp_path: Path):
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     if overwrite:
         write(out, PLAN | {"action": "old"})
@@ -158,7 +158,7 @@ def test_a_death_between_any_two_steps_of_finishing_is_continued(survived: int, 
     assert state(partial)["journal"] or not state(partial)["replaced"]
     if died and (state(partial)["journal"] or overwrite or not out.exists()):
         write(out, overwrite=overwrite)
-    elif died:  # nothing was left to do but to remove the lock and its folder
+    elif died:  # only the lock and its folder were still to be removed
         with pytest.raises(FileExistsError):
             write(out)
     assert (out / "one").read_text() == "test"
@@ -166,8 +166,8 @@ def test_a_death_between_any_two_steps_of_finishing_is_continued(survived: int, 
 
 
 @pytest.mark.parametrize("survived", STEPS)
-def test_what_was_replaced_outlives_a_death_and_another_plan_after_it(survived: int, tmp_path: Path):
-    """Whatever the next call does, there is a whole output under its name until that call has another."""
+def test_a_complete_output_survives_a_crash_in_overwriting_and_another_plan_after_it(survived: int, tmp_path: Path):
+    """A complete output exists under the name until the next call has finished another one."""
     out = tmp_path / "out"
     dies_replacing(out, survived)
     interrupted(out, PLAN | {"action": "newer"}, overwrite=True)
@@ -179,19 +179,19 @@ def test_what_was_replaced_outlives_a_death_and_another_plan_after_it(survived: 
 
 
 @pytest.mark.parametrize("survived", STEPS)
-def test_after_a_death_in_overwriting_a_call_without_it_replaces_nothing(survived: int, tmp_path: Path):
+def test_after_a_crash_in_overwriting_a_call_without_overwrite_replaces_nothing(survived: int, tmp_path: Path):
     out = tmp_path / "out"
     died = dies_replacing(out, survived)
     before = (out / "one").read_text() if out.exists() else "old"
     if died and before == "test" and state(tmp_path / "out.partial")["journal"]:
-        write(out)  # it is this call's output
+        write(out)  # the crashed call had finished this output
     else:
         with pytest.raises(FileExistsError, match=r"out exists; .* --overwrite"):
             write(out)
     assert (out / "one").read_text() == (out / "two").read_text() == before
 
 
-def test_what_is_left_of_replacing_lets_no_call_replace(tmp_path: Path):
+def test_leftovers_of_overwriting_give_no_later_call_the_permission_to_overwrite(tmp_path: Path):
     out = tmp_path / "out"
     write(out)
     (tmp_path / "out.partial" / "replaced").mkdir(parents=True)
@@ -202,7 +202,7 @@ def test_what_is_left_of_replacing_lets_no_call_replace(tmp_path: Path):
 
 
 def spoiled(out: Path) -> None:
-    """A call that ends with bad input, and leaves nothing."""
+    """Fail because of bad input, which removes the output."""
     with contextlib.suppress(ValueError), open_output(out, PLAN):
         raise ValueError("bad")
 
@@ -215,7 +215,7 @@ REMOVALS = {
 
 @pytest.mark.parametrize("remove", REMOVALS.values(), ids=REMOVALS)
 @pytest.mark.parametrize("survived", range(4))
-def test_a_death_in_removing_leaves_no_journal_of_what_is_gone(
+def test_a_crash_in_removing_leaves_no_journal_of_missing_files(
     remove: Callable[[Path], object], survived: int, tmp_path: Path
 ):
     interrupted(tmp_path / "out")
@@ -238,7 +238,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
-def test_what_is_no_folder_is_replaced_only_on_request_and_links_are_not_followed(
+def test_a_file_or_link_is_replaced_only_on_request_and_links_are_not_followed(
     make: Callable[[Path], object], tmp_path: Path
 ):
     out = tmp_path / "out"
@@ -252,7 +252,7 @@ def test_what_is_no_folder_is_replaced_only_on_request_and_links_are_not_followe
     assert "target" not in others or (tmp_path / "target" / "kept").exists()
 
 
-def test_what_another_program_makes_in_the_meantime_is_not_replaced(tmp_path: Path):
+def test_a_file_that_another_program_makes_in_the_meantime_is_not_replaced(tmp_path: Path):
     out = tmp_path / "out"
     with pytest.raises(FileExistsError, match="--overwrite"), open_output(out, PLAN) as journal:
         (journal.output / "one").write_text("test")
@@ -274,7 +274,7 @@ def test_files_and_their_folders_are_synced_before_they_are_recorded(tmp_path: P
     assert set(synced) == {journal.output / name for name in (".", "a", "a/b", "a/b/file")}
 
 
-def test_what_is_forgotten_is_not_done_in_the_next_call_and_can_be_done_again(tmp_path: Path):
+def test_a_forgotten_task_is_pending_in_the_next_call_and_can_be_recorded_again(tmp_path: Path):
     out = tmp_path / "out"
     interrupted(out)
     with pytest.raises(OSError, match="disk"), open_output(out, PLAN) as journal:
@@ -297,8 +297,8 @@ def test_a_journal_whose_output_is_gone_begins_anew(tmp_path: Path):
         assert journal.output.is_dir()
 
 
-def test_what_is_locked_is_a_file_that_is_open_for_writing(tmp_path: Path):
-    """An exclusive lock on a network file system needs one."""
+def test_the_lock_is_on_a_file_that_is_open_for_writing(tmp_path: Path):
+    """NFS emulates `flock` by byte-range locks, and an exclusive one needs a writable descriptor."""
     with open_output(tmp_path / "out", PLAN) as journal:
         descriptors = [int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
         held = [each for each in descriptors if Path(f"/proc/self/fd/{each}").readlink().parent == journal.partial]
@@ -313,7 +313,7 @@ MEMORY = Path("/dev/shm")
 
 @pytest.fixture(params=["disk", "memory"])
 def quick(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    """A folder, and how often it can be written in a second or two: in memory often enough to meet every race."""
+    """A folder, and how often it can be written in a second or two; in memory this is often enough to hit the races."""
     if request.param == "disk":
         yield tmp_path, 30
     elif not os.access(MEMORY, os.W_OK):
@@ -324,7 +324,7 @@ def quick(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path
 
 
 def test_calls_that_come_as_others_finish_do_not_harm_each_other(quick: tuple[Path, int]):
-    """Each removes the lock that the others may just have opened, and the folder that they may be looking at."""
+    """Each call removes the lock file that others may have just opened, and the folder that others may be listing."""
     folder, times = quick
     out = folder / "out"
 
@@ -354,14 +354,14 @@ def test_bad_input_leaves_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_small_a_disk_is_told_with_both_numbers(tmp_path: Path):
+def test_too_small_a_disk_is_reported_with_both_numbers(tmp_path: Path):
     with open_output(tmp_path / "out", PLAN) as journal:
         with pytest.raises(OSError, match=r"needs 1000000.00 GB more and its disk has \d+\.\d\d GB free") as failure:
             check_space(journal.out, 10**15)
         assert failure.value.errno == errno.ENOSPC
 
 
-def test_what_is_written_already_counts_as_paid_for(tmp_path: Path):
+def test_bytes_that_are_already_written_need_no_more_space(tmp_path: Path):
     with open_output(tmp_path / "out", PLAN) as journal:
         (journal.output / "file").write_bytes(bytes(2**20))
         os.sync()
@@ -400,7 +400,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
 @pytest.mark.parametrize("there", [False, True], ids=["no output", "an output"])
-def test_what_only_bears_the_name_of_a_partial_output_is_left_alone(
+def test_a_foreign_file_or_folder_with_the_name_of_a_partial_output_is_left_alone(
     make: Callable[[Path], object], there: bool, tmp_path: Path
 ):
     if there:
@@ -413,7 +413,7 @@ def test_what_only_bears_the_name_of_a_partial_output_is_left_alone(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_what_nfs_keeps_of_a_lock_that_another_call_still_has_open_is_left_to_it(tmp_path: Path):
+def test_a_lock_file_that_nfs_keeps_for_another_call_is_left_alone(tmp_path: Path):
     kept = tmp_path / "out.partial" / ".nfs00000001"
     kept.parent.mkdir()
     kept.touch()
@@ -422,7 +422,7 @@ def test_what_nfs_keeps_of_a_lock_that_another_call_still_has_open_is_left_to_it
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
 
 
-def test_new_folders_above_an_output_go_with_it_when_it_fails(tmp_path: Path):
+def test_new_parent_folders_are_removed_when_the_output_fails(tmp_path: Path):
     spoiled(tmp_path / "new" / "newer" / "out")
     assert list(tmp_path.iterdir()) == []
     interrupted(tmp_path / "new" / "newer" / "out")

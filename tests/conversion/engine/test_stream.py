@@ -1,4 +1,4 @@
-"""Tasks of a conversion: recorded after their bytes are on the disk, and run again where those are lost."""
+"""Tasks of a conversion: recorded after their bytes are on the disk, and run again if these are lost."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -15,13 +15,13 @@ from gpt_oss_vision.conversion.engine.stream import InMemoryJournal, Task, Worke
 from gpt_oss_vision.terminal import Progress
 
 SIZES = {"a/b/one": 2 * BLOCK, "c/two": 2 * BLOCK, "a/b/three": 100}
-"""Of an output; the first two files have a task for each half, another task writes into the first and the third."""
+"""Files of an output. The first two have a task for each half; one of these tasks also writes the third file."""
 
 EXPECTED = {"a/b/one": b"1" * BLOCK + b"2" * BLOCK, "c/two": b"1" * BLOCK + b"2" * BLOCK, "a/b/three": b"3" * 100}
 
 
 def tasks(done: list[str], failing: str = "") -> list[Task]:
-    """Tasks that write EXPECTED and tell their names; one fails in its place."""
+    """Tasks that write EXPECTED and append their names to `done`; the task named `failing` raises instead."""
 
     def task(name: str, places: Mapping[str, tuple[int, int]]) -> Task:
         def run(worker: Worker) -> None:
@@ -42,7 +42,7 @@ def tasks(done: list[str], failing: str = "") -> list[Task]:
 
 
 def call(out: Path, failing: str = "") -> list[str]:
-    """Do the tasks of an output that is not finished; the names of those that were done in this call."""
+    """Run the pending tasks of an unfinished output; return the names of those that ran in this call."""
     done: list[str] = []
     with pytest.raises(OSError, match="the disk fails"), open_output(out, {}) as journal:
         stream(tasks(done, failing), journal, SIZES, jobs=1, progress=Progress("", 0))
@@ -71,7 +71,7 @@ LOSSES: dict[str, Callable[[Path], object]] = {
         ("a/b/three", ["one, second half, and three"]),
     ],
 )
-def test_all_that_wrote_into_a_lost_file_is_done_again(
+def test_every_task_that_wrote_into_a_lost_file_runs_again(
     lose: Callable[[Path], object], name: str, again: list[str], tmp_path: Path
 ):
     out = tmp_path / "out"
@@ -83,7 +83,7 @@ def test_all_that_wrote_into_a_lost_file_is_done_again(
     assert call(out) == []
 
 
-def test_a_lost_file_of_a_run_that_was_not_through_is_made_again(tmp_path: Path):
+def test_a_lost_file_of_an_interrupted_run_is_written_again(tmp_path: Path):
     out = tmp_path / "out"
     assert call(out, failing="two, second half") == [task.name for task in tasks([])][:3]
     (tmp_path / "out.partial" / "output" / "a" / "b" / "one").unlink()
@@ -91,7 +91,7 @@ def test_a_lost_file_of_a_run_that_was_not_through_is_made_again(tmp_path: Path)
     assert written(out) == EXPECTED
 
 
-def test_that_a_file_was_lost_is_known_after_a_call_that_made_it_and_failed(tmp_path: Path):
+def test_a_lost_file_counts_as_lost_even_after_a_failed_call_has_created_it(tmp_path: Path):
     out = tmp_path / "out"
     call(out)
     (tmp_path / "out.partial" / "output" / "c" / "two").unlink()
@@ -101,10 +101,10 @@ def test_that_a_file_was_lost_is_known_after_a_call_that_made_it_and_failed(tmp_
     assert written(out) == EXPECTED
 
 
-def test_before_a_unit_is_recorded_its_files_and_their_folders_are_on_the_disk(
+def test_before_a_task_is_recorded_its_files_and_their_folders_are_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A journal that outlives a power cut must not speak of bytes, or of files, that do not."""
+    """After a power cut, the journal must not list a task whose bytes or files are lost."""
     monkeypatch.setattr("gpt_oss_vision.conversion.engine.stream.SECONDS_BETWEEN_SYNCS", 0.0)
     happened: list[Path | str] = []
 
@@ -134,7 +134,7 @@ def test_before_a_unit_is_recorded_its_files_and_their_folders_are_on_the_disk(
             assert {file, *folders} <= set(before)
 
 
-def test_more_files_are_read_than_the_soft_limit_lets_be_open(tmp_path: Path):
+def test_more_files_can_be_read_than_the_soft_limit_of_open_files(tmp_path: Path):
     files = [tmp_path / str(number) for number in range(300)]
     for file in files:
         file.write_bytes(file.name.encode())

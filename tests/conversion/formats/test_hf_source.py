@@ -1,4 +1,4 @@
-"""What a source takes from its config, and what from its files where the config is silent."""
+"""Fields that a source reads from its config, and from its tensors if the config lacks them."""
 
 import os
 import tempfile
@@ -16,10 +16,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "MXFP4"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_without_a_dtype_in_the_config_that_of_most_stored_numbers_counts(
+def test_without_a_dtype_in_the_config_the_most_common_stored_one_is_used(
     dtype: torch.dtype, packed: bool, tmp_path: Path
 ):
-    """Its vision biases are in fp32 in each."""
+    """The vision biases are in fp32 in every case."""
     folder = save_tiny(tmp_path, **OBLONG, dtype=dtype, packed=packed)
     assert open_source(edit_config(folder, lambda fields: fields.pop("dtype"))).dtype == dtype
     assert open_source(edit_config(folder, dtype=None)).dtype == dtype
@@ -36,7 +36,7 @@ def test_a_dtype_counts_in_every_spelling(field: str, spelled: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("model_type", "use_vision"), [("gpt_oss_vision", True), ("gpt_oss", False)])
-def test_a_config_says_itself_whether_it_has_vision(model_type: str, use_vision: bool, tmp_path: Path):
+def test_the_model_type_of_a_config_decides_whether_it_has_vision(model_type: str, use_vision: bool, tmp_path: Path):
     edit_config(save_tiny(tmp_path, **OBLONG), model_type=model_type)
     assert read_config(tmp_path).use_vision is use_vision
 
@@ -48,7 +48,7 @@ def test_a_config_of_another_architecture_is_refused(tmp_path: Path):
 
 
 def test_a_file_that_may_not_be_read_is_not_called_missing():
-    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which only its owner may enter
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folder is closed to other users
         file = save_tiny(Path(folder), **OBLONG) / "model.safetensors"
         Path(folder).chmod(0o755)
         file.chmod(0)

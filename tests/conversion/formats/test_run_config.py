@@ -1,4 +1,4 @@
-"""What training used and shapes do not tell: a config with other numbers is refused, not turned into another model."""
+"""A config that contradicts `run_config.yaml` in a field that no tensor shape depends on is refused."""
 
 import shutil
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_numbers_that_make_another_model_are_refused(path: str, value: Any, said
         ("vision_config.initializer_range", 0.1),
     ],
 )
-def test_what_only_training_chooses_may_differ(path: str, value: Any, pair: Path, tmp_path: Path):
+def test_fields_that_only_training_uses_may_differ(path: str, value: Any, pair: Path, tmp_path: Path):
     other = with_other(pair / "hf", tmp_path / "hf", path, value)
     export_checkpoint(pair / "megatron", tmp_path / "out", hf=other)
     assert verify(other, pair / "megatron")["agrees"]
@@ -86,7 +86,7 @@ def test_what_only_training_chooses_may_differ(path: str, value: Any, pair: Path
     ],
     ids=lambda value: str(value[:20]),
 )
-def test_a_damaged_file_gets_a_sentence(content: bytes, said: str, pair: Path, tmp_path: Path):
+def test_a_damaged_file_is_refused_with_advice(content: bytes, said: str, pair: Path, tmp_path: Path):
     broken = shutil.copytree(pair / "megatron", tmp_path / "broken")
     (broken / "iter_0000000" / "run_config.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=rf"run_config\.yaml {said}; copy it again"):

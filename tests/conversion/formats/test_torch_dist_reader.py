@@ -1,4 +1,4 @@
-"""Reading `torch_dist`: any region out of any grid of chunks, nothing that is not understood, and no code run."""
+"""Reading `torch_dist`: any region from any grid of chunks; unknown content is refused, and no pickled code runs."""
 
 import os
 import pickle
@@ -44,7 +44,7 @@ def read(tensor: ShardedTensor, region: tuple[slice, ...]) -> torch.Tensor:
 
 
 def random_grid(shape: tuple[int, ...], generator: torch.Generator, offsets: tuple[int, ...] = ()) -> list:
-    """A block cut in two along a random axis again and again: offsets and sizes, in no order."""
+    """Cut a block in two along random axes, recursively; offsets and sizes of the parts, in no order."""
     offsets = offsets or (0,) * len(shape)
     axis = int(torch.randint(len(shape), (), generator=generator))
     if shape[axis] < 2 or torch.rand((), generator=generator) < 0.3:
@@ -86,7 +86,7 @@ def test_any_region_comes_out_of_any_grid(seed: int, monkeypatch: pytest.MonkeyP
     [
         ([((0, 0), (2, 4)), ((3, 0), (1, 4))], "hold 12 of the 16 numbers"),
         ([((0, 0), (3, 4)), ((2, 0), (2, 4))], "overlap"),
-        ([((0, 0), (2, 4)), ((0, 0), (2, 4))], "overlap"),  # as many numbers as there should be
+        ([((0, 0), (2, 4)), ((0, 0), (2, 4))], "overlap"),  # the expected number of elements
     ],
     ids=["gap", "overlap", "gap and overlap"],
 )
@@ -126,7 +126,7 @@ def plant(metadata: Metadata) -> None:
     metadata.planner_data = Evil()
 
 
-def test_a_table_that_would_run_code_is_refused_and_runs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_metadata_that_would_run_code_is_refused_and_runs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     rewrite_metadata(save(tmp_path / "checkpoint"), plant)
     with pytest.raises(ValueError, match=r"posix\.system, which no checkpoint needs"):
@@ -146,14 +146,14 @@ JUNK = {
 
 
 @pytest.mark.parametrize("data", JUNK.values(), ids=JUNK)
-def test_what_is_no_table_is_refused(data: bytes, tmp_path: Path):
+def test_junk_in_place_of_metadata_is_refused(data: bytes, tmp_path: Path):
     (tmp_path / ".metadata").write_bytes(data)
     with pytest.raises(ValueError, match="was refused"):
         read_metadata(tmp_path / ".metadata")
 
 
 @pytest.mark.parametrize("fields", [{"offset": b"0"}, {"offset": -1}, {"length": "9"}], ids=str)
-def test_a_place_that_is_no_number_is_refused(fields: dict, tmp_path: Path):
+def test_an_invalid_offset_or_length_is_refused(fields: dict, tmp_path: Path):
     def misplace(metadata: Metadata) -> None:
         for info in metadata.storage_data.values():
             vars(info).update(fields)
@@ -195,7 +195,7 @@ def test_a_flipped_bit_is_found(where: str, problem: str, tmp_path: Path):
     file = save(tmp_path) / "__0_0.distcp"
     data, numbers = bytearray(file.read_bytes()), TENSORS["weight"].numpy().tobytes()
     start = data.index(numbers)
-    if where == "shape":  # the last axis, as the zip's own pickle has it, and its check sum where zips keep that
+    if where == "shape":  # in `.metadata`, and different from the shape in the zip's own pickle
         rewrite_metadata(tmp_path, swap_axes)
     else:
         data[start + 40 if where == "numbers" else data.index(b"PK\x01\x02", start)] ^= 4
@@ -206,7 +206,7 @@ def test_a_flipped_bit_is_found(where: str, problem: str, tmp_path: Path):
 
 
 def flags_of_entries(data: bytearray) -> list[int]:
-    """Where the flags of a zip's entries are, as its table and as each entry has them; the method follows."""
+    """Offsets of the flags of a zip's entries, in its central directory and in each header; the method follows them."""
     table = [at.start() + 8 for at in re.finditer(b"PK\x01\x02", data)]
     return table + [at.start() + 6 for at in re.finditer(b"PK\x03\x04", data)]
 
@@ -225,7 +225,7 @@ def test_a_zip_that_python_cannot_open_is_called_damaged(shift: int, bit: int, t
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 @pytest.mark.parametrize("seed", range(4))
-def test_any_flipped_bit_is_told_of_or_harmless(name: str, seed: int, tmp_path: Path):
+def test_any_flipped_bit_is_refused_or_harmless(name: str, seed: int, tmp_path: Path):
     file, random = save(tmp_path) / name, Random(seed)
     good = file.read_bytes()
     for _ in range(100):
@@ -238,7 +238,7 @@ def test_any_flipped_bit_is_told_of_or_harmless(name: str, seed: int, tmp_path: 
 
 
 def swap_axes(metadata: Metadata) -> None:
-    """Say of a tensor that it is ``[6, 7, 5]``: as many numbers, but others in every place."""
+    """Give a tensor the shape ``[6, 7, 5]``: as many elements, but in other places."""
     stored = metadata.state_dict_metadata["weight"]
     stored.size = stored.chunks[0].sizes = torch.Size([6, 7, 5])
 

@@ -1,4 +1,4 @@
-"""How transformers' own tests run here: their marks are known, their warnings are theirs, and every skip is explained.
+"""Settings for transformers' own tests: marks are registered, warnings are ignored, and every skip is documented.
 
 A test that is skipped must be named in `docs/transformers.md`, or it fails.
 """

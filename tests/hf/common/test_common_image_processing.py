@@ -11,7 +11,7 @@ common = mixins.load("test_image_processing_common")
 
 
 class ImageProcessorTester:
-    """What the mixin asks of an image processor: its arguments, images, and the shape that comes out."""
+    """The interface that the mixin needs: the arguments of the processor, images, and the shape of the output."""
 
     batch_size = 5
     num_channels = 3

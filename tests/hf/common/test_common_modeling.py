@@ -17,7 +17,7 @@ training = mixins.load("test_training_mixin")
 
 
 class ModelTester:
-    """What the mixins ask of a model: its classes, a config, a batch, and the batch's numbers."""
+    """The interface that the mixins need: classes, a config, a batch and its sizes."""
 
     base_model_class = GPTOSSVisionModel
     causal_lm_class = GPTOSSVisionForCausalLM
@@ -32,7 +32,7 @@ class ModelTester:
             setattr(self, name, getattr(self.get_config(), name))
 
     def get_config(self) -> GPTOSSVisionConfig:
-        # The placeholder is a small id, since the tests cut the vocabulary at its end; the window is gpt-oss's own.
+        # The placeholder has a small id, since the tests truncate the vocabulary; the window is gpt-oss's own.
         return tiny_config(
             use_vision=self.use_vision,
             num_hidden_layers=self.num_hidden_layers,
@@ -44,7 +44,7 @@ class ModelTester:
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[GPTOSSVisionConfig, dict[str, torch.Tensor]]:
-        """One image to each row, in front, as in transformers' own tests of models with images."""
+        """One image per row, at its start, as in transformers' own tests of models with images."""
         config = self.get_config()
         input_ids = torch.randint(4, self.vocab_size, (self.batch_size, self.seq_length))
         inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids).tril()}

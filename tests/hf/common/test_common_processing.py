@@ -24,7 +24,7 @@ class ProcessingTest(common.ProcessorTesterMixin, unittest.TestCase):
     def setUpClass(cls) -> None:
         register_auto_classes()
         super().setUpClass()
-        # The tests would fetch theirs from the Hub.
+        # By default the tests download their images.
         images = [str(Path(cls.tmpdirname) / f"{name}.png") for name in ("first", "second")]
         for image in images:
             Image.new("RGB", (40, 30), "green").save(image)

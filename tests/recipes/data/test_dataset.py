@@ -1,4 +1,4 @@
-"""Chat data: what is learned, what is refused and named, and that every rank and every run gets the same samples."""
+"""Chat data: tokens that are learned, rows that are refused, and the same samples on every rank and in every run."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ def picture(path: str) -> dict[str, str]:
 
 
 def chat(*turns: Any, **more: Any) -> dict[str, Any]:
-    """Turns alternate between user and assistant; an answer's further keys come in `more`."""
+    """Turns alternate between user and assistant; `more` are further keys of the last message."""
     messages = [
         {"role": ("user", "assistant")[i % 2], "content": turn if isinstance(turn, list) else str(turn)}
         for i, turn in enumerate(turns)
@@ -35,7 +35,7 @@ def chat(*turns: Any, **more: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, *rows: Any) -> Path:
-    """Rows are objects, or strings that stand for themselves."""
+    """Write rows: objects as JSON, strings as they are."""
     path = folder / "data.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
@@ -55,7 +55,7 @@ def answers(dataset: ChatDataset) -> list[str]:
 
 
 def reason(row: Any, folder: Path, processor: GPTOSSVisionProcessor, seq_length: int = SEQ_LENGTH) -> str:
-    """Why the check refuses one row; it must."""
+    """The reason for which the check refuses one row."""
     [skipped] = find_unusable(write(folder, row), processor, seq_length)
     return skipped.reason
 
@@ -93,7 +93,7 @@ def test_the_mask_is_that_of_the_chat_templates_generation_blocks(folder, proces
     assert torch.equal(loss_mask_of(inputs["input_ids"][0], processor), expected)
 
 
-def test_a_row_becomes_what_the_processor_makes_of_its_messages(folder, processor):
+def test_a_row_becomes_the_processor_s_output_for_its_messages(folder, processor):
     row = chat([picture("red.png"), {"type": "text", "text": "What is it?"}], "a cat")
     inputs = processor.apply_chat_template(
         parse_row(json.dumps(row), folder).messages, tokenize=True, return_dict=True, return_tensors="pt"
@@ -204,7 +204,7 @@ def test_too_many_bad_rows_stop_with_the_first_few_by_line(folder, processor):
         ChatDataset(path, processor, SEQ_LENGTH)
 
 
-def test_a_file_of_which_nothing_can_be_used_stops_whatever_may_be_skipped(folder, processor):
+def test_a_file_without_any_usable_row_is_an_error_whatever_max_skipped_is(folder, processor):
     with pytest.raises(ValueError, match="1 of 1 rows"):
         ChatDataset(write(folder, "[]"), processor, SEQ_LENGTH, max_skipped=1.0)
 
@@ -253,7 +253,7 @@ def test_what_cannot_be_learned_is_named(folder, processor, row, why):
     assert why in reason(row, folder, processor)
 
 
-def test_keys_without_a_value_are_as_good_as_none(folder, processor):
+def test_keys_without_a_value_count_as_absent(folder, processor):
     none = dict.fromkeys(("image", "images", "video"))
     rows = ({"text": "A cat."} | none, chat("Hi", "one") | none, chat("Hi", "one") | {"images": [], "source": "web"})
     path = write(folder, chat("Hi", "one", thinking=None, tool_calls=None), *rows)
@@ -286,7 +286,7 @@ def test_a_jpeg_cut_off_is_found_by_decoding(folder, processor):
     assert "cut.jpg is broken" in skipped.reason
 
 
-def test_an_image_that_goes_after_the_check_stops_the_run_by_its_name(folder, processor):
+def test_an_image_that_is_removed_after_the_check_stops_the_run_and_is_named(folder, processor):
     dataset = ChatDataset(write(folder, chat([picture("red.png")], "one")), processor, SEQ_LENGTH)
     (folder / "red.png").unlink()
     with pytest.raises(UserError, match=r"data.jsonl, line 1, .*red.png"):
@@ -354,7 +354,7 @@ def test_images_are_found_from_any_working_directory(folder, processor, monkeypa
     assert encode(chat([picture("red.png")], "one"), folder, processor)["pixel_values"].shape[0] == 1
 
 
-# --- the same samples for everybody
+# --- the same samples on every rank and in every run
 
 
 @pytest.mark.parametrize("shards", [2, 5])
@@ -392,7 +392,7 @@ def test_the_seed_alone_decides_the_order(words):
     assert order(ShuffledEpochs(words, 14, seed=1)) != order(ShuffledEpochs(words, 14, seed=2))
 
 
-def test_a_sample_does_not_depend_on_what_was_asked_before(words):
+def test_a_sample_does_not_depend_on_earlier_reads(words):
     straight = order(ShuffledEpochs(words, 20, seed=1))
     resumed = ShuffledEpochs(words, 20, seed=1)
     assert [str(resumed[i]["input_ids"].tolist()) for i in (15, 3, 15, 8)] == [straight[i] for i in (15, 3, 15, 8)]

@@ -1,4 +1,4 @@
-"""Chat data in Megatron-Bridge: its own loaders and step take it, the same in every layout, and YAML brings it back."""
+"""Chat data in Megatron-Bridge: accepted by its loaders and step, the same at every layout, restored from YAML."""
 
 from gpt_oss_vision.bridge import mcore  # first: it makes Megatron-Bridge importable without Transformer Engine
 
@@ -36,7 +36,7 @@ ROWS = 6
 
 @pytest.fixture
 def fields(folder, processor) -> dict[str, Any]:
-    """Of a provider over six rows, every second one with an image, and one that can't be used."""
+    """Fields of a provider over six rows, every second one with an image, and one that can't be used."""
     rows = []
     for i in range(ROWS):
         content = [{"type": "text", "text": f"What is {i}?"}]
@@ -66,7 +66,7 @@ def train_set(fields: dict[str, Any], num_samples: int = 12) -> ChatBatches:
 
 
 def loader(dataset: ChatBatches, consumed: int = 0, rank: int = 0, ranks: int = 1, micro_batch_size: int = 2) -> Any:
-    """Megatron-Bridge's, as its training loop builds it."""
+    """Megatron-Bridge's data loader, as its training loop builds it."""
     return build_pretraining_data_loader(
         dataset,
         consumed,

@@ -1,4 +1,4 @@
-"""Asking a checkpoint from the command line: its answer, a file of them, and one sentence for what is wrong."""
+"""`generate` on the command line: one answer, a file of answers, and one sentence for every error."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from tiny import tiny_checkpoint, tiny_processor
 
 @pytest.fixture
 def generate(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs the command in this process; gives its exit code and what it says on stderr."""
+    """A function that runs the command in this process; returns its exit code and stderr."""
 
     def run(model: Path, *arguments: str) -> tuple[int, str]:
         return main(["generate", "--model", str(model), *arguments]), capsys.readouterr().err
@@ -189,14 +189,14 @@ def test_the_same_seed_gives_the_same_answer(checkpoint: Path, capsys: pytest.Ca
     assert len({said(seed) for seed in range(3)}) == 3
 
 
-def test_a_model_that_only_thinks_is_one_sentence(checkpoint: Path, generate: Callable, monkeypatch):
+def test_a_missing_final_channel_is_one_sentence(checkpoint: Path, generate: Callable, monkeypatch):
     monkeypatch.setattr(FinalChannel, "takes", lambda self, token: False)
     code, said = generate(checkpoint, "--prompt", "What?", "--max-new-tokens", "3")
     assert code == 1
     assert said == "gpt-oss-vision: no answer in 3 tokens; allow more with --max-new-tokens\n"
 
 
-def test_int8_is_told_with_what_it_leaves(checkpoint: Path, generate: Callable):
+def test_int8_prints_the_weights_that_are_not_quantised(checkpoint: Path, generate: Callable):
     code, said = generate(checkpoint, "--prompt", "What?", "--max-new-tokens", "3", "--int8")
     assert code == 0
     assert "of them not quantised: model.embed_tokens.weight" in said
@@ -246,7 +246,7 @@ def answers(generate: Callable, questions: Path, *options: str) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_every_line_has_its_answer_or_why_not_in_order(generate: Callable, questions: Path, checkpoint: Path):
+def test_every_line_has_its_answer_or_its_error_in_order(generate: Callable, questions: Path, checkpoint: Path):
     lines = answers(generate, questions, "--batch-size", "3")
     assert [line["line"] for line in lines] == list(range(1, len(LINES) + 1))
     model, processor = load(checkpoint)
@@ -257,7 +257,7 @@ def test_every_line_has_its_answer_or_why_not_in_order(generate: Callable, quest
             assert [line["answer"]] == answers_to(model, processor, [row.chat], Sampling(max_new_tokens=4))
 
 
-def test_what_can_not_be_used_is_counted_and_named(questions: Path, capsys: pytest.CaptureFixture[str]):
+def test_unusable_questions_are_counted_and_named(questions: Path, capsys: pytest.CaptureFixture[str]):
     out = questions.parent / "answers.jsonl"
     options = ["--batch", str(questions), "--out", str(out), "--max-new-tokens", "2"]
     assert main(["generate", "--model", str(questions.parent / "model"), *options]) == 0
@@ -266,7 +266,7 @@ def test_what_can_not_be_used_is_counted_and_named(questions: Path, capsys: pyte
     assert "; line 9: " in said
 
 
-def test_an_answer_in_the_file_is_left_out_and_asked_for(questions: Path):
+def test_an_answer_in_the_file_is_no_part_of_its_question(questions: Path):
     rows = list(read_questions(questions, tiny_processor()))
     assert [message["role"] for message in rows[6].chat] == ["user"]
 
@@ -314,7 +314,7 @@ def test_options_that_do_not_go_together_are_wrong_usage(options: list[str], sen
         (["--batch", "a", "--out", ".", "--overwrite"], "--out . is a folder; name a file in it"),
     ],
 )
-def test_files_that_cannot_be_are_refused_before_the_model_is_read(
+def test_unusable_files_are_refused_before_the_model_is_read(
     options: list[str], sentence: str, generate: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -325,7 +325,7 @@ def test_files_that_cannot_be_are_refused_before_the_model_is_read(
 
 
 @pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
-def test_a_temperature_that_is_none_is_wrong_usage(temperature: str, generate: Callable, capsys):
+def test_an_invalid_temperature_is_wrong_usage(temperature: str, generate: Callable, capsys):
     with pytest.raises(SystemExit, match="2"):
         generate(Path("model"), "--prompt", "What?", "--temperature", temperature)
     assert f"argument --temperature: {temperature} is not a number from 0.0 up" in capsys.readouterr().err

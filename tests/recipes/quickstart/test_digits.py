@@ -1,4 +1,4 @@
-"""The digits dataset: same bytes for a seed, every digit held out in its share, three honest ways to ask."""
+"""The digits dataset: same bytes for a seed, a stratified test set, and questions with a right, wrong or no image."""
 
 import json
 from collections import Counter

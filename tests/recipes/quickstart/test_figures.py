@@ -1,4 +1,4 @@
-"""The pictures say what the numbers say: counts, marks and labels are read back from the drawn figure."""
+"""The figures show the data: counts, marks and labels are read back from the drawn figure."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -18,7 +18,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Figure]:
-    """Calls a drawing function and gives back the figure that it would have written."""
+    """A function that calls a drawing function and returns the figure instead of writing it."""
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
 

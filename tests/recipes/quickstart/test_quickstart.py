@@ -37,7 +37,7 @@ def report(out: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_the_model_sees(report: dict):
+def test_the_model_answers_from_the_image(report: dict):
     assert report["accuracy_right_image"] >= 0.90
     assert report["accuracy_wrong_image"] <= 0.25
     assert report["accuracy_no_image"] <= 0.25
@@ -57,7 +57,7 @@ def test_it_learned_within_the_memory_of_a_laptop(report: dict):
 
 
 @pytest.mark.slow
-def test_everything_is_left_behind(out: Path):
+def test_all_outputs_are_written(out: Path):
     for picture in ("loss.png", "predictions.png", "experts.png"):
         with Image.open(out / picture) as image:
             assert min(image.size) > 300
@@ -81,7 +81,7 @@ def test_everything_is_left_behind(out: Path):
 
 
 @pytest.mark.slow
-def test_the_command_asks_the_exported_model(out: Path):
+def test_the_command_generates_with_the_exported_model(out: Path):
     image = out / "digits" / "images" / "0003.png"
     question = ["--prompt", "Which digit is this?", "--image", str(image)]
     done = command("generate", "--model", str(out / "hf"), *question, timeout=120)

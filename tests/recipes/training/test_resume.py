@@ -1,4 +1,4 @@
-"""Going on at another layout, and after being killed at any point, with the losses of an unbroken run."""
+"""A run continues at another layout, and after a kill at any point, with the losses of an uninterrupted run."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ from layouts import Layout
 
 STEPS = 4
 BATCH = 8
-ROWS = 20  # so that the third step takes from two epochs
+ROWS = 20  # so that the third step has rows of two epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Job:
         return self.folder / "saved"
 
     def losses(self, *callbacks: Callback) -> list[tuple[int, float]]:
-        """Run, and `read`."""
+        """Run the job; return `read()`."""
         cpu.run_ranks(self.layout.world_size, self.run, *callbacks)
         return self.read()
 
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass
 class Ledger(Callback):
-    """Writes each step and its loss, to the last bit, at once: the process may not live to the end of the run."""
+    """Writes each step and its exact loss at once, since the process may be killed before the end of the run."""
 
     path: Path
 
@@ -82,7 +82,7 @@ class Ledger(Callback):
 
 @pytest.fixture(scope="module")
 def job(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Job]:
-    """Makes jobs, each with a folder of its own."""
+    """A function that makes jobs, each with a folder of its own."""
     digits = write_digits(start / "digits", Settings().seed)
     few = digits.train_path.with_name("few.jsonl")
     with digits.train_path.open() as rows:
@@ -100,7 +100,7 @@ def job(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
 
 @pytest.fixture(scope="module")
 def unbroken(job) -> Callable[[Layout], tuple[Path, list[tuple[int, float]]]]:
-    """Runs once at a layout; gives the checkpoint after two steps, and the losses of all."""
+    """A function that runs once per layout; returns the checkpoint after two steps, and the losses of all steps."""
     made = {}
 
     def run(layout: Layout) -> tuple[Path, list[tuple[int, float]]]:
@@ -126,7 +126,7 @@ def test_a_run_goes_on_at_another_layout_with_the_same_losses(before: Layout, af
     checkpoint, expected = unbroken(before)
     found = job(layout=after, load=checkpoint, save_interval=STEPS).losses()
     assert [step for step, _ in found] == [2, 3]
-    # The second loss comes from weights that the loaded moments of Adam have moved.
+    # The second loss comes from weights that were updated with the loaded moments of Adam.
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected[2:]], rel=1e-6)
 
 
@@ -145,7 +145,7 @@ def run_as_megatron_core_has_it(job: Job, method: str, original: Callable) -> No
     ],
 )
 def test_megatron_core_still_cannot_go_on_with_the_adam_of_torch(method: str, original: Callable, job, unbroken):
-    """When this fails, the replacement of the method in `upstream.apply` can go."""
+    """When this fails, the replacement of the method in `upstream.apply` can be removed."""
     checkpoint, expected = unbroken(Layout())
     broken = job(load=checkpoint, save_interval=STEPS)
     try:
@@ -160,7 +160,7 @@ def test_megatron_core_still_cannot_go_on_with_the_adam_of_torch(method: str, or
 
 @dataclass
 class Death(Callback):
-    """Kills one rank with SIGKILL, workers and all, and leaves a line in a file."""
+    """Kills one rank and its worker processes with SIGKILL, after it has written a line to a file."""
 
     note: Path
     rank: int = 0
@@ -180,7 +180,7 @@ class Death(Callback):
 
 @dataclass
 class DeathAtStep(Death):
-    """When the rank begins its so-manieth step: what the steps before have saved is whole."""
+    """Kills the rank at the start of its step `number`; the checkpoints of earlier steps are complete."""
 
     number: int = 1
 
@@ -194,7 +194,7 @@ class DeathAtStep(Death):
 
 @dataclass
 class DeathAfterStep(DeathAtStep):
-    """When the rank has computed its so-manieth step, and nothing of it is saved."""
+    """Kills the rank after its step `number`, before the step is saved."""
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         pass
@@ -205,7 +205,7 @@ class DeathAfterStep(DeathAtStep):
 
 @dataclass
 class DeathAtFile(Death):
-    """When the rank is about to write its so-manieth file into the folder of the checkpoints."""
+    """Kills the rank before it opens file `number` for writing in the folder of the checkpoints."""
 
     number: int = 1
 
@@ -222,7 +222,7 @@ class DeathAtFile(Death):
 
 @dataclass
 class DeathAtRemoval(Death):
-    """When the rank is about to remove an old checkpoint."""
+    """Kills the rank before it removes an old checkpoint."""
 
     def prepare(self, folder: str) -> None:
         def watch(event: str, arguments: tuple) -> None:
@@ -250,9 +250,9 @@ def test_a_run_killed_again_and_again_has_the_losses_of_an_unbroken_one(job):
     killed = job(**fields)
     killed = replace(killed, load=killed.saved)
     note = killed.folder / "deaths"
-    # First when nothing is whole yet, then in the second checkpoint, and then at every file of one that follows.
+    # First before any checkpoint is complete, then in the second one, and then at every file of a later one.
     deaths = [DeathAtFile(note, number=number) for number in (FILES - 1, FILES + 1, *range(1, FILES + 1))]
-    # The other rank: at its first file, between two checkpoints, and with a step that no checkpoint holds.
+    # The other rank: at its first file, between two checkpoints, and after a step that is in no checkpoint.
     deaths += [
         kind(note, rank=1, number=number) for kind, number in ((DeathAtFile, 1), (DeathAtStep, 2), (DeathAfterStep, 2))
     ]
@@ -261,7 +261,7 @@ def test_a_run_killed_again_and_again_has_the_losses_of_an_unbroken_one(job):
             killed.losses(death)
     assert note.read_text().splitlines() == [str(death) for death in deaths]
     assert (killed.saved / "iter_0000003").is_dir()
-    # Also the steps that were computed more than once, and all of them to the last bit.
+    # Every loss is equal to the last bit, also of the steps that were computed more than once.
     assert set(killed.losses()) == set(expected)
 
 

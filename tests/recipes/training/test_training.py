@@ -1,4 +1,4 @@
-"""Megatron-Bridge's own loop on this model: the same losses at every layout of two ranks as on one."""
+"""Megatron-Bridge's own loop on this model: the same losses at every layout as on one rank."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ def on_one_rank(start: Path, tmp_path_factory: pytest.TempPathFactory) -> list[f
 
 
 def copy_of(start: Path, out: Path) -> Path:
-    """A folder to train in, with what is only read shared by links."""
+    """A folder to train in; its inputs, which are only read, are links."""
     for name in ("digits", "hf_start", "megatron_start"):
         (out / name).symlink_to(start / name)
     return out
@@ -54,7 +54,7 @@ def test_the_same_seed_gives_the_same_losses(start: Path, on_one_rank: list[floa
 
 @dataclass
 class WatchVisionBias(Callback):
-    """Remembers the type of a router's ``vision_bias`` and how far training has moved it."""
+    """Records the dtype of a router's ``vision_bias``, and how far training has moved it."""
 
     dtype: torch.dtype | None = None
     moved: float = 0.0
@@ -89,7 +89,7 @@ def train_in_bf16_without_our_order(out: Path, settings: Settings) -> None:
 
 @pytest.mark.upstream
 def test_megatron_core_still_mixes_up_optimizer_states_of_two_precisions(start: Path, tmp_path: Path):
-    """When this fails, `upstream._build_groups_in_order` can go."""
+    """When this fails, `upstream._build_groups_in_order` can be removed."""
     settings = Settings(steps=2, batch_size=16)
     with pytest.raises(AssertionError):
         cpu.run_ranks(1, train_in_bf16_without_our_order, copy_of(start, tmp_path), settings)

@@ -1,4 +1,4 @@
-"""What a run shows and may switch on, each through Megatron-Bridge's own loop."""
+"""The log and the options of a run, in Megatron-Bridge's own training loop."""
 
 import re
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ class Movement(Callback):
 
 
 def run(out: Path, settings: Settings, model: dict[str, Any], factors: dict[str, float]) -> dict[str, float]:
-    """Train; how far the parameters of this rank have moved."""
+    """Train; return how far each parameter of this rank has moved."""
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
     for name, value in model.items():
         setattr(config.model, name, value)
@@ -69,13 +69,13 @@ CASES = {
 
 
 @pytest.mark.parametrize(("frozen", "extra", "sizes"), CASES.values(), ids=CASES)
-def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(frozen: tuple, extra: dict, sizes: dict, out: Path):
+def test_frozen_groups_stay_to_the_bit_and_the_rest_learns(frozen: tuple, extra: dict, sizes: dict, out: Path):
     settings = Settings(steps=2, batch_size=8, **sizes)
     model = extra | {f"freeze_{group}": True for group in frozen}
     for moved in cpu.run_ranks(settings.ranks, run, out, settings, model, {}):
         for group, values in by_group(moved).items():
             still = sum(value == 0 for value in values)
-            # Nothing is predicted from a visual token, so the last layer's bias for those has no effect.
+            # No loss is computed at visual tokens, so the last layer's bias for them has no effect.
             assert still == len(values) if group in frozen else still <= (group == "vision_bias"), group
 
 
@@ -103,7 +103,7 @@ class Total(Callback):
 
 
 def counted_run(out: Path, settings: Settings) -> tuple[float, float, float]:
-    """Operations that the loop has counted; those of all tokens; those of an image."""
+    """Numbers of operations: counted by the loop, of all tokens, and of one image."""
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
     config.checkpoint.save = None
     total = Total()
@@ -113,7 +113,7 @@ def counted_run(out: Path, settings: Settings) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("sizes", [{}, {"pipeline_parallel": 2}], ids=str)
-def test_the_log_tells_memory_speed_and_operations_with_the_tower(sizes: dict, out: Path, capfd):
+def test_the_log_shows_memory_speed_and_operations_with_the_tower(sizes: dict, out: Path, capfd):
     settings = Settings(steps=10, batch_size=8, **sizes)
     for operations, text, image in cpu.run_ranks(settings.ranks, counted_run, out, settings):
         images = (operations - text) / image
@@ -129,7 +129,7 @@ def test_the_log_tells_memory_speed_and_operations_with_the_tower(sizes: dict, o
 
 @dataclass
 class FakeClock(Callback):
-    """A training step takes one second, a step of an evaluation an hour."""
+    """A clock on which a training step takes one second, and an evaluation step one hour."""
 
     now: float = 0.0
 
@@ -144,7 +144,7 @@ class FakeClock(Callback):
 
 
 def evaluated_run(out: Path, settings: Settings) -> float:
-    """Train with an evaluation between the steps; the clock at the end."""
+    """Train with an evaluation between the steps; return the time of the clock at the end."""
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
     config.checkpoint.save = None
     config.logger.log_interval, config.logger.tensorboard_log_interval = 2, 3
@@ -187,7 +187,7 @@ def short_run(out: Path, settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("sizes", [{}, {"tensor_parallel": 2, "pipeline_parallel": 2, "expert_parallel": 2}], ids=str)
-def test_tensorboard_tells_which_experts_see_which_modality(sizes: dict, out: Path):
+def test_tensorboard_shows_the_experts_of_each_modality(sizes: dict, out: Path):
     settings = Settings(steps=4, batch_size=8, **sizes)
     cpu.run_ranks(settings.ranks, short_run, out, settings)
     logged = EventAccumulator(str(out / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
@@ -196,7 +196,7 @@ def test_tensorboard_tells_which_experts_see_which_modality(sizes: dict, out: Pa
     for event in events:
         counts = make_ndarray(event.tensor_proto)
         assert counts.shape == (4, 2, 8)
-        # Since the last time: 2 steps of 8 rows of 32 tokens with 2 experts each; an image has 6 tokens.
+        # Since the last event: 2 steps x 8 rows x 32 tokens x 2 experts; an image has 6 tokens.
         per_modality = counts.sum(-1)
         assert (per_modality.sum(-1) == 2 * 8 * 32 * 2).all()
         assert (per_modality[:, 1] == per_modality[0, 1]).all()
