@@ -1,9 +1,9 @@
 """LoRA adapters that Megatron-Bridge has trained: into PEFT's format, and merged into the weights of an export.
 
-Its checkpoint holds the adapters alone, under ``KEY.adapter.linear_in.weight [L, r, in]`` (LoRA's A) and
-``KEY.adapter.linear_out.weight [L, out, r]`` (its B); those of experts have the axis of experts after that of layers,
-also where all experts share one. The weights are in the checkpoint that training started from. The adapted weight is
-``W + alpha / r · B·A``, in Megatron's layout.
+Its checkpoint holds only the adapters, as ``KEY.adapter.linear_in.weight [L, r, in]`` (LoRA's A) and
+``KEY.adapter.linear_out.weight [L, out, r]`` (its B); those of experts are ``[L, E, …]``, also where all experts share
+one. The weights are in the checkpoint that training started from. The adapted weight is ``W + alpha / r · B·A``, in
+Megatron's layout.
 """
 
 import math
@@ -52,10 +52,11 @@ ADAPTED = (
 """The layers whose adapters can be exported."""
 
 TARGETS = r"model\.layers\.\d+\.self_attn\.(?:%s)"
-"""Of PEFT, which would otherwise find the tower's projections under the same names."""
+"""PEFT's ``target_modules``: without the prefix it would adapt the tower's projections, which have the same names."""
 
-EXPERTS = ("gate_up_proj", "down_proj")
-"""Tensors of one module that hold all experts; PEFT wraps it once for each that is adapted, in this order."""
+EXPERTS = {"gate_up_proj": ".base_layer", "down_proj": ""}
+"""The weights of the module with all experts, and what follows the module's name in PEFT's keys when both are adapted:
+PEFT wraps the module once for each, the second around the first."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class Adapters:
     """The adapters of a checkpoint.
 
     Attributes:
-        folder: of the iteration that holds them.
-        alpha: of the scale ``alpha / r``.
-        base: the Megatron checkpoint that they adapt.
+        folder: the iteration folder.
+        alpha: numerator of the scale ``alpha / r``.
+        base: the Megatron checkpoint that they adapt, as ``run_config.yaml`` names it.
         pairs: A ``[L, r, in]`` and B ``[L, out, r]``, or ``[L, E, …]`` of experts, in fp32, by the key of the weight.
     """
 
@@ -76,41 +77,41 @@ class Adapters:
 
     @property
     def nbytes(self) -> int:
-        """What they take in memory."""
+        """Bytes of all adapters."""
         return sum(tensor.nbytes for pair in self.pairs.values() for tensor in pair)
 
     def merge(self, parameter: MegatronParameter, rows: slice, values: torch.Tensor) -> torch.Tensor:
-        """Add the adapter of a parameter to some of its rows, in place.
+        """Add the adapter of a parameter to some rows of the parameter, in place.
 
         Args:
-            parameter: one that is adapted.
-            rows: which.
-            values: these rows ``[rows, in]``, fp32.
+            parameter: an adapted parameter.
+            rows: the rows of its weight.
+            values: the weight's rows ``[rows, in]``, fp32.
         """
         a, b = self.of(parameter)
         return values.addmm_(b[rows], a, alpha=self.alpha / len(a))
 
     def of(self, parameter: MegatronParameter) -> tuple[torch.Tensor, torch.Tensor]:
-        """A ``[r, in]`` and B ``[out, r]`` of a parameter that is adapted."""
+        """A ``[r, in]`` and B ``[out, r]`` of an adapted parameter."""
         a, b = (tensor[parameter.index] for tensor in self.pairs[parameter.key])
         return a, b
 
 
 def is_adapter_checkpoint(checkpoint: TorchDistCheckpoint) -> bool:
-    """Whether a checkpoint holds adapters instead of weights."""
+    """Whether a checkpoint holds adapters in place of weights."""
     return any(key.endswith((IN, OUT)) for key in checkpoint.tensors)
 
 
 def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
-    """All adapters of a checkpoint.
+    """Read all adapters of a checkpoint.
 
     Raises:
         FileNotFoundError: it has no ``run_config.yaml``.
-        ValueError: adapters of layers that cannot be exported, or of another kind than LoRA.
+        ValueError: the adapters are not LoRA, or are of layers that cannot be exported.
     """
     file = checkpoint.folder / run_config.RUN_CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"{checkpoint.folder} has no {file.name}, which knows alpha; copy it again")
+        raise FileNotFoundError(f"{checkpoint.folder} has no {file.name}, which holds alpha; copy it again")
     config = run_config.read_run_config(checkpoint.folder)
     settings = run_config.section(checkpoint.folder, config, "peft")
     if not str(settings.get("_target_")).endswith(".LoRA"):
@@ -134,10 +135,10 @@ def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
 
 
 def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:
-    """The checkpoint with the weights: `given`, or where training found it.
+    """Open the checkpoint with the weights: `given`, or the one that training started from.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it does not exist, or none is named.
     """
     base = given or adapters.base
     if base is None:
@@ -150,7 +151,7 @@ def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:
 
 
 def _read_all(tensors: Mapping[str, ShardedTensor]) -> dict[str, torch.Tensor]:
-    """Whole tensors in fp32: adapters are small."""
+    """Read whole tensors, as fp32; adapters are small."""
     found: dict[str, torch.Tensor] = {}
 
     def task(key: str, tensor: ShardedTensor) -> Task:
@@ -173,18 +174,18 @@ def export_adapters(
     dry_run: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Write an adapter checkpoint in the format of PEFT.
+    """Write an adapter checkpoint in PEFT's format.
 
     Args:
         megatron: root or iteration folder of a checkpoint that Megatron-Bridge's LoRA has saved.
         out: folder to make, for ``peft.PeftModel.from_pretrained``.
         hf: the Hugging Face checkpoint of the weights, where `megatron` keeps no config.
         overwrite: replace `out`.
-        dry_run: only say what would be done.
-        console: where progress and warnings go; None is nowhere.
+        dry_run: only check whether the export could begin.
+        console: prints progress and warnings; None prints nothing.
 
     Returns:
-        The report that lies in `out` too, see `engine/report.py`; for a dry run its totals and ``peak_memory``.
+        The report that is also in `out`, see `engine/report.py`; for a dry run its totals and ``peak_memory``.
 
     Raises:
         FileExistsError: `out` exists.
@@ -200,15 +201,15 @@ def export_adapters(
 
 
 def plan_adapter_export(adapters: Adapters, folder: Path, settings: Mapping[str, Any]) -> ConversionPlan:
-    """Compare adapters with the model that they are for, and convert them to PEFT's layout, in memory.
+    """Check adapters against the model that they adapt, and convert them to PEFT's layout, in memory.
 
     Args:
-        adapters: all of a checkpoint.
-        folder: of the model's config.
-        settings: of the plan.
+        adapters: all adapters of a checkpoint.
+        folder: folder of the model's config.
+        settings: settings of the plan.
 
     Raises:
-        ValueError: they are not for this model, or of more than one rank.
+        ValueError: they do not fit this model.
     """
     config = read_config(folder)
     shapes = shapes_of(config)
@@ -247,10 +248,10 @@ def plan_adapter_export(adapters: Adapters, folder: Path, settings: Mapping[str,
 
 
 def check_adapters(adapters: Adapters, wanted: Sequence[MegatronParameter]) -> None:
-    """Whether every adapter fits a weight of the model.
+    """Check that every adapter fits a weight of the model.
 
     Raises:
-        ValueError: listing those that do not.
+        ValueError: some do not; lists them.
     """
     weights = {parameter.key: parameter for parameter in wanted}
     wrong = []
@@ -269,7 +270,7 @@ def check_adapters(adapters: Adapters, wanted: Sequence[MegatronParameter]) -> N
 def _peft_tensors(
     adapters: Adapters, adapted: Sequence[MegatronParameter], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, torch.Tensor]:
-    """Every A and B under PEFT's name; those of experts side by side, as PEFT keeps them."""
+    """Every A and B by PEFT's name; those of experts are concatenated, as PEFT stores them."""
     tensors: dict[str, torch.Tensor] = {}
     of_experts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for parameter in adapted:
@@ -284,11 +285,10 @@ def _peft_tensors(
                 of_experts.setdefault(name, []).append((a, part))
     for name, pairs in of_experts.items():
         module, _, tensor = name.rpartition(".")
-        wraps = "".join(
-            ".base_layer" for other in EXPERTS[EXPERTS.index(tensor) + 1 :] if f"{module}.{other}" in of_experts
-        )
+        if all(f"{module}.{other}" in of_experts for other in EXPERTS):
+            module += EXPERTS[tensor]
         a, b = (list(each) for each in zip(*pairs, strict=True))
-        tensors |= _named(module + wraps, torch.cat(a), torch.stack(b, dim=-1).flatten(1))
+        tensors |= _named(module, torch.cat(a), torch.stack(b, dim=-1).flatten(1))
     return tensors
 
 
@@ -297,7 +297,7 @@ def _named(module: str, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Ten
 
 
 def _laid_out(parameter: MegatronParameter, b: torch.Tensor, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """B cut, or its rows ordered, as transformers has those of the weight: ``[out, r]`` as ``[out, in]`` is."""
+    """Arrange the rows of B ``[out, r]`` as transformers arranges those of the weight ``[out, in]``."""
     if parameter.layout is Layout.EXPERT_GATE_UP:
         for half, start in zip(b.chunk(2), (0, 1), strict=True):
             parts[0][start::2] = half
@@ -309,26 +309,21 @@ def _laid_out(parameter: MegatronParameter, b: torch.Tensor, parts: list[torch.T
 
 
 def _peft_config(adapters: Adapters, adapted: Sequence[MegatronParameter]) -> "LoraConfig":
-    """What PEFT has to know.
-
-    Raises:
-        ValueError: the ranks differ.
-    """
+    """PEFT's config. Its rank is the highest; layers with another (``normalize_moe_lora``) are in its rank pattern."""
     from peft import LoraConfig  # takes seconds, which every export would wait for
 
-    ranks = sorted({a.shape[-2] for a, _ in adapters.pairs.values()})
-    if len(ranks) > 1:
-        raise UserError(f"The adapters have ranks {ranks}, and PEFT one for all; export them merged, without --adapter")
-    names = [name for parameter in adapted if parameter.expert is None for name in parameter.hf]
-    layers = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
-    experts = {
-        name.rpartition(".")[2] for parameter in adapted if parameter.expert is not None for name in parameter.hf
+    ranks = {
+        name.removesuffix(".weight").rpartition(".")[2]: adapters.of(parameter)[0].shape[0]
+        for parameter in adapted
+        for name in parameter.hf
     }
+    attention = sorted(ranks.keys() - EXPERTS.keys())
     return LoraConfig(
-        r=ranks[0],
+        r=max(ranks.values()),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != max(ranks.values())},
         lora_alpha=adapters.alpha,  # pyright: ignore[reportArgumentType] - any number will do
-        target_modules=TARGETS % "|".join(layers) if layers else [],
-        target_parameters=[f"mlp.experts.{name}" for name in EXPERTS if name in experts] or None,
+        target_modules=TARGETS % "|".join(attention) if attention else [],
+        target_parameters=[f"mlp.experts.{name}" for name in EXPERTS if name in ranks] or None,
         task_type="CAUSAL_LM",
         inference_mode=True,
     )

@@ -1,16 +1,15 @@
 """Compare a Hugging Face checkpoint with a Megatron one: every tensor bit for bit, streamed; on request the logits.
 
-Where the two store different types of numbers, the wider is rounded to the narrower; of fp16 and bf16 either may have
-been rounded. Experts in MXFP4 are compared with what they were packed from: no number may be further off than packing
-by the OCP rule can make it (see `Quantizer`). Of a stock gpt-oss and a Megatron checkpoint that sees, the text part is
-compared.
+Where the dtypes differ, the wider is rounded to the narrower; of fp16 and bf16 either may have been rounded. Experts in
+MXFP4 may differ from Megatron's by the rounding error of the OCP rule (see `Quantizer`). Of a stock gpt-oss and a
+Megatron checkpoint with vision, the text part is compared.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil, isfinite, prod
+from math import ceil, inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +39,17 @@ from .messages import listed
 from .parameters import KEPT_WHOLE, MegatronParameter, needs_scratch, to_hf
 
 VISION_FIELDS = ("use_vision", "vision_pool_token", "image_token_id", "num_image_tokens", "vision_config")
-"""Of a config, in both its spellings: what a stock gpt-oss does not say."""
+"""Fields of both configs, transformers' and Megatron's, that a stock gpt-oss lacks."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two checkpoints to be compared, whose names and shapes agree.
+    """Two checkpoints with the same names and shapes.
 
     Attributes:
-        source: the Hugging Face one.
-        stored: the tensors of the Megatron one.
-        parameters: what is compared.
+        source: the Hugging Face checkpoint.
+        stored: tensors of the Megatron checkpoint, by key.
+        parameters: the parameters to compare.
     """
 
     source: Source
@@ -58,7 +57,7 @@ class Comparison:
     parameters: list[MegatronParameter]
 
     def run(self, jobs: int, console: Console) -> dict[str, Any]:
-        """The report's entries of all tensors."""
+        """Compare all tensors; return their entries in the report."""
         tasks = [self._task(parameter) for parameter in self.parameters]
         with Progress("Comparing", sum(task.nbytes for task in tasks), console, in_bytes=True) as progress:
             return stream(tasks, InMemoryJournal(), {}, jobs=jobs, progress=progress)
@@ -88,7 +87,7 @@ class Comparison:
     def _add_transposed(
         self, worker: Worker, parameter: MegatronParameter, values: torch.Tensor, found: Difference
     ) -> None:
-        """Compare a parameter with another order of elements in transformers' layout, each tensor in its own type."""
+        """Compare a parameter whose elements transformers stores in another order; packed, or in their own dtype."""
         parts = self.source.read(worker, parameter)
         if self.source.is_packed(parameter):
             for rows, blocks, scales in _halves(parameter, values, *parts):
@@ -103,7 +102,7 @@ class Comparison:
 def _halves(
     parameter: MegatronParameter, values: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Rows of an expert in Megatron's order with the packed rows that they became: gate and up alternate there."""
+    """Pair rows of an expert with their packed rows, where gate and up alternate."""
     count = len(parameter.chunks)
     for start, half in enumerate(values.chunk(count)):
         yield half, blocks[start::count], scales[start::count]
@@ -125,23 +124,23 @@ def verify(
         hf: with all of the model, as GPT-OSS-Vision or as a stock gpt-oss that the other was made from; or the text
             part of a Megatron checkpoint that sees, as a stock gpt-oss.
         megatron: a checkpoint's root, whose latest iteration is taken, or the folder of one iteration.
-        logits: run both models too, in fp32 on the CPU; one after the other has to fit in memory. Where rounding or
-            packing has changed numbers, the difference is reported and not judged.
+        logits: also run both models, one after the other, in fp32 on the CPU. Where rounding or packing has changed
+            values, the difference is reported and not judged.
         report: a JSON file for the returned report, written after the tensors and again after the logits.
         overwrite: replace the file `report`.
         jobs: threads.
-        console: where progress goes; None is nowhere.
+        console: prints progress; None prints nothing.
 
     Returns:
-        The report: see `engine/report.py`. ``agrees`` says whether everything does, ``worst`` which tensor is
-        furthest off, in a sentence; ``left_out`` names what only Megatron has and was not compared. A difference is
-        None where a number is NaN or infinite, and so is ``logits["agrees"]`` where it was not judged.
+        The report: see `engine/report.py`. ``agrees`` is whether everything agrees, ``worst`` a sentence on the
+        tensor with the largest difference, empty if all agree; ``left_out`` names the tensors that only Megatron has.
+        A difference is None where a value is NaN or infinite, ``logits["agrees"]`` where it was not judged.
 
     Raises:
         FileNotFoundError: a file is missing.
         FileExistsError: `report` exists.
-        ValueError: a checkpoint is damaged, or names, shapes or what else makes the model differ; lists them.
-        OSError: `report` cannot be written; says all the same whether the checkpoints agree.
+        ValueError: a checkpoint is damaged, or names, shapes or configs differ; lists the differences.
+        OSError: `report` cannot be written; the message still says whether the checkpoints agree.
     """
     target = Path(os.path.realpath(report)) if report else None
     if target:
@@ -161,11 +160,10 @@ def verify(
 
 
 def _in_common(source: Source, checkpoint: TorchDistCheckpoint) -> tuple[Comparison, list[str]]:
-    """What is to be compared, and the Megatron tensors that are not: those of vision, where the source is a stock
-    gpt-oss and the Megatron checkpoint sees.
+    """Pair the parameters of both; also return the Megatron tensors without a counterpart in a stock gpt-oss.
 
     Raises:
-        ValueError: names, shapes or what else makes the model differ; lists them.
+        ValueError: names, shapes or configs differ; lists the differences.
     """
     parameters, config, left_out = source.parameters, source.config, []
     if source.missing and any(key.startswith("vision_adapter.") for key in checkpoint.tensors):
@@ -182,7 +180,7 @@ def _in_common(source: Source, checkpoint: TorchDistCheckpoint) -> tuple[Compari
 
 
 def _with_logits(found: Mapping[str, Any], source: Source, folder: Path) -> dict[str, Any]:
-    """What changes in a report when both models have run; judged only where no number was packed or rounded."""
+    """Run both models; return the changed fields of the report. Judged only if nothing was packed or rounded."""
     from .comparison.logits import compare_logits  # imports Megatron-Bridge
 
     logits = compare_logits(source, folder)
@@ -196,40 +194,40 @@ def _with_logits(found: Mapping[str, Any], source: Source, folder: Path) -> dict
 
 
 def _changes(entries: Mapping[str, dict[str, Any]]) -> list[str]:
-    """What has changed numbers of the tensors that are compared: ``packing``, ``rounding``, both or nothing."""
-    packed = any(_differs_by_packing(entry) for entry in entries.values())
-    rounded = any("rounded" in entry for entry in entries.values())
-    return [name for name, is_so in {"packing": packed, "rounding": rounded}.items() if is_so]
-
-
-def _differs_by_packing(entry: Mapping[str, Any]) -> bool:
-    return {"different", "share_of_bound"} <= entry.keys()
+    """The reasons why values differ that agree: ``packing``, ``rounding``, both or none."""
+    marks = {"packing": {"different", "share_of_bound"}, "rounding": {"rounded"}}
+    return [name for name, keys in marks.items() if any(keys <= entry.keys() for entry in entries.values())]
 
 
 def _worst(entries: Mapping[str, dict[str, Any]]) -> str:
-    """A sentence about the tensor that is furthest off; empty where all agree."""
-    off = {name: entry for name, entry in entries.items() if not entry["agrees"]}
-    if not off:
+    """A sentence on the tensor with the largest difference; empty if all tensors agree."""
+    by = {
+        name: inf if entry["largest_difference"] is None else entry["largest_difference"]
+        for name, entry in entries.items()
+        if not entry["agrees"]
+    }
+    if not by:
         return ""
-    far = {name: torch.inf if (by := entry["largest_difference"]) is None else by for name, entry in off.items()}
-    name = max(far, key=lambda name: far[name])
-    how = f"by up to {far[name]:.3g}" if far[name] else "in their bits, not their values"
-    how = how if isfinite(far[name]) else "NaN or infinity among them"
+    name = max(by, key=by.__getitem__)
+    how = {0: "in their bits, not their values", inf: "with NaN or infinity"}.get(by[name], f"by up to {by[name]:.3g}")
     return (
-        f"{len(off)} of {len(entries)} tensors differ; {name} the most: {off[name]['different']} of "
-        f"{prod(off[name]['shape'])} numbers, {how} (others: {listed(sorted(off.keys() - {name})) or 'none'})"
+        f"{len(by)} of {len(entries)} tensors differ; {name} the most: {entries[name]['different']} of "
+        f"{prod(entries[name]['shape'])} values, {how} (others: {listed(sorted(by.keys() - {name})) or 'none'})"
     )
 
 
 def agreement(report: Mapping[str, Any]) -> str:
-    """What a report without differences says, in words for a terminal."""
+    """Summarise a report without differences for the terminal."""
     entries = report["tensors"].values()
-    packed = sum(_differs_by_packing(entry) for entry in entries)
+    packed = sum("different" in entry for entry in entries)
     rounded = sum("rounded" in entry and "different" not in entry for entry in entries)
-    said = [f"{len(entries) - packed - rounded} tensors bit for bit"]
-    said += [f"{packed} within the bound of MXFP4"] if packed else []
-    said += [f"{rounded} after rounding to the narrower type"] if rounded else []
-    said += [f"without Megatron's {len(report['left_out'])} tensors of vision"] if report["left_out"] else []
+    counts = {
+        " tensors bit for bit": len(entries) - packed - rounded,
+        " within the rounding error of MXFP4": packed,
+        " after rounding to the narrower type": rounded,
+        " vision tensors of Megatron's not compared": len(report["left_out"]),
+    }
+    said = [f"{count}{what}" for what, count in counts.items() if count]
     return ", ".join(said + ([_about_logits(report)] if "logits" in report else []))
 
 
@@ -240,16 +238,14 @@ def _about_logits(report: Mapping[str, Any]) -> str:
     )
     if logits["agrees"]:
         return f"logits to {off}"
-    changes = _changes(report["tensors"])
-    have = "has" if len(changes) == 1 else "have"
-    return f"logits differ by up to {off} of {scale}, as {' and '.join(changes)} {have} changed numbers (not judged)"
+    return f"logits differ by up to {off} of {scale} after {' and '.join(_changes(report['tensors']))} (not judged)"
 
 
 def _save(found: Mapping[str, Any], path: Path | None) -> None:
-    """Write a report, whole or not at all.
+    """Write a report, if it has a path.
 
     Raises:
-        OSError: it cannot be written; says what it would have said.
+        OSError: it cannot be written; the message contains the report's summary.
     """
     if path is None:
         return

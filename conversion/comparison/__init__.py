@@ -1,1 +1,1 @@
-"""Comparing two checkpoints: their numbers, and what the models compute."""
+"""Comparison of two checkpoints: their tensors, and the logits of the models."""

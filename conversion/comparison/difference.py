@@ -1,4 +1,4 @@
-"""How far apart two tensors are, by the bits of their numbers, and what rounding and packing explain of it."""
+"""Differences between two tensors, bit by bit, without those that rounding or MXFP4 packing explains."""
 
 from dataclasses import dataclass
 from math import isfinite
@@ -9,22 +9,22 @@ import torch
 from ...bridge.ops.mxfp4 import EXPONENT_BIAS, VALUES_PER_SCALE, Dequantizer, scales_of
 
 ROWS_AT_ONCE = 256
-"""Of a packed tensor, whose errors are worked out in fp32."""
+"""Rows of a packed tensor that are dequantised at once, to fp32."""
 
 BITS = {2: torch.int16, 4: torch.int32}
-"""Integers with the bits of a number, by its size."""
+"""Integer types by their size in bytes, to compare floating-point numbers by their bits."""
 
 
 @dataclass
 class Difference:
-    """How far apart the numbers of two tensors are.
+    """The differences between two tensors.
 
     Attributes:
-        count: numbers that differ.
-        rounded: numbers that the narrower type could not hold; they do not count as different.
-        largest: the largest difference; infinite where one of two numbers is NaN or infinite.
-        bound_used: of packed numbers, the largest share of its bound that a difference takes.
-        is_packed: whether there is a bound.
+        count: elements that differ.
+        rounded: elements that the narrower type cannot represent; they do not count as different.
+        largest: the largest difference; infinite where one of two elements is NaN or infinite.
+        bound_used: the largest ratio of a difference to its bound, where one of the tensors is packed.
+        is_packed: whether one of the tensors is packed.
     """
 
     count: int = 0
@@ -41,24 +41,22 @@ class Difference:
     def add(self, mine: torch.Tensor, theirs: torch.Tensor) -> None:
         """Compare the bits of two tensors of the same shape, Megatron's and the source's, after rounding one of them.
 
-        The wider is rounded to the narrower. Of fp16 and bf16 neither holds the other: an import rounds to Megatron's
-        type, an export to the source's, and the tensors agree where one of them explains every number.
+        The wider type is rounded to the narrower. fp16 and bf16 are rounded both ways, as an import rounds to
+        Megatron's type and an export to the source's; the way with fewer differences counts.
         """
         ways = [(theirs, mine), (mine, theirs)]
         if mine.dtype == theirs.dtype or mine.itemsize != theirs.itemsize:
             ways = [max(ways, key=lambda way: way[0].itemsize)]
-        differ, lost = min(
-            (_differing(*way) for way in ways), key=lambda found: 0 if found[0] is None else found[0].sum()
-        )
-        self.rounded += lost
-        if differ is not None:
-            self.count += int(torch.count_nonzero(differ))
-            self._widen((mine[differ].double() - theirs[differ].double()).abs().max())
+        count, rounded, differ = min((_differing(*way) for way in ways), key=lambda found: found[0])
+        self.count += count
+        self.rounded += rounded
+        if count:
+            self._enlarge((mine[differ].double() - theirs[differ].double()).abs())
 
     def add_packed(
         self, mine: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor, dequantizer: Dequantizer
     ) -> None:
-        """Compare ``[r, 32g]`` with blocks ``[r, g, 16]`` and scales ``[r, g]``."""
+        """Compare a tensor ``[r, 32g]`` with MXFP4 blocks ``[r, g, 16]`` and scales ``[r, g]``."""
         self.is_packed = True
         values = torch.empty(min(len(mine), ROWS_AT_ONCE), mine.shape[1])
         for start in range(0, len(mine), ROWS_AT_ONCE):
@@ -66,67 +64,63 @@ class Difference:
             theirs = values[: len(mine[rows])]
             dequantizer.into(theirs, blocks[rows], scales[rows])
             rounded = theirs.to(mine.dtype)
-            if mine.dtype == torch.float16:  # the others hold every number of MXFP4
-                self.rounded += _lost(theirs, rounded)
+            if mine.dtype == torch.float16:  # fp32 and bf16 represent every MXFP4 value exactly
+                self.rounded += _count_rounded(theirs, rounded)
             differ = _bits(rounded) != _bits(mine[rows])
             if differ.any():
                 self._add_bounded(mine[rows].float(), theirs, differ)
 
-    def _add_bounded(self, numbers: torch.Tensor, theirs: torch.Tensor, differ: torch.Tensor) -> None:
-        """Hold what differs to the bound of packing ``[r, 32g]``, fp32."""
-        error = (theirs - numbers).abs_().masked_fill_(~differ, 0)
-        step = _rule_scales(numbers).repeat_interleave(VALUES_PER_SCALE, dim=1)
-        share = _or_infinite(error / (torch.maximum(numbers.abs(), step) / 4))
+    def _add_bounded(self, values: torch.Tensor, theirs: torch.Tensor, differ: torch.Tensor) -> None:
+        """Compare differing elements of ``[r, 32g]`` in fp32 with the bound of a value's rounding, see `Quantizer`."""
+        error = (theirs - values).abs_().masked_fill_(~differ, 0)
+        # The scales by which `values` should have been packed: those in the file prove nothing.
+        largest = values.view(len(values), -1, VALUES_PER_SCALE).abs().amax(-1)
+        scales = torch.exp2(scales_of(largest).float() - EXPONENT_BIAS).repeat_interleave(VALUES_PER_SCALE, dim=1)
         self.count += int(torch.count_nonzero(differ))
-        self._widen(error.max())
-        self.bound_used = max(self.bound_used, float(share.max()))
+        self._enlarge(error)
+        self.bound_used = max(self.bound_used, _max_or_infinite(error / (torch.maximum(values.abs(), scales) / 4)))
 
-    def _widen(self, largest: torch.Tensor) -> None:
-        self.largest = max(self.largest, float(_or_infinite(largest)))
+    def _enlarge(self, error: torch.Tensor) -> None:
+        self.largest = max(self.largest, _max_or_infinite(error))
 
     def entry(self) -> dict[str, Any]:
-        """What the report says of the tensor beyond its hash."""
+        """The fields of the tensor in the report, beside its hash."""
         found: dict[str, Any] = {"agrees": self.is_allowed} | ({"rounded": self.rounded} if self.rounded else {})
         if self.count:
             found |= {"different": self.count, "largest_difference": _in_json(self.largest)}
         return found | ({"share_of_bound": _in_json(self.bound_used)} if self.is_packed else {})
 
 
-def _differing(wide: torch.Tensor, narrow: torch.Tensor) -> tuple[torch.Tensor | None, int]:
-    """Which numbers differ in their bits after rounding (None: none), and how many the narrower type cannot hold.
+def _differing(wide: torch.Tensor, narrow: torch.Tensor) -> tuple[int, int, torch.Tensor]:
+    """Compare bits after rounding: how many elements differ, how many the narrower type cannot represent, and a mask.
 
-    A NaN agrees with a NaN of another type, as types do not keep its sign and payload.
+    Two NaN of different types agree, as a cast may change a NaN's sign and payload.
     """
     rounded, is_same_type = wide.to(narrow.dtype), wide.dtype == narrow.dtype
-    lost = 0 if is_same_type else _lost(wide, rounded)
-    if torch.equal(_bits(rounded), _bits(narrow)):
-        return None, lost
+    count_rounded = 0 if is_same_type else _count_rounded(wide, rounded)
+    if torch.equal(_bits(rounded), _bits(narrow)):  # the usual case, without a mask
+        return 0, count_rounded, torch.empty(0, dtype=torch.bool)
     differ = _bits(rounded) != _bits(narrow)
     if not is_same_type:
         differ &= ~(rounded.isnan() & narrow.isnan())
-    return (differ if differ.any() else None), lost
+    return int(torch.count_nonzero(differ)), count_rounded, differ
 
 
-def _bits(numbers: torch.Tensor) -> torch.Tensor:
-    return numbers.view(BITS[numbers.itemsize])
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view(BITS[values.itemsize])
 
 
-def _lost(wide: torch.Tensor, rounded: torch.Tensor) -> int:
-    """How many numbers are others after rounding; a NaN stays one."""
+def _count_rounded(wide: torch.Tensor, rounded: torch.Tensor) -> int:
+    """Count the elements that rounding has changed; a NaN stays a NaN."""
     back = rounded.to(wide.dtype)
     return 0 if torch.equal(back, wide) else int(torch.count_nonzero((back != wide) & ~wide.isnan()))
 
 
-def _or_infinite(difference: torch.Tensor) -> torch.Tensor:
-    return difference.nan_to_num(torch.inf, posinf=torch.inf)
+def _max_or_infinite(values: torch.Tensor) -> float:
+    """The largest element; infinite where there is a NaN."""
+    return float(values.nan_to_num(torch.inf, posinf=torch.inf).max())
 
 
-def _in_json(number: float) -> float | None:
+def _in_json(value: float) -> float | None:
     """JSON has no infinity and no NaN."""
-    return number if isfinite(number) else None
-
-
-def _rule_scales(numbers: torch.Tensor) -> torch.Tensor:
-    """The scales ``[r, g]`` by which ``[r, 32g]`` should have been packed; those of the file prove nothing."""
-    largest = numbers.view(len(numbers), -1, VALUES_PER_SCALE).abs().amax(-1)
-    return torch.exp2(scales_of(largest).float() - EXPONENT_BIAS)
+    return value if isfinite(value) else None

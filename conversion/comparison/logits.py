@@ -1,4 +1,4 @@
-"""The logits of a Hugging Face checkpoint and of a Megatron one for the same tokens and image, on the CPU in fp32."""
+"""Compare the logits of a Hugging Face and a Megatron checkpoint for the same tokens and image, on the CPU in fp32."""
 
 from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
@@ -22,10 +22,10 @@ from ..formats.hf_source import Source
 from ..formats.run_config import model_fields
 
 TEXT_TOKENS = 160
-"""Past gpt-oss's window of 128."""
+"""More than gpt-oss's attention window of 128."""
 
 TOLERANCE = 1e-4
-"""Of the largest logit: what two implementations in fp32 may differ by."""
+"""Largest difference between two implementations in fp32, relative to the largest logit."""
 
 FP32: Any = {"params_dtype": torch.float32, "bf16": False, "fp16": False}
 
@@ -35,7 +35,7 @@ def compare_logits(source: Source, folder: Path) -> dict[str, Any]:
 
     Args:
         source: the Hugging Face checkpoint.
-        folder: of an iteration of the Megatron checkpoint.
+        folder: iteration folder of the Megatron checkpoint.
 
     Returns:
         ``largest_difference`` and ``largest_logit``, None where they are NaN or infinite, and whether the models agree.
@@ -57,11 +57,11 @@ def compare_logits(source: Source, folder: Path) -> dict[str, Any]:
 
 
 def sample(config: GPTOSSVisionConfig, placeholder: int) -> dict[str, torch.Tensor]:
-    """``input_ids`` of random text, always the same, and, where the model sees, ``pixel_values`` of an image in it.
+    """Make ``input_ids`` of the same random text each time and, for a model with vision, ``pixel_values`` of one image.
 
     Args:
-        config: of the model that both are, or of the text part of the Megatron one.
-        placeholder: the token that stands for an image in the Megatron model; in the text there is none.
+        config: the config of the Hugging Face checkpoint.
+        placeholder: ``image_token_id`` of the Megatron model; the random text does not contain it.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, TEXT_TOKENS), generator=generator)
@@ -76,14 +76,14 @@ def sample(config: GPTOSSVisionConfig, placeholder: int) -> dict[str, torch.Tens
 
 
 def megatron_logits(folder: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """``[b, s, vocab]`` of the Megatron model; call it on a rank of its own (`cpu.run_ranks`)."""
+    """The Megatron model's logits ``[b, s, vocab]``; to be called on a rank (`cpu.run_ranks`)."""
     with megatron_model(folder) as model:
         return model(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values"))
 
 
 @contextmanager
 def megatron_model(folder: Path) -> Iterator[Any]:
-    """The model of an iteration's folder in fp32, without gradients; on a rank of its own (`cpu.run_ranks`)."""
+    """The model of an iteration folder in fp32, without gradients; to be used on a rank (`cpu.run_ranks`)."""
     with temporary_distributed_context(backend="gloo"), torch.no_grad():
         settings = {"use_cpu_init": True, "skip_temp_dist_context": True, "mp_overrides": FP32}
         loaded: Any = load_megatron_model(str(folder), **settings)

@@ -1,8 +1,7 @@
-"""The report of a conversion: every tensor with its hash, and what is wrong with its numbers.
+"""The report of a conversion: every tensor with its hash and its counts of NaN and infinity.
 
-The output holds it as `REPORT`. Two runs of the same call give the same bytes, so that outputs can be compared byte by
-byte. Import, export and verify list Megatron's tensors, so that their hashes can be compared; assemble and adapters
-list those of their output::
+It is written into the output as `REPORT`. Two runs of the same call write the same bytes. Import, export and verify
+list Megatron's tensors, so that their hashes can be compared; assemble and adapters list those of their output::
 
     {"action": "import", "source": "…", "versions": {"torch": "2.11.0", …},
      "bytes_read": 13761264768, "bytes_written": 41839125360, "not_finite": 0, "added": ["…vision_bias", …],
@@ -10,10 +9,10 @@ list those of their output::
          {"hf": ["model.layers.0.mlp.experts.gate_up_proj_blocks", …], "shape": [5760, 2880], "dtype": "bfloat16",
           "xxh3_128": "…", "nan": 2, "inf": 1}}}
 
-``hf`` names the tensors of the Hugging Face checkpoint that it was made of, or that it becomes. A hash is XXH3-128 over
-the tensor's bytes, little-endian, its last axis fastest: as import writes it, as export and verify read it, and, where
-export merges an adapter, of the merged numbers in fp32. ``nan`` and ``inf`` are counts, left out where they are 0.
-``left_out`` names what was not compared, or not taken.
+``hf`` names the corresponding tensors of the Hugging Face checkpoint. A hash is XXH3-128 of the tensor's bytes,
+little-endian and row-major: as import writes it, as export and verify read it, and, where export merges an adapter, of
+the merged values in fp32. ``nan`` and ``inf`` are counts, left out where they are 0. ``left_out`` names the tensors
+that were not compared or not copied.
 """
 
 import json
@@ -33,29 +32,29 @@ PACKAGES = ("gpt-oss-vision", "torch", "megatron-core", "megatron-bridge", "tran
 
 
 class Digest:
-    """Hash and counts of one tensor, taken while its numbers pass by."""
+    """Hash and counts of one tensor, computed block by block."""
 
     def __init__(self) -> None:
         self._hash, self._counts = xxhash.xxh3_128(), {"nan": 0, "inf": 0}
 
-    def update(self, numbers: torch.Tensor, *, is_finite: bool = False) -> None:
-        """Add contiguous numbers of any type, in the order in which they are stored.
+    def update(self, values: torch.Tensor, *, is_finite: bool = False) -> None:
+        """Add the next block of the tensor.
 
         Args:
-            numbers: of any shape.
-            is_finite: whether it is known that none is infinite or NaN.
+            values: contiguous, of any shape and type.
+            is_finite: skip the search for NaN and infinity.
         """
-        flat = numbers.view(-1)
+        flat = values.view(-1)
         self._hash.update(flat.view(torch.uint8).numpy())
         if is_finite or not flat.is_floating_point():
             return
-        # Both ends are finite only where all numbers are: far cheaper than asking for each.
+        # Minimum and maximum are finite only where all values are; this takes one pass and no mask.
         if not all(end.isfinite() for end in flat.aminmax()):
             self._counts["nan"] += int(flat.isnan().sum())
             self._counts["inf"] += int(flat.isinf().sum())
 
     def entry(self, names: Sequence[str], shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-        """What the report says of the tensor, given the names for ``hf``: see the module's docstring."""
+        """The tensor's entry in the report, with `names` as ``hf``; see the module's docstring."""
         found = {name: count for name, count in self._counts.items() if count}
         return {
             "hf": [*names],
@@ -66,7 +65,7 @@ class Digest:
 
 
 def make_report(action: str, tensors: Mapping[str, dict[str, Any]], **fields: Any) -> dict[str, Any]:
-    """A report; `fields` are what else the action has to say."""
+    """Build a report; `fields` are the action's own."""
     bad = {name: entry for name, entry in tensors.items() if {"nan", "inf"} & entry.keys()}
     return {
         "action": action,
@@ -78,19 +77,19 @@ def make_report(action: str, tensors: Mapping[str, dict[str, Any]], **fields: An
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that decide what a conversion writes."""
+    """Versions of the packages on which the bytes of an output depend."""
     return {name: version(name) for name in PACKAGES}
 
 
 def nonfinite_warnings(report: Mapping[str, Any], most: int = 10) -> list[str]:
-    """A sentence for every tensor with numbers that are not finite; of many, for the first, and how many there are."""
+    """One warning per tensor with NaN or infinity, at most `most`, then a count of the rest."""
     bad = {name: entry for name, entry in report["tensors"].items() if {"nan", "inf"} & entry.keys()}
     said = [
-        f"{name} holds {entry.get('nan', 0)} NaN and {entry.get('inf', 0)} infinite numbers"
+        f"{name} holds {entry.get('nan', 0)} NaN and {entry.get('inf', 0)} infinite values"
         + (" (float16 ends at 65504)" if entry["dtype"] == "float16" and "inf" in entry else "")
         for name, entry in list(bad.items())[:most]
     ]
-    return said + ([f"so do {len(bad) - most} tensors more; {REPORT} lists them"] if len(bad) > most else [])
+    return said + ([f"{len(bad) - most} more tensors do too; {REPORT} lists them"] if len(bad) > most else [])
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -104,7 +103,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def save_report(report: Mapping[str, Any], path: Path) -> None:
-    """Write a report to a file of its own, whole or not at all.
+    """Write a report to a file, atomically.
 
     Raises:
         OSError: it cannot be written.

@@ -1,8 +1,9 @@
-"""Reads a Megatron `torch_dist` checkpoint, saved at any parallel layout, without Megatron: any region of any tensor.
+"""Read any region of any tensor of a Megatron `torch_dist` checkpoint, saved at any parallel layout, without Megatron.
 
-Such a checkpoint is a pickled table, ``.metadata``, and files in which each chunk of a tensor is a zip written by
-``torch.save``. The table is read by an unpickler that knows its few classes by name and builds none of them; a chunk by
-finding its numbers inside the zip. Nothing is read whole, and a region may lie in any grid of chunks.
+Such a checkpoint is a pickled table, ``.metadata``, and files in which each chunk of a tensor is a zip archive written
+by ``torch.save``. torch's own ``FileSystemReader`` unpickles the table without restrictions and loads whole chunks, of
+an fp32 embedding 2.3 GB at once. Here an allow-list of classes guards the table, and only the bytes of the region are
+read, at their offset in the archive.
 """
 
 import math
@@ -31,7 +32,7 @@ from ..parameters import KEPT_WHOLE, MegatronParameter
 from .hf_config import read_json
 
 NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|common_state|rerun_state_machine|.*\._extra_state")
-"""Keys that belong to training and not to the model."""
+"""Keys of the training state."""
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -41,7 +42,7 @@ type Region = tuple[slice, ...]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A block of a tensor and the zip that holds it: ``length`` bytes of a file."""
+    """A block of a tensor, and its zip archive: ``length`` bytes of `file` from `position` on."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -52,15 +53,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ReadItem:
-    """What one chunk gives to a region.
+    """The intersection of a chunk and a region.
 
     Attributes:
-        chunk: where it is read.
-        start: first number of the chunk's own that is needed.
-        count: numbers from there up to the last that is needed.
-        sizes: of the block that lies in the region.
-        strides: of that block within the chunk.
-        into: where the block belongs, counted from the region's start.
+        chunk: the chunk to read from.
+        start: index of its first element within the chunk, row-major.
+        count: elements from there up to and including its last one.
+        sizes: its sizes.
+        strides: its strides within the chunk.
+        into: its place in the region.
     """
 
     chunk: Chunk
@@ -72,13 +73,13 @@ class ReadItem:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of the chunk is read."""
+        """Whether the region contains the whole chunk."""
         return self.count == math.prod(self.chunk.sizes)
 
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A tensor of the checkpoint, put together from its chunks."""
+    """A tensor of the checkpoint, as its chunks."""
 
     key: str
     dtype: torch.dtype
@@ -93,10 +94,10 @@ class ShardedTensor:
         return starts, starts + sizes
 
     def read_plan(self, region: Region) -> list[ReadItem]:
-        """What the chunks give to a region, each number exactly once.
+        """The parts of a region by chunk, each element exactly once.
 
         Raises:
-            ValueError: when chunks leave a gap in the region, or overlap there.
+            ValueError: the chunks leave a gap in the region, or overlap there.
         """
         starts, stops = self._grid
         low, high = (np.array([getattr(axis, end) for axis in region], dtype=np.int64) for end in ("start", "stop"))
@@ -104,7 +105,7 @@ class ShardedTensor:
         hits = np.flatnonzero((first < last).all(axis=1))
         wanted, held = math.prod(high - low), int((last[hits] - first[hits]).prod(axis=1).sum())
         if held != wanted or _overlap(first[hits], last[hits]):
-            problem = f"hold {held} of the {wanted} numbers" if held < wanted else "overlap in the numbers"
+            problem = f"hold {held} of the {wanted} elements" if held < wanted else "overlap in the elements"
             raise UserError(
                 f"The chunks of {self.key} {problem} from {low.tolist()} to {high.tolist()}; save it again."
             )
@@ -131,12 +132,12 @@ def _row_major(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class TorchDistCheckpoint:
-    """An opened checkpoint: its tensors by key, those of the optimizer left out.
+    """An opened checkpoint.
 
     Attributes:
-        folder: the iteration's own folder.
-        root: the folder above it, when that was named or keeps track of iterations; else `folder`.
-        tensors: weights by key.
+        folder: the iteration folder.
+        root: the folder above it, if that holds `LATEST`; else `folder`.
+        tensors: the weights by key, without the optimizer's.
     """
 
     folder: Path
@@ -145,11 +146,11 @@ class TorchDistCheckpoint:
 
 
 def open_checkpoint(path: Path) -> TorchDistCheckpoint:
-    """Open a checkpoint by its root, which tells the latest iteration, or by the folder of one iteration.
+    """Open the latest iteration of a checkpoint's root, or one iteration folder.
 
     Raises:
-        FileNotFoundError: when the folder, its ``.metadata`` or a file that this names is missing.
-        ValueError: when it is of another format, damaged or cut off.
+        FileNotFoundError: the folder, its ``.metadata`` or a file that this names is missing.
+        ValueError: it has another format, or is damaged or truncated.
     """
     folder = _iteration_folder(path)
     form = folder / "metadata.json"
@@ -191,11 +192,11 @@ def _check_files(folder: Path, chunks: list[Chunk]) -> None:
             raise UserError(f"{file} has {file.stat().st_size} of at least {end} bytes; copy it again")
 
 
-# --- the table ---------------------------------------------------------------------------------------------------
+# --- .metadata ---------------------------------------------------------------------------------------------------
 
 
 class _Record:
-    """Stands for every class of the table: keeps what was pickled of it."""
+    """An inert stand-in for the classes of the table: keeps the pickled state."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -218,25 +219,25 @@ ADMITTED: dict[tuple[str, str], Any] = {
     **{("pathlib", name): _joined for name in ("Path", "PosixPath", "PurePosixPath")},
     **{("torch", dtype_name(dtype)): dtype for dtype in SAFETENSORS.values()},
 }
-"""What a table may name, and what is built in its place: nothing of it runs code of torch's or of anyone's."""
+"""Allow-list for unpickling ``.metadata``: each global is replaced by an inert stand-in, so no code runs."""
 
 
 class _TableUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Only what is admitted."""
+        """The stand-in for a global of the allow-list."""
         if (module, name) not in ADMITTED:
             raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
         return ADMITTED[module, name]
 
 
 def read_metadata(file: Path) -> tuple[dict[str, Any], dict[tuple[str, tuple[int, ...] | None], dict[str, Any]]]:
-    """The table of a checkpoint.
+    """Read the table of a checkpoint.
 
     Returns:
-        By key what is known of an entry, and by key and offset where its chunk is stored.
+        The metadata of each entry by key, and the storage of each chunk by key and offset.
 
     Raises:
-        ValueError: when it names a class that such a table has no use for, or is damaged.
+        ValueError: it names a class outside the allow-list, or is damaged.
     """
     data = BytesIO(file.read_bytes())
     try:
@@ -277,12 +278,12 @@ def _tensor(folder: Path, key: str, entry: dict[str, Any], places: dict) -> Shar
     return ShardedTensor(key, entry["properties"].state[0], entry["size"], chunks)
 
 
-# --- the numbers of a chunk --------------------------------------------------------------------------------------
+# --- chunks ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """Where the numbers of a chunk lie: position in its file, bytes, and the zip's check sum over them."""
+    """The data of a chunk: position in its file, bytes, and the CRC-32 in the archive."""
 
     position: int
     nbytes: int
@@ -290,7 +291,7 @@ class Payload:
 
 
 class _Window(RawIOBase):
-    """A part of an open file as a file of its own."""
+    """A read-only file object for the archive of a chunk, which `zipfile` needs: it finds an archive by its end."""
 
     def __init__(self, read_small: Callable[[Path, int, int], bytes], chunk: Chunk):
         self.read_small, self.chunk, self.length, self.at = read_small, chunk, chunk.length, 0
@@ -319,7 +320,7 @@ class _Window(RawIOBase):
 
 @dataclass(frozen=True)
 class _Pickled:
-    """What ``torch.save`` says of the one tensor in a zip."""
+    """The pickled description of the tensor in an archive."""
 
     offset: int
     sizes: tuple[int, ...]
@@ -328,7 +329,7 @@ class _Pickled:
 
 class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Only what describes a tensor."""
+        """Allow the three globals that describe a tensor."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, sizes, strides, *rest: _Pickled(offset, sizes, strides)
         if (module, name) == ("collections", "OrderedDict"):
@@ -338,20 +339,20 @@ class _TensorUnpickler(pickle.Unpickler):
         raise ValueError(f"it names {module}.{name}, which is no part of a tensor")
 
     def persistent_load(self, pid: Any) -> Any:
-        """The storage; there is only one."""
+        """The storage's identifier; an archive has only one."""
         return pid
 
 
 def find_payload(read_small: Callable[[Path, int, int], bytes], chunk: Chunk, dtype: torch.dtype) -> Payload:
-    """Where in its file a chunk's numbers are: row-major, the whole storage.
+    """Find a chunk's data in its file, and check that they are row-major and the whole storage.
 
     Args:
-        read_small: reads a few bytes: file, offset and how many.
+        read_small: reads a few bytes of a file, given offset and count.
         chunk: the chunk.
-        dtype: of its tensor.
+        dtype: dtype of its tensor.
 
     Raises:
-        ValueError: when the zip is damaged, or holds something else than the table says.
+        ValueError: the archive is damaged, or does not match the table.
     """
     try:
         window = _Window(read_small, chunk)
@@ -374,21 +375,21 @@ def find_payload(read_small: Callable[[Path, int, int], bytes], chunk: Chunk, dt
     return Payload(chunk.position + data.header_offset + 30 + name + extra, nbytes, data.CRC)
 
 
-def check_sum(numbers: torch.Tensor, payload: Payload, chunk: Chunk) -> None:
-    """Compare the bytes of a whole payload with the sum that was stored with them; some writers store none (0).
+def check_sum(values: torch.Tensor, payload: Payload, chunk: Chunk) -> None:
+    """Compare the CRC-32 of a whole chunk with the one in its archive, if that has one (0: none).
 
     Raises:
-        ValueError: when they differ.
+        ValueError: they differ.
     """
-    if payload.crc32 and zlib.crc32(bytes_of(numbers).numpy()) != payload.crc32:
+    if payload.crc32 and zlib.crc32(bytes_of(values).numpy()) != payload.crc32:
         raise UserError(f"{chunk.file} has other bytes at {payload.position} than were written; copy it again")
 
 
 def read_region(worker: Worker, tensor: ShardedTensor, region: Region) -> torch.Tensor:
-    """A region of a tensor, in memory of the worker's.
+    """Read a region of a tensor into the worker's memory.
 
     Raises:
-        ValueError: chunks leave a gap or overlap, or a zip is damaged.
+        ValueError: chunks leave a gap or overlap, or an archive is damaged.
     """
     shape, parts = [axis.stop - axis.start for axis in region], tensor.read_plan(region)
     if _is_one_range(parts):
@@ -402,13 +403,13 @@ def read_region(worker: Worker, tensor: ShardedTensor, region: Region) -> torch.
 
 
 def memory_of(tensor: ShardedTensor, region: Region) -> int:
-    """Most bytes that `read_region` takes at once."""
+    """Peak memory of `read_region`, in bytes."""
     parts, count = tensor.read_plan(region), math.prod(axis.stop - axis.start for axis in region)
     return (count + (0 if _is_one_range(parts) else max(part.count for part in parts))) * tensor.dtype.itemsize
 
 
 def _is_one_range(parts: Sequence[ReadItem]) -> bool:
-    """Whether a region is read from one chunk, in one piece."""
+    """Whether a region is one contiguous range of one chunk."""
     return len(parts) == 1 and parts[0].count == math.prod(parts[0].sizes)
 
 
@@ -423,18 +424,18 @@ def _read_part(worker: Worker, part: ReadItem, dtype: torch.dtype) -> torch.Tens
 
 
 def whole(shape: tuple[int, ...]) -> Region:
-    """The region that is all of a tensor."""
+    """The region of a whole tensor."""
     return tuple(slice(0, size) for size in shape)
 
 
 def region_of(parameter: MegatronParameter, block: slice | None = None) -> Region:
-    """Where a parameter, or a block of its rows, lies in the checkpoint's tensor."""
+    """The region of a parameter, or of a block of its rows, in the checkpoint's tensor."""
     rows = () if block is None or not parameter.shape else (block,)
     return (*(slice(i, i + 1) for i in parameter.index), *rows, *whole(parameter.shape[len(rows) :]))
 
 
 def blocks_of(parameter: MegatronParameter, dtype: torch.dtype) -> list[slice]:
-    """The rows to handle at a time: all of them, unless the parameter is large and keeps its layout."""
+    """Blocks of rows to process one after the other: one, unless the parameter is large and keeps its layout."""
     count = parameter.shape[0] if parameter.shape else 1
     nbytes = math.prod(parameter.shape) * dtype.itemsize // count
     rows = max(1, STEP // nbytes) if parameter.layout in KEPT_WHOLE else count
@@ -442,10 +443,10 @@ def blocks_of(parameter: MegatronParameter, dtype: torch.dtype) -> list[slice]:
 
 
 def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[MegatronParameter]) -> None:
-    """Whether a checkpoint holds every tensor of the model in its shape, and no other.
+    """Check that a checkpoint holds exactly the tensors of the model, in their shapes.
 
     Raises:
-        ValueError: listing what is missing, foreign or of another shape.
+        ValueError: lists the missing, the unknown and those of another shape.
     """
     shapes = {parameter.key: parameter.axes + parameter.shape for parameter in wanted}
     found = checkpoint.tensors

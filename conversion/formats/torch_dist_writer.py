@@ -1,10 +1,10 @@
-"""Where everything lies in a `torch_dist` iteration folder, worked out before a byte of it is written.
+"""The files of a `torch_dist` iteration folder, planned before the first byte is written.
 
-Such a folder is torch's distributed checkpoint: files in which every chunk of a tensor is a small archive by
-`torch.save`, and a ``.metadata`` with their offsets. An archive is a header, the numbers and a footer. Header and
-footer depend on shape and type alone, and torch itself makes them here, with the numbers left out
-(`torch.serialization.skip_data`). So the numbers can be written in place, in any order. The archives carry no checksum
-of the numbers; torch checks none.
+Such a folder is a torch distributed checkpoint: files in which every chunk of a tensor is a zip archive written by
+``torch.save``, and a ``.metadata`` with their offsets. An archive is a header, the data and a footer. Header and footer
+depend only on shape and dtype; ``torch.save`` writes them here without data (`torch.serialization.skip_data`). The data
+can then be written at known offsets, in any order and by any thread, and a killed conversion can continue, which
+torch's ``FileSystemWriter`` cannot. The archives hold no checksum of the data; torch checks none.
 """
 
 import io
@@ -35,17 +35,17 @@ from ..engine.files import BLOCK
 from ..parameters import MegatronParameter
 
 ALIGNMENT = 64
-"""Of an archive's place in its file; torch aligns the numbers so within the archive."""
+"""Of an archive's offset in its file, as of the data within an archive."""
 
 BATCH_BYTES = 2**20
-"""Bytes up to which parameters that follow one another are written as one task."""
+"""Consecutive parameters up to this size are written by one task."""
 
 COMMON_STATE = {
     "checkpoint_version": 3.0,
     "iteration": 0,
     "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
 }
-"""What Megatron-Bridge keeps in a checkpoint beside the tensors when it saves a model alone."""
+"""Megatron-Bridge's state beside the tensors when it saves a model without optimizer."""
 
 LAYER_STATES = (
     "self_attention.linear_qkv",
@@ -54,13 +54,13 @@ LAYER_STATES = (
     "pre_mlp_layernorm",
 )
 EXPERT_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
-"""Modules that ask for an ``_extra_state`` on Transformer Engine (FP8 scales; empty in any other precision). Loading
-fails where an object that a model asks for is missing; one that it does not ask for is ignored."""
+"""Modules with an ``_extra_state`` on Transformer Engine (FP8 scales; empty in any other precision). A model loads only
+where all its objects are in the checkpoint; additional objects are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteItem:
-    """An archive in a file: ``header``, ``nbytes`` of numbers, ``footer``; `offset` is the header's."""
+    """A chunk's archive in a file: ``header`` at `offset`, ``nbytes`` of data, ``footer``."""
 
     key: str
     chunk: tuple[int, ...]
@@ -73,23 +73,23 @@ class WriteItem:
 
     @property
     def nbytes(self) -> int:
-        """Of the numbers."""
+        """Bytes of the data."""
         return prod(self.shape) * self.dtype.itemsize
 
     @property
     def start(self) -> int:
-        """Where the numbers begin in the file."""
+        """Offset of the data in the file."""
         return self.offset + len(self.header)
 
     @property
     def end(self) -> int:
-        """Where the archive ends in the file."""
+        """Offset of the archive's end in the file."""
         return self.start + self.nbytes + len(self.footer)
 
 
 @dataclass(frozen=True, slots=True)
 class WriteBatch:
-    """Parameters that lie together in whole blocks of a file, ``[start, end)``, which no other batch shares."""
+    """Parameters that are written together: whole blocks ``[start, end)`` of a file, shared with no other batch."""
 
     file: str
     start: int
@@ -99,17 +99,17 @@ class WriteBatch:
 
     @property
     def name(self) -> str:
-        """That of its first parameter, which is in no other batch."""
+        """The name of its first parameter."""
         return self.parameters[0].name
 
 
 class TorchDistPlan:
-    """The files of an iteration folder and what lies where in them.
+    """The files of an iteration folder and the offsets of everything in them.
 
     Attributes:
-        batches: everything to be computed, in the order of the files.
+        batches: all parameters, in the order of the files.
         sizes: bytes of every ``.distcp`` file, by name.
-        objects: what goes to the beginning of the file `OBJECTS_FILE` as it stands.
+        objects: the first bytes of the file `OBJECTS_FILE`: archives of everything that is not a tensor.
         metadata: the bytes of ``.metadata``.
     """
 
@@ -130,11 +130,11 @@ class TorchDistPlan:
         self.metadata = self._metadata(parameters)
 
     def dtype_of(self, parameter: MegatronParameter) -> torch.dtype:
-        """What a parameter is stored as."""
+        """The dtype in which a parameter is stored."""
         return torch.float32 if parameter.keep_fp32 else self.dtype
 
     def _place_objects(self, parameters: Sequence[MegatronParameter]) -> bytes:
-        """Archives of everything that is no tensor."""
+        """Archives of everything that is not a tensor."""
         layers, experts = next(parameter.axes for parameter in parameters if parameter.expert is not None)
         names = [
             f"decoder.layers.{name}._extra_state/shard_{n}_{layers}" for name in LAYER_STATES for n in range(layers)
@@ -184,9 +184,9 @@ class TorchDistPlan:
 
 @cache
 def archive_header_footer(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What `torch.save` writes before and after the numbers of a tensor."""
+    """The bytes that `torch.save` writes before and after the data of a tensor."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "archive")  # the archive's own name for itself; memory is not touched, nor the disk
+        path = Path(folder, "archive")  # this name is written into the archive
         with torch.serialization.skip_data():
             torch.save(torch.empty(shape, dtype=dtype), path)
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -208,7 +208,7 @@ def _archive(value: Any) -> bytes:
 
 
 def _by_file(parameters: Sequence[MegatronParameter]) -> Iterator[tuple[str, list[MegatronParameter]]]:
-    """The files in order: one for what is in no layer, one for each layer."""
+    """The files in order: one for everything outside the layers, one for each layer."""
     files: dict[str, list[MegatronParameter]] = {TorchDistPlan.OBJECTS_FILE: []}
     for parameter in sorted(parameters, key=lambda parameter: parameter.index[:1]):
         number = parameter.index[0] + 1 if parameter.index else 0
@@ -217,7 +217,7 @@ def _by_file(parameters: Sequence[MegatronParameter]) -> Iterator[tuple[str, lis
 
 
 def _together(parameters: Iterable[MegatronParameter], dtype_of: Any) -> Iterator[list[MegatronParameter]]:
-    """Parameters that follow one another, up to `BATCH_BYTES` bytes of them."""
+    """Consecutive parameters, up to `BATCH_BYTES`."""
     batch: list[MegatronParameter] = []
     total = 0
     for parameter in parameters:

@@ -211,7 +211,7 @@ def test_numbers_that_are_not_finite_are_imported_reported_and_warned_of(tmp_pat
     assert report["not_finite"] == 3
     assert report["tensors"]["decoder.layers.1.self_attention.linear_qkv.weight"]["nan"] == 2
     assert report["tensors"]["decoder.layers.2.mlp.experts.linear_fc1.weight1"]["inf"] == 1
-    assert "linear_fc1.weight1 holds 0 NaN and 1 infinite numbers" in (tmp_path / "log").read_text()
+    assert "linear_fc1.weight1 holds 0 NaN and 1 infinite values" in (tmp_path / "log").read_text()
 
 
 def test_of_many_tensors_that_are_not_finite_the_first_are_named(tmp_path: Path):
@@ -224,9 +224,9 @@ def test_of_many_tensors_that_are_not_finite_the_first_are_named(tmp_path: Path)
         report = import_checkpoint(hf, tmp_path / "out", dtype="fp16", console=Console(file=log))
     warnings = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("Warning")]
     assert len(warnings) == 11
-    assert all(line.endswith("infinite numbers (float16 ends at 65504)") for line in warnings[:10])
+    assert all(line.endswith("infinite values (float16 ends at 65504)") for line in warnings[:10])
     bad = sum("inf" in entry for entry in report["tensors"].values())
-    assert warnings[10] == f"Warning: so do {bad - 10} tensors more; conversion.json lists them"
+    assert warnings[10] == f"Warning: {bad - 10} more tensors do too; conversion.json lists them"
 
 
 def test_folders_beside_the_weights_are_left_and_links_to_nowhere_refused(both: Path, tmp_path: Path):

@@ -52,6 +52,7 @@ KINDS = {
     "attention, TP2": Kind(ATTENTION, ranks=2),
     "everything": Kind(ATTENTION + EXPERTS),
     "everything, TP2 and EP2": Kind(ATTENTION + EXPERTS, ranks=2),
+    "experts of a lower rank": Kind(ATTENTION + EXPERTS, options={"normalize_moe_lora": True}),
     "one for each expert": Kind(EXPERTS, options={"share_expert_adapters": False}),
 }
 
@@ -186,19 +187,6 @@ def test_megatron_bridge_still_refuses_to_adapt_experts_that_are_not_its_own(sta
 def test_adapters_of_split_experts_are_refused(start: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="LoRA on the experts needs expert_tensor_parallel_size=1, got 2"):
         cpu.run_ranks(2, train_lora, start, tmp_path / "out", Kind(EXPERTS, ranks=2, splits_experts=True))
-
-
-def test_ranks_that_differ_are_refused_by_peft_and_merged(start: Path, tmp_path: Path):
-    kind = Kind(ATTENTION + EXPERTS, options={"normalize_moe_lora": True})
-    cpu.run_ranks(1, train_lora, start, tmp_path / "adapter", kind)
-    with pytest.raises(ValueError, match=r"have ranks \[\d, 4\], and PEFT one for all"):
-        export_adapters(tmp_path / "adapter", tmp_path / "out")
-    export_checkpoint(tmp_path / "adapter", tmp_path / "merged", dtype="fp32")
-    merged = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    batch = tiny_batch(merged.config)
-    (expected,) = cpu.run_ranks(1, megatron_logits, start, tmp_path / "adapter", kind, batch)
-    with torch.no_grad():
-        assert (merged(**batch).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +325,7 @@ def test_adapters_that_are_not_finite_are_warned_of(everything: Path, tmp_path: 
         report = export_adapters(broken, tmp_path / "out", console=Console(file=file, width=200))
     assert report["not_finite"] > 0
     assert log.read_text().count("Warning: ") == report["not_finite"]  # of q, k and v, which share it
-    assert "q_proj.lora_A.weight holds 1 NaN and 0 infinite numbers" in log.read_text()
+    assert "q_proj.lora_A.weight holds 1 NaN and 0 infinite values" in log.read_text()
 
 
 def test_a_dry_run_writes_nothing_and_counts_the_adapters(everything: Path, start: Path, tmp_path: Path):

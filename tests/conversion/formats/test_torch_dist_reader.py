@@ -84,7 +84,7 @@ def test_any_region_comes_out_of_any_grid(seed: int, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("grid", "problem"),
     [
-        ([((0, 0), (2, 4)), ((3, 0), (1, 4))], "hold 12 of the 16 numbers"),
+        ([((0, 0), (2, 4)), ((3, 0), (1, 4))], "hold 12 of the 16 elements"),
         ([((0, 0), (3, 4)), ((2, 0), (2, 4))], "overlap"),
         ([((0, 0), (2, 4)), ((0, 0), (2, 4))], "overlap"),  # the expected number of elements
     ],
