@@ -110,6 +110,8 @@ def verify(hf: Path, megatron: Path, logits: bool, report: Path | None, overwrit
     from rich.console import Console
 
     from ..terminal import quiet
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # both models run on the CPU
     from . import verify as task
 
     target = os.path.realpath(report) if report else None  # /dev/stdout is another file inside `quiet`

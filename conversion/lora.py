@@ -309,7 +309,10 @@ def _laid_out(parameter: MegatronParameter, b: torch.Tensor, parts: list[torch.T
 
 
 def _peft_config(adapters: Adapters, adapted: Sequence[MegatronParameter]) -> "LoraConfig":
-    """PEFT's config. Its rank is the highest; layers with another (``normalize_moe_lora``) are in its rank pattern."""
+    """PEFT's config. Its rank is that of the experts; layers with another are in its rank pattern.
+
+    They differ with ``normalize_moe_lora``. PEFT 0.21.2 warns where a key of the pattern matches parameters alone.
+    """
     from peft import LoraConfig  # takes seconds, which every export would wait for
 
     ranks = {
@@ -318,9 +321,10 @@ def _peft_config(adapters: Adapters, adapted: Sequence[MegatronParameter]) -> "L
         for name in parameter.hf
     }
     attention = sorted(ranks.keys() - EXPERTS.keys())
+    default = next((ranks[name] for name in EXPERTS if name in ranks), max(ranks.values()))
     return LoraConfig(
-        r=max(ranks.values()),
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != max(ranks.values())},
+        r=default,
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != default},
         lora_alpha=adapters.alpha,  # pyright: ignore[reportArgumentType] - any number will do
         target_modules=TARGETS % "|".join(attention) if attention else [],
         target_parameters=[f"mlp.experts.{name}" for name in EXPERTS if name in ranks] or None,

@@ -38,7 +38,7 @@ from .formats.torch_dist_reader import (
 from .messages import listed
 from .parameters import KEPT_WHOLE, MegatronParameter, needs_scratch, to_hf
 
-VISION_FIELDS = ("use_vision", "vision_pool_token", "image_token_id", "num_image_tokens", "vision_config")
+VISION_FIELDS = ("use_vision", "vision_pool_token", "image_token_id", "vision_config")
 """Fields of both configs, transformers' and Megatron's, that a stock gpt-oss lacks."""
 
 
