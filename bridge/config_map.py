@@ -29,7 +29,6 @@ HF_TO_MEGATRON = {
     "use_vision": "use_vision",
     "vision_pool_token": "vision_pool_token",
     "image_token_id": "image_token_id",
-    "num_image_tokens": "num_image_tokens",
 }
 
 YARN = {
@@ -61,8 +60,10 @@ def megatron_fields(config: "GPTOSSVisionConfig") -> dict[str, Any]:
     """The provider fields of a config, as plain values.
 
     Raises:
-        UserError: for a rotary embedding that Megatron-Core does not have.
+        UserError: for attention without biases, and for a rotary embedding that Megatron-Core does not have.
     """
+    if not config.attention_bias:
+        raise UserError("attention_bias=False cannot be expressed in Megatron beside experts that have biases.")
     values: Any = config  # transformers' annotations allow None where there is always a value
     return {megatron: getattr(values, name) for name, megatron in HF_TO_MEGATRON.items()} | {
         **_rotary_fields(values.rope_parameters, values.max_position_embeddings),

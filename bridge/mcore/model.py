@@ -24,6 +24,11 @@ class MCoreGPTOSSVisionModel(GPTModel):
     def __init__(self, config, *args, **kwargs):
         # Image tokens are merged into the embeddings of the whole sequence; only the result is scattered.
         super().__init__(config, *args, scatter_embedding_sequence_parallel=False, **kwargs)
+        # Megatron-Core reduces the gradients of experts over a group of their own only where it differs from the dense
+        # one. The optimizer's states depend on it, so a run could not continue with another expert parallelism.
+        for name, parameter in self.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.allreduce = False
         has_vision = self.pre_process and config.use_vision
         self.vision_adapter = VisionStage(config, self.pg_collection) if has_vision else None
 
@@ -117,8 +122,9 @@ class MCoreGPTOSSVisionModel(GPTModel):
     ) -> torch.Tensor:
         """Replace the placeholders of ``[s, b, h]`` embeddings by image tokens."""
         images = 0 if pixel_values is None else len(pixel_values)
-        check_placeholders(is_visual, images, self.config.num_image_tokens)
-        image_tokens = self.vision_adapter(pixel_values).flatten(0, 1).to(embeddings.dtype)
+        features = self.vision_adapter(pixel_values)
+        check_placeholders(is_visual, images, features.shape[1])
+        image_tokens = features.flatten(0, 1).to(embeddings.dtype)
         if images == 0:
             return embeddings + image_tokens.sum()
         # Images are counted row by row. Unlike `masked_scatter`, whose backward reads the number of placeholders, this

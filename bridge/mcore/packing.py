@@ -4,10 +4,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from ...errors import UserError
-
-# The first releases whose fused attention supports learnable sinks, by cudnn.version(): 9.13.1 and 9.18.
-CUDNN_WITH_SINKS = 91301
-CUDNN_WITH_PACKED_SINKS = 91800
+from .backend import CUDNN_WITH_PACKED_SINKS, ENGINE, cudnn_problem
 
 
 def sample_boundaries(packed: PackedSeqParams) -> torch.Tensor:
@@ -35,23 +32,5 @@ def check_packing(input_ids: torch.Tensor, packed: PackedSeqParams, context_para
         raise UserError(
             f"Packed samples do not support context_parallel_size={context_parallel}; use 1, or don't pack."
         )
-    if backend == "transformer_engine":
-        check_cudnn(CUDNN_WITH_PACKED_SINKS, "learnable sinks of packed samples")
-
-
-def check_cudnn(least: int, feature: str) -> None:
-    """Refuse a cuDNN older than ``least``.
-
-    Raises:
-        UserError: when torch has loaded an older one.
-    """
-    found = torch.backends.cudnn.version() or 0
-    if found < least:
-        raise UserError(
-            f"Transformer Engine needs cuDNN {_spelled(least)} for {feature}; this is {_spelled(found)}. Install a "
-            "newer nvidia-cudnn, or set backend='torch'."
-        )
-
-
-def _spelled(version: int) -> str:
-    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+    if backend == ENGINE and (problem := cudnn_problem(CUDNN_WITH_PACKED_SINKS, "learnable sinks of packed samples")):
+        raise UserError(f"Packed samples cannot run on Transformer Engine: {problem}, or set backend='torch'.")

@@ -2,13 +2,11 @@
 
 import logging
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.bridge.utils import fusions
-from megatron.core.activations import quick_gelu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.pipeline_parallel.utils import (
     is_pp_first_stage,
     is_pp_last_stage,
@@ -19,19 +17,18 @@ from megatron.core.utils import log_single_rank
 
 from ...errors import UserError
 from ..config_map import PER_MODALITY, load_balancing_fields, megatron_fields
-from ..hf.configuration_gpt_oss_vision import TOWERS, GPTOSSVisionConfig
+from ..hf.configuration_gpt_oss_vision import TOWERS, GPTOSSVisionConfig, tower_config, tower_tokens
 from ..weight_map import PARAM_GROUPS
-from . import cpu, upstream
+from . import upstream
+from .backend import Backend, resolve_backend, transformer_engine_problem
+from .derived import derive
 from .flops import decoder_flops
 from .layer_spec import block_spec
 from .model import MCoreGPTOSSVisionModel
-from .packing import CUDNN_WITH_SINKS, check_cudnn
 from .param_groups import freeze
-from .unsupported import ENGINE, TORCH, check_supported
+from .unsupported import check_supported
 
 logger = logging.getLogger(__name__)
-
-Backend = Literal["auto", "transformer_engine", "torch"]
 
 
 @dataclass(kw_only=True)
@@ -50,8 +47,6 @@ class GPTOSSVisionProvider(GPTModelProvider):
     """The tower's transformers config as a plain dict, which ``run_config.yaml`` can hold."""
     vision_pool_token: bool = True
     image_token_id: int = 200013
-    num_image_tokens: int = 258
-    """Placeholder tokens per image; follows from the tower."""
     vision_recompute: bool = False
     """Whether the tower's activations are recomputed in the backward pass."""
     freeze_language_model: bool = False
@@ -60,46 +55,61 @@ class GPTOSSVisionProvider(GPTModelProvider):
     freeze_vision_bias: bool = False
     """Which groups of parameters (`weight_map.PARAM_GROUPS`) are frozen: no gradients, no optimizer states."""
 
-    # Fixed by gpt-oss, hence not arguments.
+    # Fixed by gpt-oss, hence not arguments; `finalize()` refuses other values.
     normalization: str = field(default="RMSNorm", init=False)
     softmax_type: str = field(default="learnable", init=False)
     gated_linear_unit: bool = field(default=True, init=False)
     glu_linear_offset: float = field(default=1.0, init=False)
-    activation_func: Any = field(default=quick_gelu, init=False)
+    activation_func: Any = field(default_factory=lambda: quick_gelu, init=False)  # a class attribute would be bound
     moe_router_score_function: str = field(default="softmax", init=False)
     moe_router_pre_softmax: bool = field(default=False, init=False)
-    hidden_dropout: float = field(default=0.0, init=False)
     bias_dropout_fusion: bool = field(default=False, init=False)
     scatter_embedding_sequence_parallel: bool = field(default=False, init=False)
 
-    # Megatron-Core's default would be the size of tensor parallelism.
-    expert_tensor_parallel_size: int | None = 1
+    expert_tensor_parallel_size: int | None = None
+    """None is 1."""
     moe_router_load_balancing_type: Any = "none"
     """As in Megatron-Core, or ``modality_aux_loss``: text and visual tokens are balanced separately (`router.py`)."""
     moe_token_dispatcher_type: Any = "alltoall"
+    hidden_dropout: float = 0.0
     # Megatron's default, a mean over ranks and microbatches of their means, gives tokens of short answers a larger
     # weight, which depends on the layout. Megatron-Bridge's vision recipes set this too.
     calculate_per_token_loss: bool = True
 
+    # None is derived by `finalize()`; see `DERIVED`.
+    transformer_impl: Any = None
+    moe_grouped_gemm: Any = None
+    moe_permute_fusion: Any = None
+    moe_router_fusion: Any = None
+    bias_activation_fusion: Any = None
+    masked_softmax_fusion: Any = None
+    persist_layer_norm: Any = None
+    gradient_accumulation_fusion: Any = None
+    apply_rope_fusion: Any = None
+    cross_entropy_loss_fusion: Any = None
+    sequence_parallel: Any = None
+    cp_comm_type: Any = None
+    batch_p2p_comm: Any = None
+    derived: dict[str, Any] = field(default_factory=dict)
+    """The values that `finalize()` has derived; a field that still has its value here is derived anew."""
+
     def finalize(self) -> None:
-        """Resolve the back end, check layout and settings against the model, derive Megatron's fields.
+        """Check layout and settings against the model, and derive the fields that are None. May be called again.
 
         Raises:
             UserError: when the layout or a setting cannot work for this model, with the numbers.
         """
         # `backend` itself is not changed: a checkpoint with "auto" may be resumed on another machine.
-        backend = resolve_backend(self.backend)
-        for name, values in BACKEND_SETTINGS.items():
-            setattr(self, name, values[(TORCH, ENGINE).index(backend)])
-        # Megatron-Core requires the dense FFN size although every layer is a mixture of experts.
-        self.ffn_hidden_size = self.moe_ffn_hidden_size
+        backend = resolve_backend(self)
+        if self.expert_tensor_parallel_size is None:  # Megatron-Core would take the size of tensor parallelism
+            self.expert_tensor_parallel_size = 1
         check_layout(self)
         check_supported(self, backend)
-        # Megatron-Core requires it to train a mixture of experts with tensor parallelism.
-        self.sequence_parallel = self.tensor_model_parallel_size > 1
-        if self.context_parallel_size > 1:
-            self.cp_comm_type = "a2a"
-        cpu.adapt_model_for_cpu(self)
+        derive(self, backend)
+        if self.ffn_hidden_size not in (None, self.moe_ffn_hidden_size):
+            raise UserError(f"ffn_hidden_size={self.ffn_hidden_size} has no effect; set moe_ffn_hidden_size.")
+        # Megatron-Core requires the dense FFN size although every layer is a mixture of experts.
+        self.ffn_hidden_size = self.moe_ffn_hidden_size
         with upstream.allow_biased_experts(self):
             super().finalize()
 
@@ -112,8 +122,10 @@ class GPTOSSVisionProvider(GPTModelProvider):
             pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(groups.pp)
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp)
-        backend = resolve_backend(self.backend)
-        log_single_rank(logger, logging.INFO, f"GPT-OSS-Vision runs on the `{backend}` back end.")
+        backend = resolve_backend(self)
+        problem = transformer_engine_problem(self.expert_tensor_parallel_size or 1)
+        reason = f": Transformer Engine cannot run, {problem}" if self.backend == "auto" and problem else ""
+        log_single_rank(logger, logging.INFO, f"GPT-OSS-Vision runs on the `{backend}` back end{reason}.")
         model = MCoreGPTOSSVisionModel(
             self,
             transformer_layer_spec=block_spec(self, backend, vp_stage, groups),
@@ -141,43 +153,14 @@ class GPTOSSVisionProvider(GPTModelProvider):
         return flops.training(weight_gradients=not self.freeze_language_model)
 
     @property
+    def num_image_tokens(self) -> int:
+        """Placeholder tokens per image: the tower's tokens, and the pool token if there is one."""
+        return tower_tokens(tower_config(self.vision_config)) + int(self.vision_pool_token)
+
+    @property
     def frozen_groups(self) -> list[str]:
         """The groups whose ``freeze_*`` is set."""
         return [group for group in PARAM_GROUPS if getattr(self, f"freeze_{group}")]
-
-
-# Field: its value with `torch`, which uses only modules that run on every device, and with `transformer_engine`.
-BACKEND_SETTINGS: dict[str, tuple[Any, Any]] = {
-    "transformer_impl": ("local", "transformer_engine"),
-    "moe_grouped_gemm": (False, True),
-    "moe_permute_fusion": (False, True),
-    "moe_router_fusion": (False, False),
-    "bias_activation_fusion": (False, True),
-    "masked_softmax_fusion": (False, True),
-    "persist_layer_norm": (False, True),
-    "gradient_accumulation_fusion": (False, fusions.can_enable_gradient_accumulation_fusion()),
-    # Megatron-Core's fused rotation omits YaRN's factor (Megatron-LM issue 2038).
-    "apply_rope_fusion": (False, False),
-    # Megatron-Core's fusion rounds the gradient of the logits to bf16, in fp32 runs too.
-    "cross_entropy_loss_fusion": (False, True),
-}
-
-
-def resolve_backend(backend: Backend) -> str:
-    """The back end to use.
-
-    Raises:
-        UserError: when ``transformer_engine`` cannot run here, or the name is unknown.
-    """
-    has_cuda, has_package = cpu.cuda_is_real(), find_spec("transformer_engine") is not None
-    if backend == "auto":
-        return "transformer_engine" if has_cuda and has_package else "torch"
-    if backend not in (TORCH, ENGINE):
-        raise UserError(f"backend={backend!r} is unknown; choose 'auto', 'transformer_engine' or 'torch'.")
-    if backend == "transformer_engine" and not (has_cuda and has_package):
-        missing = "a CUDA device" if not has_cuda else "the package (pip install 'gpt-oss-vision[te]')"
-        raise UserError(f"backend='transformer_engine' needs {missing}; backend='torch' runs everywhere.")
-    return backend
 
 
 def check_layout(provider: GPTOSSVisionProvider) -> None:
@@ -188,7 +171,7 @@ def check_layout(provider: GPTOSSVisionProvider) -> None:
     """
     tp, ep = provider.tensor_model_parallel_size, provider.expert_model_parallel_size
     cp = provider.context_parallel_size
-    etp = provider.expert_tensor_parallel_size or 1
+    etp = provider.expert_tensor_parallel_size
     for size, name, count, what in (
         (tp, "tensor_model_parallel_size", provider.num_query_groups, "key/value groups"),
         (tp * cp, "tensor_model_parallel_size · context_parallel_size", provider.num_query_groups, "key/value groups"),
@@ -207,17 +190,6 @@ def check_layout(provider: GPTOSSVisionProvider) -> None:
         raise UserError(f"All {len(PARAM_GROUPS)} groups of parameters are frozen, so there is nothing to train.")
     if provider.attention_dropout:
         raise UserError(f"attention_dropout={provider.attention_dropout} is not supported; gpt-oss has 0.")
-    if resolve_backend(provider.backend) == ENGINE:
-        check_cudnn(CUDNN_WITH_SINKS, "learnable sinks")
-        if etp > 1:
-            raise UserError(
-                f"expert_tensor_parallel_size={etp} needs backend='torch'; with Transformer Engine each rank would add "
-                "the experts' whole biases."
-            )
-    if cp > 1 and provider.cp_comm_type not in (None, "a2a"):
-        raise UserError(
-            f"cp_comm_type={provider.cp_comm_type!r} would lose the sinks; use 'a2a', which is exact and our default."
-        )
 
 
 BALANCES = ("none", "aux_loss", PER_MODALITY, "seq_aux_loss", "global_aux_loss", "sinkhorn")

@@ -31,6 +31,7 @@ class VisionStage(nn.Module):
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.vit = build_tower(tower_config(config.vision_config))
         self.image_shape = image_shape(self.vit.config)
+        self.num_image_tokens = config.num_image_tokens
         width = self.vit.config.hidden_size
         self.pool_token = nn.Parameter(torch.zeros(1, 1, width)) if config.vision_pool_token else None
         self.norm = nn.LayerNorm(width)
@@ -60,7 +61,7 @@ class VisionStage(nn.Module):
         elif torch.is_grad_enabled():
             mine = self.features(self.proj.weight.new_zeros(1, *self.image_shape))[:0]
         else:
-            mine = self.proj.weight.new_empty(0, self.config.num_image_tokens, self.config.hidden_size)
+            mine = self.proj.weight.new_empty(0, self.num_image_tokens, self.config.hidden_size)
         if images == 0:
             return mine
         # Gathered shares must have equal sizes; the last ones may be padding.

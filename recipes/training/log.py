@@ -122,4 +122,4 @@ class TrainingLog(Callback):
 
 def _tokens_and_images(provider: Any, counts: torch.Tensor) -> tuple[float, float]:
     text, visual = (counts[0].sum(-1) / provider.moe_router_topk).tolist()
-    return text + visual, visual / provider.num_image_tokens
+    return text + visual, visual / provider.num_image_tokens if visual else 0.0

@@ -1,5 +1,6 @@
 """Samples packed into one row give the results of separate samples: the loss of each token and every gradient."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -121,19 +122,11 @@ def test_packing_of_two_rows_is_refused(path: Path):
 
 
 @pytest.mark.parametrize(
-    ("version", "least", "sentence"),
-    [
-        (91300, packing.CUDNN_WITH_SINKS, r"needs cuDNN 9\.13\.1 for .*; this is 9\.13\.0"),
-        (91701, packing.CUDNN_WITH_PACKED_SINKS, r"needs cuDNN 9\.18\.0 for .*; this is 9\.17\.1"),
-        (None, packing.CUDNN_WITH_SINKS, r"this is 0\.0\.0"),
-    ],
+    ("version", "problem"),
+    [(91701, r"needs cuDNN 9\.18\.0 for .*, this is 9\.17\.1"), (None, "this is 0"), (91800, "")],
 )
-def test_a_cudnn_that_would_drop_the_sinks_is_refused(version: int | None, least: int, sentence: str, monkeypatch):
+def test_a_cudnn_that_would_drop_the_sinks_is_refused(version: int | None, problem: str, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-    with pytest.raises(ValueError, match=sentence):
-        packing.check_cudnn(least, "learnable sinks")
-
-
-def test_a_cudnn_with_sinks_is_taken(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: packing.CUDNN_WITH_PACKED_SINKS)
-    packing.check_cudnn(packing.CUDNN_WITH_PACKED_SINKS, "learnable sinks")
+    row = pack(samples())
+    with pytest.raises(ValueError, match=problem) if problem else nullcontext():
+        packing.check_packing(row["input_ids"], row["packed_seq_params"], 1, "transformer_engine")

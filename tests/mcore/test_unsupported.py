@@ -1,60 +1,22 @@
 """The table of features in docs/parallelism.md, row by row: "works" must train, and "refused" must raise."""
 
-import ast
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from features import PAGE, ROWS, Row, rows
 
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.mcore.provider import provider_from_config
-from gpt_oss_vision.bridge.mcore.unsupported import UNSUPPORTED, check_supported
+from gpt_oss_vision.bridge.mcore.unsupported import FIXED, UNSUPPORTED, check_supported
 from gpt_oss_vision.bridge.weight_map import PARAM_GROUPS
 from layouts import Layout, Microbatch, Run, megatron_run, reference_run, with_labels
 from tiny import tiny_batch, tiny_config, tiny_model
 
-PAGE = Path(__file__).parents[2] / "docs" / "parallelism.md"
 CONFIG = tiny_config()
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table."""
-
-    feature: str
-    model: dict[str, Any]
-    ddp: dict[str, Any]
-    torch: str
-    transformer_engine: str
-
-    @classmethod
-    def read(cls, line: str) -> "Row":
-        feature, settings, torch, engine = (cell.strip() for cell in line.strip("| \n").split("|"))
-        fields: dict[str, dict[str, Any]] = {"model": {}, "ddp": {}}
-        for owner, name, value in re.findall(r"`(model|ddp)\.(\w+)=(.+?)`", settings):
-            fields[owner][name] = ast.literal_eval(value)
-        return cls(feature, **fields, torch=torch, transformer_engine=engine)
-
-
-ROWS = [
-    Row.read(line)
-    for line in PAGE.read_text().partition("## What works where")[2].partition("\n## ")[0].splitlines()
-    if re.match(r"\|.*`(model|ddp)\.", line)
-]
 # Both microbatches of the first data-parallel rank have images; those of the second are text.
 IMAGES = [(1, 1), (0, 0), (2, 0), (0, 0)]
-
-
-def rows(**said: str) -> list:
-    """The rows with these words in their columns."""
-    return [
-        pytest.param(row, id=row.feature)
-        for row in ROWS
-        if all(getattr(row, column) == word for column, word in said.items())
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +35,7 @@ def reference() -> tuple[list[list[Microbatch]], Run]:
 def test_every_cell_of_the_table_has_one_of_three_words():
     assert len(ROWS) > 20
     assert {row.torch for row in ROWS} == {"works", "refused"}
-    assert {row.transformer_engine for row in ROWS} == {"written", "refused"}
+    assert {row.transformer_engine for row in ROWS} == {"built", "refused"}
 
 
 @pytest.mark.parametrize("row", rows(torch="works"))
@@ -107,11 +69,6 @@ def test_what_is_refused_on_transformer_engine_has_its_reason(row: Row):
     assert set(row.model) & set(re.findall(r"\w+", refused(row, "transformer_engine")))
 
 
-@pytest.mark.parametrize("row", rows(transformer_engine="written"))
-def test_what_is_written_for_transformer_engine_is_not_refused(row: Row):
-    check_supported(provider_from_config(CONFIG, **row.model), "transformer_engine")
-
-
 def fused_gradient() -> torch.Tensor:
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
@@ -132,6 +89,7 @@ def test_megatron_cores_fused_cross_entropy_still_rounds_its_gradient():
 def test_every_refusal_is_on_the_page():
     on_page = {name for row in ROWS if "refused" in (row.torch, row.transformer_engine) for name in row.model}
     assert {setting.field for setting in UNSUPPORTED} <= on_page
+    assert {*FIXED} <= {*re.findall(r"`(\w+)`", PAGE.read_text())}
 
 
 def test_a_model_with_nothing_to_train_is_refused():

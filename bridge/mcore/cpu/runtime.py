@@ -209,13 +209,6 @@ def runtime() -> Iterator[None]:
         yield
 
 
-def adapt_model_for_cpu(provider: Any) -> None:
-    """Change the provider fields that need CUDA; do nothing where there is a CUDA device."""
-    if not cuda_is_real():
-        # Gloo does not tell batched sends and receives apart: interleaved pipeline stages would receive each other's.
-        provider.batch_p2p_comm = False
-
-
 def adapt_config_for_cpu(config: Any) -> None:
     """Change the fields of a training configuration that need CUDA; do nothing where there is a CUDA device.
 

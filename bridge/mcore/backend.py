@@ -1,0 +1,64 @@
+"""Which back end runs the decoder layers: `transformer_engine` where it can run, else `torch`."""
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
+
+from ...errors import UserError
+from . import cpu
+
+TORCH, ENGINE = "torch", "transformer_engine"
+Backend = Literal["auto", "transformer_engine", "torch"]
+
+# The first releases whose fused attention supports learnable sinks, by cudnn.version(): 9.13.1 and 9.18.
+CUDNN_WITH_SINKS = 91301
+CUDNN_WITH_PACKED_SINKS = 91800
+
+
+def resolve_backend(provider: Any) -> str:
+    """The back end of a provider: `TORCH` or `ENGINE`; ``auto`` is Transformer Engine unless there is a problem.
+
+    Raises:
+        UserError: ``transformer_engine`` is set and cannot run here, or the name is unknown.
+    """
+    backend = provider.backend
+    if backend not in ("auto", TORCH, ENGINE):
+        raise UserError(f"backend={backend!r} is unknown; choose 'auto', 'transformer_engine' or 'torch'.")
+    if backend == TORCH:
+        return TORCH
+    problem = transformer_engine_problem(provider.expert_tensor_parallel_size or 1)
+    if problem and backend == ENGINE:
+        raise UserError(f"backend='transformer_engine' cannot run: {problem}; backend='torch' runs everywhere.")
+    return TORCH if problem else ENGINE
+
+
+def transformer_engine_problem(expert_tensor_parallel_size: int) -> str | None:
+    """Why the layers cannot run on Transformer Engine here; None if they can."""
+    if not cpu.cuda_is_real():
+        return "it needs a CUDA device"
+    if find_spec("transformer_engine") is None:
+        return "the package is missing (pip install 'gpt-oss-vision[te]')"
+    if not HAVE_TE:
+        return (
+            "the package is installed and cannot be imported (python -c 'import transformer_engine.pytorch' says why)"
+        )
+    if expert_tensor_parallel_size > 1:
+        return (
+            f"with expert_tensor_parallel_size={expert_tensor_parallel_size} each rank would add the experts' whole "
+            "biases"
+        )
+    return cudnn_problem(CUDNN_WITH_SINKS, "learnable sinks")
+
+
+def cudnn_problem(least: int, feature: str) -> str | None:
+    """Why the cuDNN that torch has loaded is too old for a feature of Transformer Engine; None if it is not."""
+    found = torch.backends.cudnn.version() or 0
+    if found >= least:
+        return None
+    return f"it needs cuDNN {_spelled(least)} for {feature}, this is {_spelled(found)}; install a newer nvidia-cudnn"
+
+
+def _spelled(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
