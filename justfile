@@ -22,6 +22,20 @@ upstream *ARGS:
 test-gpu *ARGS:
     uv run pytest -m gpu -n 0 {{ARGS}}
 
+# The back end transformer_engine on a CPU, and ours with that package installed, in an environment of its own
+test-te *ARGS:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    export UV_PROJECT_ENVIRONMENT=.venv-te
+    uv sync --quiet --inexact
+    # Its torch part is compiled for 6 minutes with a CUDA toolkit, unless a wheel is at hand.
+    packages=$(sed -n '/^te = \[/,/^\]/s/.*"\(.*\)".*/\1/p' pyproject.toml)
+    if ! uv pip install --quiet --python .venv-te --no-deps --no-build-isolation --find-links ../shared/wheels $packages; then
+        echo "skipped: Transformer Engine cannot be installed here"
+        exit 0
+    fi
+    uv run --no-sync pytest tests/te {{ARGS}}
+
 # transformers' own common tests at the installed version, out of its source distribution, for tests/hf/common
 mixins:
     #!/usr/bin/env bash

@@ -44,12 +44,24 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if is_one_file or config.option.capture == "no" else min(WORKERS, len(os.sched_getaffinity(0)))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide CUDA devices from all but the `gpu` tests: forked ranks run on the CPU."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out tests/te, which imports Transformer Engine, unless it is named (`just test-te`)."""
+    is_named = any("tests/te" in argument for argument in config.args)
+    return True if collection_path.name == "te" and not is_named else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests without a CUDA device, deselect `upstream` tests at known versions, sort the longest first."""
-    if not Path("/dev/nvidiactl").exists():  # torch.cuda.is_available() would import torch for every test
+    """Skip `gpu` tests unless asked for, deselect `upstream` tests at known versions, sort the longest first."""
+    if "gpu" not in config.option.markexpr or not Path("/dev/nvidiactl").exists():  # without importing torch
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and `-m gpu`"))
     if "upstream" not in config.option.markexpr and installed() == VERSIONS_OF_UPSTREAM:
         config.hook.pytest_deselected(items=[item for item in items if "upstream" in item.keywords])
         items[:] = [item for item in items if "upstream" not in item.keywords]

@@ -161,11 +161,11 @@ def fork_checkpoint_queue() -> None:
     get_write_results_queue("fork")
 
 
-def build(bridge: Any, layout: Layout, **changed: Any) -> list[torch.nn.Module]:
+def build(bridge: Any, layout: Layout, *, load_weights: bool = True, **changed: Any) -> list[torch.nn.Module]:
     """The model of a checkpoint at a layout, wrapped for data parallelism, on initialised groups."""
     from megatron.bridge.training.config import DistributedDataParallelConfig
 
-    provider = bridge.to_megatron_provider()
+    provider = bridge.to_megatron_provider(load_weights=load_weights)
     layout.apply(provider)
     provider.finalize()
     for name, value in changed.items():

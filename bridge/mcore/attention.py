@@ -15,9 +15,10 @@ from torch import nn
 from ..ops.attention import fused_sink_attention
 from .context_parallel import heads_to_sequence, sequence_to_heads
 from .packing import sample_boundaries
+from .parameters import ExtraState, parameter_device
 
 
-class SinkAttention(MegatronModule):
+class SinkAttention(ExtraState, MegatronModule):
     """`ModuleSpec` core attention with ``softmax_type="learnable"``: causal, with a window in the layers that have one.
 
     Has one parameter, ``softmax_offset [heads / tp]``, named as in Megatron-Core's and Transformer Engine's core
@@ -46,7 +47,9 @@ class SinkAttention(MegatronModule):
         # Megatron counts the positions before the query, gpt-oss counts the query too.
         self.window = config.window_size[0] + 1 if windowed else None
         heads = divide(config.num_attention_heads, self.tp_group.size())
-        self.softmax_offset = nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+        self.softmax_offset = nn.Parameter(
+            torch.empty(heads, dtype=config.params_dtype, device=parameter_device(config))
+        )
         # Without this attribute Megatron treats it as replicated and counts one rank's shard only in the gradient norm.
         set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         if config.perform_initialization:
@@ -83,7 +86,7 @@ class SinkAttention(MegatronModule):
         return heads_to_sequence(context.permute(2, 0, 1, 3), self.cp_group).flatten(2).contiguous()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
-        """One entry, sharded over the tensor-parallel ranks along the heads."""
+        """The sinks, sharded over the tensor-parallel ranks along the heads, and the extra state."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,

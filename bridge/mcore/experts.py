@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -21,6 +22,7 @@ from megatron.core.utils import divide
 from torch import nn
 
 from ..ops.experts import clamped_gate, grouped_linear
+from .parameters import parameter_device
 
 
 class GroupedLinear(nn.Module):
@@ -58,13 +60,10 @@ class GroupedLinear(nn.Module):
         self.out_features, self.in_features = sizes
         """Sizes of the whole layer, not of this rank's shard."""
         for expert in range(num_gemms):
-            weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
-            bias = nn.Parameter(torch.zeros(shape[0], dtype=config.params_dtype))
+            made = {"dtype": config.params_dtype, "device": parameter_device(config)}
+            weight, bias = nn.Parameter(torch.empty(shape, **made)), nn.Parameter(torch.zeros(shape[0], **made))
             set_tensor_model_parallel_attributes(weight, True, partition_dim, 1)
             set_tensor_model_parallel_attributes(bias, partition_dim == 0, 0, 1)
-            for parameter in (weight, bias):
-                # Makes Megatron reduce the gradient over the expert data-parallel group, not the dense one.
-                parameter.allreduce = False
             self.register_parameter(f"weight{expert}", weight)
             self.register_parameter(f"bias{expert}", bias)
             if config.perform_initialization:
@@ -90,7 +89,7 @@ class GroupedLinear(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Entries ``{prefix}{weight,bias}`` with an axis for experts, gate and up as two chunks."""
+        """Entries ``{prefix}{weight,bias,_extra_state}`` with an axis for experts, gate and up as two chunks."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         entries = {}
         for expert in range(self.num_gemms):
@@ -106,7 +105,7 @@ class GroupedLinear(nn.Module):
         weight, bias = self.pairs()[expert]
         split = {"weight": self.partition_dim} | ({"bias": 0} if self.partition_dim == 0 else {})
         tensors = make_sharded_tensors_for_checkpoint(
-            {"weight": weight, "bias": bias},
+            {"weight": weight, "bias": bias, "_extra_state": None},  # as `ExtraState`, one per expert
             key,
             split,
             offsets,
@@ -117,19 +116,24 @@ class GroupedLinear(nn.Module):
         for kind, tensor in ((k.removeprefix(key), t) for k, t in tensors.items()):
             # Copies of an expert live on its expert data-parallel ranks; rank 0 of those writes.
             tensor.replica_id = (*tensor.replica_id[:2], self.expert_dp_group.rank())
-            if self.partition_dim == 0:
+            if self.partition_dim == 0 and kind != "_extra_state":
                 tensor = apply_swiglu_sharded_factory(
                     tensor, offsets, singleton, tp_group=self.tp_group, dp_group=metadata["dp_cp_group"]
                 )
-            entries[f"{prefix}{kind}{expert}"] = tensor
+            number = "" if kind == "_extra_state" and expert == 0 else expert  # as Transformer Engine counts
+            entries[f"{prefix}{kind}{number}"] = tensor
         return entries
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for name in [name for name in state_dict if name.startswith(f"{prefix}_extra_state")]:
+            del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class GroupedExperts(MegatronModule):
     """The experts of one MoE layer on one rank, in place of Megatron-Core's ``TEGroupedMLP``.
 
-    Constructor, parameter names (``linear_fc1.weight0``, …) and their checkpoint keys are the same; Transformer
-    Engine's extra states are not written.
+    Constructor, parameter names (``linear_fc1.weight0``, …) and checkpoint keys are the same.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from megatron.core.utils import get_pg_rank
 
 from .attention import SinkAttention
 from .experts import GroupedExperts
-from .norm import RMSNorm
+from .norm import RMSNorm, RMSNormWithExtraState
 from .router import VisionBiasedTopKRouter
 
 
@@ -55,7 +55,7 @@ def block_spec(
     if backend == "transformer_engine":
         return transformer_engine_layer_spec(config)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=get_pg_rank(pg_collection.pp))
-    return TransformerBlockSubmodules(layer_specs=[torch_layer_spec(config)] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[torch_layer_spec(config)] * layers, layer_norm=RMSNormWithExtraState)
 
 
 def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
@@ -78,7 +78,7 @@ def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            pre_mlp_layernorm=RMSNormWithExtraState,
             mlp=_with_vision_bias(get_moe_module_spec_for_backend(backend, num_experts=config.num_moe_experts)),
             mlp_bda=get_bias_dropout_add,
             # Transformer Engine fuses this norm into the projection; its checkpoint key is used here too.
@@ -88,8 +88,11 @@ def torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def transformer_engine_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One decoder layer of the `transformer_engine` back end: Megatron-Core's own, with our router."""
+    """One decoder layer of the `transformer_engine` back end: Megatron-Core's own, with our router and sinks."""
+    from .te_attention import TESinkAttention  # needs Transformer Engine
+
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=True)
+    spec.submodules.self_attention.submodules.core_attention = TESinkAttention
     spec.submodules.mlp = _with_vision_bias(spec.submodules.mlp)
     return spec
 

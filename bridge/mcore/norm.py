@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .parameters import ExtraState, parameter_device
+
 
 class RMSNorm(nn.Module):
     """RMSNorm of gpt-oss: computed in fp32, multiplied by the weight in fp32, then cast.
@@ -19,7 +21,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device(config)))
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -27,3 +29,7 @@ class RMSNorm(nn.Module):
         wide = hidden_states.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (self.weight.float() * wide).to(hidden_states.dtype)
+
+
+class RMSNormWithExtraState(ExtraState, RMSNorm):
+    """The norm before the experts and the last one, which are modules of their own on Transformer Engine too."""

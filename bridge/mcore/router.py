@@ -4,10 +4,12 @@ import torch
 from megatron.core.transformer.moe.moe_utils import (
     compute_routing_scores_for_aux_loss,
     get_tokens_per_expert_and_token_count,
+    router_gating_linear,
     switch_load_balancing_loss_func,
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
+from torch.nn import functional as F
 
 from ..config_map import PER_MODALITY
 from ..weight_map import KEPT_IN_FP32
@@ -32,6 +34,17 @@ class VisionBiasedTopKRouter(TopKRouter):
         # Integers, which the half-precision wrapper does not cast.
         counts = torch.zeros(2, self.config.num_moe_experts, dtype=torch.int64, device=self.vision_bias.device)
         self.register_buffer("tokens_per_expert", counts, persistent=False)
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - Megatron-Core's name
+        """Logits ``[s, b, experts]`` of hidden states ``[s, b, h]``, in ``moe_router_dtype`` or the input's dtype.
+
+        Megatron-Core 0.19.2 calls Transformer Engine's GEMM wherever that package can be imported. With an fp32 output
+        it reads the 16-bit bias as fp32 (Transformer Engine issue 3562), so the bias is added here.
+        """
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype or "", input.dtype)
+        if dtype == input.dtype:
+            return F.linear(input, self.weight, self.bias)
+        return router_gating_linear(input, self.weight, None, dtype) + self.bias.to(dtype)
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None):
         """Add the bias to the logits of visual tokens, then route as Megatron does.

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
+from gpt_oss_vision.bridge.mcore.cpu import ranks
 
 without_cuda = pytest.mark.skipif(cpu.cuda_is_real(), reason="has a CUDA device")
 
@@ -100,6 +102,19 @@ def test_a_process_group_may_be_made_again_by_the_same_ranks():
 def test_a_rank_that_dies_is_named():
     with pytest.raises(RuntimeError, match="Rank 0 of 1 ended with exit code 7"):
         cpu.run_ranks(1, dies)
+
+
+def test_a_rank_that_exits_with_status_zero_is_no_failure():
+    assert cpu.run_ranks(1, sys.exit, 0) == [None]
+    assert cpu.run_ranks(1, sys.exit) == [None]
+    with pytest.raises(RuntimeError, match=r"The rank called sys\.exit\(3\)"):
+        cpu.run_ranks(1, sys.exit, 3)
+
+
+def test_a_process_with_a_cuda_device_forks_no_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks, "cuda_is_real", lambda: True)
+    with pytest.raises(RuntimeError, match="set CUDA_VISIBLE_DEVICES='' before torch is imported"):
+        cpu.run_ranks(1, rank_and_size)
 
 
 def test_a_rank_that_hangs_is_given_up():

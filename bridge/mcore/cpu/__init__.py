@@ -4,6 +4,6 @@ Versions: megatron-bridge 0.6.2, megatron-core 0.19.2, torch 2.11.0. A test chec
 """
 
 # ruff: noqa: F401
-from .ranks import run_ranks
-from .runtime import CPU, adapt_config_for_cpu, adapt_model_for_cpu, cuda_is_real, redirections, runtime
+from .ranks import die_with_parent, run_ranks
+from .runtime import CPU, adapt_config_for_cpu, cuda_is_real, redirections, runtime
 from .stand_ins import import_megatron_bridge

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
-from .runtime import runtime
+from .runtime import cuda_is_real, runtime
 
 SECONDS_TO_END = 30.0
 STORE_FACTORY = "_create_c10d_store"
@@ -37,12 +37,15 @@ def run_ranks[T](world_size: int, function: Callable[..., T], *args: Any, timeou
         timeout: seconds after which the ranks are killed; None for no limit.
 
     Returns:
-        The results in the order of the ranks.
+        The results in the order of the ranks; None from one that called ``sys.exit(0)``.
 
     Raises:
         Exception: the exception of the first rank that failed, with its number and traceback as a note.
-        RuntimeError: when a rank died or did not finish in time.
+        RuntimeError: when a rank died or did not finish in time, or this process can use a CUDA device, which its forks
+            could not.
     """
+    if cuda_is_real():
+        raise RuntimeError("Forked ranks run on the CPU: set CUDA_VISIBLE_DEVICES='' before torch is imported.")
     context = multiprocessing.get_context("fork")
     stores = tempfile.TemporaryDirectory()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -73,7 +76,7 @@ def _end(rank: Any) -> None:
 
 def _rank(rank: int, world_size: int, stores: str, result: Any, function: Callable, args: tuple) -> None:
     os.setpgrp()  # so that `_end` can kill the whole group
-    _die_with_parent()
+    die_with_parent()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -91,6 +94,8 @@ def _rank(rank: int, world_size: int, stores: str, result: Any, function: Callab
     try:
         with runtime():
             answer, error = function(*args), None
+    except SystemExit as end:
+        answer, error = None, RuntimeError(f"The rank called sys.exit({end.code!r})") if end.code else None
     except BaseException as failure:  # noqa: BLE001 - torch's CheckpointException is no Exception
         answer, error = None, _portable(failure)
         error.add_note(f"On rank {rank} of {world_size}:\n{traceback.format_exc()}")
@@ -113,8 +118,8 @@ def _meet_in_files(folder: str) -> None:
     setattr(importlib.import_module("torch.distributed.rendezvous"), STORE_FACTORY, create_store)
 
 
-def _die_with_parent() -> None:
-    """Let Linux kill this process when its parent dies; the rank would go on training for ever."""
+def die_with_parent() -> None:
+    """Let Linux kill this process when its parent dies, which would leave it running for ever."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 

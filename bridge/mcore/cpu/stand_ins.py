@@ -1,4 +1,4 @@
-"""Importing Megatron-Bridge where Transformer Engine or the NVIDIA resiliency extension are not installed."""
+"""Importing Megatron-Bridge where Transformer Engine or the NVIDIA resiliency extension cannot be used."""
 
 import contextlib
 import importlib
@@ -6,9 +6,11 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
+
+from .runtime import cuda_is_real
 
 # Names that Megatron-Bridge 0.6.2 imports unconditionally.
 STAND_INS: dict[str, tuple[str, ...]] = {
@@ -18,6 +20,10 @@ STAND_INS: dict[str, tuple[str, ...]] = {
     "nvidia_resiliency_ext": (),
     "nvidia_resiliency_ext.inprocess": ("CallWrapper",),
 }
+
+# Hidden while Megatron is imported without a CUDA device: Megatron-Core 0.19.2 uses their kernels wherever they can be
+# imported, for tensors on the CPU too (router, gradient clipping, Adam).
+NEEDS_CUDA = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 
 # Imported before the stand-ins: these modules record whether Transformer Engine and the resiliency extension are there.
 IMPORTED_FIRST = (
@@ -31,6 +37,21 @@ BRIDGE_MODULES = (
     "megatron.bridge.training.vlm_step",
     "megatron.bridge.recipes.common",
 )
+
+
+class _HidingFinder:
+    """Another finder of ``sys.meta_path``, which does not find some packages."""
+
+    def __init__(self, finder: Any, packages: Sequence[str]):
+        self.finder, self.packages = finder, packages
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None):
+        if fullname.partition(".")[0] in self.packages:
+            return None
+        return self.finder.find_spec(fullname, path, target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.finder, name)
 
 
 class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -64,30 +85,41 @@ def _refusing_class(name: str, package: str) -> type:
 def import_megatron_bridge() -> None:
     """Import Megatron-Bridge, with stand-ins for Transformer Engine and the resiliency extension if they are missing.
 
-    The stand-ins are removed on return; later imports of the two packages fail as usual.
+    Without a CUDA device, Transformer Engine and APEX count as missing, unless they have been imported before. The
+    stand-ins are removed on return; later imports of the packages work or fail as usual.
     """
-    with warnings.catch_warnings():
+    hidden = () if cuda_is_real() else [name for name in NEEDS_CUDA if name not in sys.modules]
+    with warnings.catch_warnings(), _finders([_HidingFinder(finder, hidden) for finder in sys.meta_path]):
         # Dozens, of deprecated names and absent kernels; none is about anything that a user of ours has done.
         warnings.simplefilter("ignore")
         for name in IMPORTED_FIRST:
             importlib.import_module(name)
-        with _stand_ins():
+        with _stand_ins(hidden):
             for name in BRIDGE_MODULES:
                 importlib.import_module(name)
 
 
 @contextlib.contextmanager
-def _stand_ins() -> Iterator[None]:
-    packages = {name for name in STAND_INS if "." not in name}
-    missing = {name for name in packages if importlib.util.find_spec(name) is None}
-    finder = _StandInFinder(missing)
-    sys.meta_path.append(finder)
+def _finders(finders: list[Any]) -> Iterator[None]:
+    """Use other finders for imports; those that an import adds, as `six` does, stay."""
+    before = sys.meta_path[:]
+    sys.meta_path[:] = finders
     try:
-        for name in STAND_INS:
-            importlib.import_module(name)
         yield
     finally:
-        sys.meta_path.remove(finder)
+        sys.meta_path[:] = before + [finder for finder in sys.meta_path if finder not in finders]
+
+
+@contextlib.contextmanager
+def _stand_ins(hidden: Sequence[str]) -> Iterator[None]:
+    packages = {name for name in STAND_INS if "." not in name}
+    missing = {name for name in packages if name in hidden or importlib.util.find_spec(name) is None}
+    try:
+        with _finders([*sys.meta_path, _StandInFinder(missing)]):
+            for name in STAND_INS:
+                importlib.import_module(name)
+            yield
+    finally:
         for name in STAND_INS:
             if name.partition(".")[0] in missing:
                 sys.modules.pop(name, None)
