@@ -8,6 +8,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from ..hf.configuration_gpt_oss_vision import build_tower, tower_config
+from .backend import ENGINE
 
 GIB = 2**30
 
@@ -129,16 +130,23 @@ def memory_of_stage(
 
 
 def _activations_per_token(provider, stage: int, microbatches: int) -> float:
-    """Values that a rank holds for the backward pass per token of a microbatch, approximately.
-
-    Values that fused kernels compute again are not counted.
-    """
-    hidden, head, chosen = provider.hidden_size, provider.kv_channels, provider.moe_router_topk
+    """Values of ``params_dtype`` that a rank holds for the backward pass per token of a microbatch, approximately."""
+    hidden, head, ffn = provider.hidden_size, provider.kv_channels, provider.moe_ffn_hidden_size
     layers = _layers_of_stage(provider, stage)
-    # Inputs of two norms, of qkv, of the router; q, k, v and the context; per chosen expert its input, its gate and up,
-    # their product, and its output, which the gradient of the routing weight needs.
+    # q, k, v and the context.
     attention = (2 * provider.num_attention_heads + 2 * provider.num_query_groups) * head
-    layer = 4 * hidden + attention + chosen * (2 * hidden + 3 * provider.moe_ffn_hidden_size)
+    if provider.transformer_impl == ENGINE:
+        norm = hidden
+        # Input, gate and up, both again clamped, their product, which includes the routing weight.
+        expert = hidden + 5 * ffn
+    else:
+        # In fp32: the input and the input divided by its root mean square.
+        norm = 2 * hidden * 4 / provider.params_dtype.itemsize
+        # Input before and after sorting, gate and up, five factors and products of them, and the output, which the
+        # routing weight multiplies.
+        expert = 3 * hidden + 7 * ffn
+    # Two norms, the inputs of qkv and of the router, and the chosen experts.
+    layer = 2 * norm + 2 * hidden + attention + provider.moe_router_topk * expert
     if provider.recompute_granularity == "full":
         layer = hidden + layer / max(layers, 1)  # the input of each, and all of the one that is being recomputed
     chunks = provider.virtual_pipeline_model_parallel_size or 1

@@ -14,10 +14,12 @@ d head size, r rows: the queries of a block, times m.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 # Queries of a block on a CPU. A window of w costs w + 127 keys per query; smaller blocks make smaller matrix products.
 _BLOCK = 128
@@ -38,8 +40,8 @@ def fused_sink_attention(
     """`sink_attention` by the fastest exact implementation for the device; same arguments and result.
 
     On a CPU: torch's flash attention, linear in q with a window; the formula for few keys. On CUDA: torch's flash
-    attention for half precision with as many queries as keys and no mask; else the formula, also for decoding and
-    padded batches. Gradients of query, key, value and sinks are exact; a fused kernel has no second
+    attention for half precision with as many queries as keys and no mask; else the formula on blocks of queries, also
+    for decoding and padded batches. Gradients of query, key, value and sinks are exact; a fused kernel has no second
     derivative.
     """
     # Under autocast the rotated query and key can be fp32 and the value bf16.
@@ -50,7 +52,31 @@ def fused_sink_attention(
         return _BlockwiseAttention.apply(grouped, key, value, sinks, mask, scale, window).flatten(1, 2)
     if mask is None and _fits_cuda_flash(query, key):
         return _CudaFlashAttention.apply(query, key, value, sinks, scale, window)
-    return sink_attention(query, key, value, sinks, scale=scale, window=window, mask=mask)
+    return blockwise_sink_attention(query, key, value, sinks, scale=scale, window=window, mask=mask)
+
+
+def blockwise_sink_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sink_attention` on blocks of queries, which the backward pass computes again: memory is linear in q."""
+    queries, keys, outputs = query.shape[2], key.shape[2], []
+    if queries <= _BLOCK:
+        return sink_attention(query, key, value, sinks, scale=scale, window=window, mask=mask)
+    for rows, columns in _rows_and_columns(queries, keys, window, mask):
+        part = mask
+        if mask is not None:
+            part = mask[:, columns] if mask.ndim == 2 else mask[..., rows, :]
+        attend = partial(sink_attention, scale=scale, window=window, mask=part)
+        tensors = query[:, :, rows], key[:, :, columns], value[:, :, columns], sinks
+        outputs.append(checkpoint(attend, *tensors, use_reentrant=False))
+    return torch.cat(outputs, dim=2)
 
 
 def sink_attention(
@@ -213,14 +239,22 @@ def _blocks(
     """Queries of each block, their visible keys, and the bias of their logits, ``[b|1, g|1, r, k]``."""
     groups, per_group, queries = query.shape[1:4]
     keys = key.shape[2]
+    for rows, columns in _rows_and_columns(queries, keys, window, mask):
+        bias = _bias(rows, columns, keys - queries, window, mask, groups, query)
+        yield rows, columns, bias.expand(-1, -1, per_group, -1, -1).flatten(2, 3)
+
+
+def _rows_and_columns(
+    queries: int, keys: int, window: int | None, mask: torch.Tensor | None
+) -> Iterator[tuple[slice, slice]]:
+    """Queries of each block, and their visible keys."""
     offset = keys - queries
     for start in range(0, queries, _BLOCK):
         rows, columns = slice(start, min(start + _BLOCK, queries)), slice(0, keys)
         if mask is None or mask.ndim == 2:
             first = 0 if window is None else max(0, offset + rows.start - window + 1)
             columns = slice(first, offset + rows.stop)
-        bias = _bias(rows, columns, offset, window, mask, groups, query)
-        yield rows, columns, bias.expand(-1, -1, per_group, -1, -1).flatten(2, 3)
+        yield rows, columns
 
 
 def _bias(

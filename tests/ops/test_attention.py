@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpt_oss_vision.bridge.ops import attention
-from gpt_oss_vision.bridge.ops.attention import fused_sink_attention, sink_attention
+from gpt_oss_vision.bridge.ops.attention import blockwise_sink_attention, fused_sink_attention, sink_attention
 
 BOTH = [sink_attention, fused_sink_attention]
 SINKS = [-5.0, 0.0, 3.0, 20.0]
@@ -175,6 +175,33 @@ def test_queries_in_fp32_and_values_in_bf16_are_taken_as_autocast_gives_them():
     tensors = [tensor.bfloat16() for tensor in inputs(9)]
     mixed = [tensors[0].float(), tensors[1].float(), *tensors[2:]]
     assert torch.equal(fused_sink_attention(*mixed, scale=0.3), fused_sink_attention(*tensors, scale=0.3))
+
+
+@pytest.mark.parametrize("kind", ["none", "padding", "4-D"])
+@pytest.mark.parametrize("window", [None, 5, 200])
+@pytest.mark.parametrize(("queries", "keys"), [(300, 300), (130, 310), (128, 128)])
+def test_the_formula_on_blocks_of_queries_is_the_formula(kind: str, window: int | None, queries: int, keys: int):
+    """For padded batches and fp32 on CUDA; the same code runs on every device."""
+    tensors = inputs(queries, keys)
+    masks = {
+        "none": None,
+        "padding": padding([keys, keys - 70], keys),
+        "4-D": torch.rand(2, 1, queries, keys, generator=torch.Generator().manual_seed(0)) < 0.5,
+    }
+    options = {"window": window, "mask": masks[kind]}
+    assert_same(
+        results(blockwise_sink_attention, tensors, **options), results(sink_attention, tensors, **options), 1e-9, 1e-12
+    )
+
+
+def test_the_formula_on_blocks_of_queries_keeps_no_softmax():
+    kept = []
+    tensors = inputs(512)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.numel()) or tensor, lambda kept: kept
+    ):
+        blockwise_sink_attention(*tensors, scale=0.3)
+    assert max(kept) <= tensors[0].numel()
 
 
 @pytest.mark.parametrize(("length", "is_fused"), [(64, False), (65, True)])
