@@ -46,6 +46,9 @@ FILES = (
 )
 """Files of a checkpoint apart from weights, and from the code that the model's own class writes."""
 
+CONFIG_FILES = ("config.json", GENERATION)
+PROCESSOR_FILES = tuple(name for name in FILES if name not in CONFIG_FILES)
+
 CHECKED_FILES = ("config.json", GENERATION, "tokenizer_config.json", "processor_config.json")
 """JSON files that are checked before anything is written."""
 
@@ -61,23 +64,43 @@ def folder_of_files(candidates: Iterable[Path]) -> Path | None:
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 
-def keep_files(candidates: Iterable[Path], megatron: Path) -> None:
+def keep_files(candidates: Iterable[Path], megatron: Path, processor: Path | None = None) -> None:
     """Copy the `FILES` that an export will need into a Megatron checkpoint, unless it has them.
 
     Args:
         candidates: Hugging Face checkpoints, or Megatron checkpoints and their iterations; the first that has a config
             is copied from.
         megatron: root of a Megatron checkpoint.
+        processor: folder of the tokenizer and processor that training uses, if they are not the candidate's.
+
+    Raises:
+        UserError: the checkpoint has another processor already.
     """
     source = folder_of_files([place for folder in candidates for place in (folder / KEPT_IN, folder)])
     kept = megatron / KEPT_IN
-    if source is None or (kept / "config.json").is_file():
+    if source is None:
+        return
+    if (kept / "config.json").is_file():
+        if processor is not None:
+            _refuse_another_processor(kept, processor)
         return
     megatron.mkdir(parents=True, exist_ok=True)  # training has saved nothing yet
     with atomic_folder(kept, overwrite=True) as folder:  # a kill never leaves a part of the files
         if kept.is_dir():
             shutil.copytree(kept, folder, dirs_exist_ok=True)
-        copy_files(source, folder, FILES)
+        copy_files(source, folder, FILES if processor is None else CONFIG_FILES)
+        if processor is not None:
+            copy_files(processor, folder, PROCESSOR_FILES)
+
+
+def _refuse_another_processor(kept: Path, processor: Path) -> None:
+    for name in PROCESSOR_FILES:
+        mine, theirs = (file.read_bytes() if file.is_file() else None for file in (kept / name, processor / name))
+        if mine != theirs:
+            raise UserError(
+                f"{processor} has another {name} than {kept}, with which this run was trained before; use the same "
+                "processor, or save into another folder"
+            )
 
 
 def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:

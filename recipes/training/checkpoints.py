@@ -13,10 +13,16 @@ from megatron.bridge.training.checkpointing import (
     get_rng_state,
 )
 from megatron.bridge.training.config import CheckpointConfig
-from megatron.bridge.training.utils.checkpoint_utils import is_checkpoint_iteration_directory
+from megatron.bridge.training.utils.checkpoint_utils import (
+    checkpoint_exists,
+    is_checkpoint_iteration_directory,
+    read_run_config,
+)
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from megatron.bridge.utils.common_utils import print_rank_0
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+
+from ...errors import UserError
 
 IN_PROGRESS = "saving_{step}"
 """A file beside the checkpoints that exists while the checkpoint of that step is incomplete."""
@@ -48,7 +54,14 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
         super().save(ctx, callback_manager)
 
     def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
-        """Load, without the random states where they were saved by another layout of ranks."""
+        """Load, without the random states where they were saved by another layout of ranks.
+
+        Raises:
+            UserError: the optimizer's states are those of the other back end, or the ranks have found different
+                checkpoints.
+        """
+        self._check_same_on_all_ranks()
+        self._refuse_states_of_the_other_back_end(ctx)
         self._leave_foreign_random_states(ctx)
         return super().load(ctx)
 
@@ -58,16 +71,69 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
         if self._in_progress:
             self._in_progress.pop(0).unlink()
 
+    def _check_same_on_all_ranks(self) -> None:
+        """Each rank has looked for the newest checkpoint by itself, and a network file system may show it late."""
+        found: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, self.checkpoint_config.load)
+        if len({*found}) > 1:
+            folders = ", ".join(sorted(str(folder) for folder in {*found}))
+            raise UserError(f"The ranks would continue from different checkpoints ({folders}); start the run again.")
+
+    def _refuse_states_of_the_other_back_end(self, ctx: CheckpointLoadContext) -> None:
+        """Refuse optimizer states that would be loaded into other parameters.
+
+        The back ends have the same parameters in another order, and Megatron-Core's default format addresses optimizer
+        states by their offset in a buffer of all parameters.
+        """
+        config, folder = self.checkpoint_config, self._iteration_folder()
+        if folder is None or not config.load_optim or config.dist_ckpt_optim_fully_reshardable:
+            return
+        saved = read_run_config(str(Path(folder, "run_config.yaml")))["model"]["transformer_impl"]
+        assert ctx.state.cfg is not None
+        mine = ctx.state.cfg.model.transformer_impl
+        if saved != mine:
+            raise UserError(
+                f"The optimizer states in {folder} were saved with transformer_impl={saved!r}; this run has {mine!r}. "
+                "Set the same `backend`, or checkpoint.load_optim=False, or save with "
+                "checkpoint.dist_ckpt_optim_fully_reshardable=True."
+            )
+
+    def _iteration_folder(self) -> str | None:
+        """The iteration folder that is loaded, if it is known before Megatron-Bridge looks for it."""
+        folder, step = self.checkpoint_config.load, self.checkpoint_config.ckpt_step
+        if folder is not None and step is not None:
+            folder = str(Path(folder, f"iter_{step:07d}"))
+        return folder if folder is not None and is_checkpoint_iteration_directory(folder) else None
+
     def _leave_foreign_random_states(self, ctx: CheckpointLoadContext) -> None:
         """Megatron-Bridge does so where tensor or pipeline parallelism differ, and fails where only others do."""
-        config, folder = ctx.state.cfg, self.checkpoint_config.load
+        config, folder = ctx.state.cfg, self._iteration_folder()
         assert config is not None
-        if folder is None or not is_checkpoint_iteration_directory(folder):
+        if folder is None:
             return
         mine = get_rng_state(config.rng.data_parallel_random_init, pg_collection=get_pg_collection(ctx.model))
         if mine.unique_key not in load_sharded_metadata(folder):
             print_rank_0(f"The random states in {folder} are of another layout of ranks; they start from the seed.")
             self.checkpoint_config.load_rng = False
+
+
+def check_start(checkpoint: CheckpointConfig) -> None:
+    """Refuse a checkpoint to start from that is not there; Megatron-Bridge 0.6.2 would train random weights.
+
+    ``load`` may be empty where it is also the folder to save in: the run begins there, and later continues.
+
+    Raises:
+        UserError: with the field and the folder.
+    """
+    starts = {"pretrained_checkpoint": checkpoint.pretrained_checkpoint}
+    if checkpoint.load != checkpoint.save:
+        starts["load"] = checkpoint.load
+    for field, folder in starts.items():
+        if folder is not None and not checkpoint_exists(folder):
+            raise UserError(
+                f"checkpoint.{field}={folder} is no Megatron checkpoint; name the folder with "
+                "latest_train_state.pt, or one of its iteration folders"
+            )
 
 
 def resume(checkpoint: CheckpointConfig) -> None:

@@ -1,18 +1,22 @@
 """The training entry: Megatron-Bridge's own loop, with CUDA or on a CPU."""
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.pretrain import pretrain
 from megatron.bridge.training.vlm_step import forward_step
+from megatron.bridge.utils.common_utils import get_rank_safe
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+from transformers.utils.hub import cached_file
 
 from ...bridge.mcore import cpu
 from ...conversion.formats.hf_files import keep_files
-from .checkpoints import CrashSafeCheckpoints, resume
+from .checkpoints import CrashSafeCheckpoints, check_start, resume
 from .log import TrainingLog
 
 
@@ -25,25 +29,53 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
     Args:
         config: complete; on a machine without CUDA its communication settings are adapted (`cpu.adapt_config_for_cpu`).
         callbacks: called by Megatron-Bridge at every step, before our own.
+
+    Raises:
+        UserError: a checkpoint to start from is not there, or the run in ``checkpoint.save`` has another processor.
     """
+    check_start(config.checkpoint)
     cpu.adapt_config_for_cpu(config)
     config.checkpoint.custom_manager_class = f"{CrashSafeCheckpoints.__module__}.{CrashSafeCheckpoints.__qualname__}"
     # The queue of Megatron-Core's checkpoint writer is a process. Started here, it is a fork of this one; started by
     # the writer, it imports everything again, which costs every rank some seconds and 320 MB.
-    get_write_results_queue("fork")
+    with _child_processes_bound_to_this_one():
+        get_write_results_queue("fork")
     resume(config.checkpoint)
     _keep_files(config)
     with cpu.runtime():
         pretrain(config, forward_step, callbacks=[*callbacks, TrainingLog()])
 
 
+@contextmanager
+def _child_processes_bound_to_this_one() -> Iterator[None]:
+    """Let the processes that are forked inside ignore SIGTERM, and end only with this process.
+
+    SLURM and terminals send SIGTERM to whole process groups; with ``train.exit_signal_handler`` this process saves a
+    checkpoint then, for which it needs its children.
+    """
+    global _is_binding
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _is_binding = True
+    try:
+        yield
+    finally:
+        _is_binding = False
+        signal.signal(signal.SIGTERM, handler)
+
+
+_is_binding = False
+os.register_at_fork(after_in_child=lambda: cpu.die_with_parent() if _is_binding else None)
+
+
 def _keep_files(config: ConfigContainer) -> None:
     """Copy config, tokenizer and processor beside the checkpoints, so that export needs nothing else.
 
-    They are taken from the checkpoint that training starts from, or from the folder of the dataset's processor.
+    The config is that of the checkpoint that training starts from, tokenizer and processor are those of the dataset.
     """
-    if config.checkpoint.save is None or int(os.environ.get("RANK", "0")):
+    if config.checkpoint.save is None or get_rank_safe():
         return
     start, processor = config.checkpoint.pretrained_checkpoint, getattr(config.dataset, "processor_path", None)
+    if processor is not None:
+        processor = Path(str(cached_file(processor, "tokenizer_config.json"))).parent  # it may be a name on the Hub
     folders = [folder for path in (start, processor) if path for folder in (Path(path), *Path(path).glob("iter_*"))]
-    keep_files(folders, Path(config.checkpoint.save))
+    keep_files(folders, Path(config.checkpoint.save), processor)

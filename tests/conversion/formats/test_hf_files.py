@@ -59,6 +59,35 @@ def test_files_that_are_kept_already_are_not_replaced(hf: Path, tmp_path: Path):
     assert (tmp_path / "tokenizer" / "config.json").read_text() == "config.json"
 
 
+@pytest.fixture
+def processor(tmp_path: Path) -> Path:
+    """Another checkpoint, with another chat template."""
+    folder = tmp_path / "processor"
+    folder.mkdir()
+    for name in FILES:
+        (folder / name).write_text(f"another {name}")
+    (folder / "special_tokens_map.json").unlink()
+    return folder
+
+
+def test_the_processor_of_training_is_kept_with_the_config_of_the_start(hf: Path, processor: Path, tmp_path: Path):
+    keep_files([hf], tmp_path, processor)
+    found = {path.name: path.read_text() for path in (tmp_path / "tokenizer").iterdir()}
+    assert {name for name, text in found.items() if text == name} == {"config.json", "generation_config.json"}
+    assert {name for name, text in found.items() if text == f"another {name}"} == found.keys() - {
+        "config.json",
+        "generation_config.json",
+    }
+    assert found.keys() == {*FILES} - {"special_tokens_map.json"}
+
+
+def test_a_run_goes_on_with_its_own_processor_alone(hf: Path, processor: Path, tmp_path: Path):
+    keep_files([hf], tmp_path, hf)
+    keep_files([hf], tmp_path, hf)
+    with pytest.raises(ValueError, match=r"processor has another tokenizer\.json than .*tokenizer"):
+        keep_files([hf], tmp_path, processor)
+
+
 def test_a_folder_in_which_training_has_saved_nothing_yet_is_made(hf: Path, tmp_path: Path):
     keep_files([hf], tmp_path / "run" / "megatron")
     assert {path.name for path in (tmp_path / "run" / "megatron" / "tokenizer").iterdir()} == {*FILES}

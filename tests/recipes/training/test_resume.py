@@ -1,6 +1,7 @@
 """A run continues at another layout, and after a kill at any point, with the losses of an uninterrupted run."""
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from gpt_oss_vision.recipes.base import CheckpointConfig
 from gpt_oss_vision.recipes.quickstart.digits import DigitsSplit, write_digits
 from gpt_oss_vision.recipes.quickstart.run import training_config
 from gpt_oss_vision.recipes.quickstart.settings import Settings
-from gpt_oss_vision.recipes.training.checkpoints import resume
+from gpt_oss_vision.recipes.training.checkpoints import check_start, resume
 from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
 from gpt_oss_vision.recipes.training.train import train
 from layouts import Layout
@@ -39,6 +40,8 @@ class Job:
     load: Path | None = None
     dropout: float = 0.0
     most_recent_k: int = -1
+    exit_signal_handler: bool = False
+    fully_reshardable: bool = True
 
     @property
     def saved(self) -> Path:
@@ -63,7 +66,8 @@ class Job:
         config.logger.tensorboard_dir = None
         config.checkpoint.save, config.checkpoint.save_interval = str(self.saved), self.save_interval
         config.checkpoint.load = str(self.load) if self.load else None
-        config.checkpoint.dist_ckpt_optim_fully_reshardable = True
+        config.checkpoint.dist_ckpt_optim_fully_reshardable = self.fully_reshardable
+        config.train.exit_signal_handler = self.exit_signal_handler
         config.checkpoint.most_recent_k = self.most_recent_k
         train(config, callbacks=[Ledger(self.folder / "losses"), *callbacks])
 
@@ -263,6 +267,92 @@ def test_a_run_killed_again_and_again_has_the_losses_of_an_unbroken_one(job):
     assert (killed.saved / "iter_0000003").is_dir()
     # Every loss is equal to the last bit, also of the steps that were computed more than once.
     assert set(killed.losses()) == set(expected)
+
+
+@dataclass
+class Terminate(Callback):
+    """Sends SIGTERM to this rank and all its child processes, as SLURM does, in step `step`."""
+
+    step: int
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        if context.state.train_state.step == self.step:
+            os.killpg(0, signal.SIGTERM)
+
+
+def test_a_run_that_is_terminated_saves_its_step_and_goes_on(job, unbroken):
+    _, expected = unbroken(Layout())
+    stopped = job(exit_signal_handler=True)
+    stopped = replace(stopped, load=stopped.saved)
+    stopped.losses(Terminate(step=2))
+    assert (stopped.saved / "iter_0000003").is_dir()
+    assert [step for step, _ in stopped.read()] == [0, 1, 2]
+    assert stopped.losses() == expected
+
+
+@dataclass
+class Children(Callback):
+    """Writes the process ids of this rank's children to a file, then kills the rank alone."""
+
+    file: Path
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        self.file.write_text(Path(f"/proc/self/task/{os.getpid()}/children").read_text())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_child_processes_of_a_killed_rank_end(job):
+    killed = job()
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        killed.losses(Children(killed.folder / "children"))
+    children = (killed.folder / "children").read_text().split()
+    assert children
+    for child in children:
+        status = Path(f"/proc/{child}/status")
+        assert not status.exists() or "zombie" in status.read_text()
+
+
+def test_optimizer_states_of_the_other_back_end_are_refused(job, unbroken):
+    checkpoint, _ = unbroken(Layout())
+    other = job().folder / "iter_0000002"
+    shutil.copytree(checkpoint, other)
+    text = (other / "run_config.yaml").read_text()
+    (other / "run_config.yaml").write_text(
+        text.replace("transformer_impl: local", "transformer_impl: transformer_engine")
+    )
+    with pytest.raises(ValueError, match="saved with transformer_impl='transformer_engine'; this run has 'local'"):
+        job(load=other, fully_reshardable=False).losses()
+    assert job(load=other).losses()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateJob(Job):
+    """Its rank 1 does not see the newest checkpoint."""
+
+    def run(self, *callbacks: Callback) -> None:
+        if os.environ["RANK"] == "1":
+            object.__setattr__(self, "load", self.load.parent / "iter_0000002")
+        super().run(*callbacks)
+
+
+def test_ranks_that_find_different_checkpoints_are_refused(job):
+    whole = job(layout=Layout(dp=2))
+    whole.losses()
+    fields = {name: getattr(whole, name) for name in ("start", "digits", "rows", "layout")}
+    late = LateJob(**fields, folder=job().folder, load=whole.saved / f"iter_{STEPS:07d}")
+    with pytest.raises(ValueError, match=r"different checkpoints \(.*iter_0000002, .*iter_0000004\)"):
+        late.losses()
+
+
+@pytest.mark.parametrize("field", ["pretrained_checkpoint", "load"])
+def test_a_start_that_is_not_there_is_refused(field: str, tmp_path: Path):
+    (tmp_path / "out" / "megatron").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"checkpoint.{field}=.*out is no Megatron checkpoint"):
+        check_start(CheckpointConfig(**{field: str(tmp_path / "out")}))
+
+
+def test_a_run_may_begin_in_the_folder_from_which_it_will_continue(tmp_path: Path):
+    check_start(CheckpointConfig(load=str(tmp_path / "saved"), save=str(tmp_path / "saved")))
 
 
 def test_a_folder_is_continued_from_the_newest_complete_checkpoint(tmp_path: Path, capsys):
