@@ -2,7 +2,6 @@
 """The image processor: images of any kind to normalised arrays of the tower's size."""
 
 import base64
-import binascii
 import os
 from io import BytesIO
 from pathlib import Path
@@ -42,8 +41,9 @@ class GPTOSSVisionImageProcessor(PilBackend):
     Resizes to the tower's size (bicubic), rescales to 0…1 and normalises.
 
     Takes paths, URLs, base64 strings, PIL images, NumPy arrays and tensors, one or lists of them, of any size and mode:
-    EXIF rotation is applied, the first frame of an animation is used, transparency is composited on white, and 16-bit
-    grey is scaled to 8 bits. Float arrays are not converted; set `do_rescale=False` if they are 0…1 already.
+    EXIF rotation is applied, the first frame of an animation is used, transparency is composited on white. Of arrays
+    and tensors, 16 bits without a sign are scaled to 8, a boolean is black or white, other integers are 0…255. Floats
+    are not converted; set `do_rescale=False` if they are 0…1 already. `None` in a list is no image.
 
     Args:
         size (`dict`, *optional*, defaults to `{"height": 224, "width": 224}`): The tower's image size.
@@ -81,28 +81,31 @@ class GPTOSSVisionImageProcessor(PilBackend):
         return cls(**(fields | kwargs))
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Opens paths, URLs and base64 strings, keeping the nesting; images are returned unchanged."""
+        """
+        Opens paths, URLs and base64 strings, keeping the nesting; images are returned unchanged. An array of several
+        images becomes a list, as does `None` in a list, an empty one.
+        """
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image) for image in image_url_or_urls]
+            return [[] if image is None else self.fetch_images(image) for image in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
             return _open(os.fspath(image_url_or_urls))
         if is_valid_image(image_url_or_urls):
-            is_plane = getattr(image_url_or_urls, "ndim", 3) == 2
-            return image_url_or_urls[None] if is_plane else image_url_or_urls
+            return _separate(image_url_or_urls)
         raise TypeError(
             f"An image must be a path, a URL, a base64 string, a PIL image, an array or a tensor, "
             f"got {type(image_url_or_urls).__name__}."
         )
+
+    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[ImageInput]:
+        return flat(self.fetch_images(images))
 
     def process_image(self, image: ImageInput, num_channels: int = 3, **kwargs: Any) -> np.ndarray:
         """One image of any kind to an array `(num_channels, height, width)`, 8-bit unless given as floats."""
         if num_channels not in PIL_MODES:
             raise ValueError(f"num_channels must be one of {', '.join(map(str, PIL_MODES))}, got {num_channels}.")
         if not isinstance(image, Image.Image):
-            array = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
-            if array.size == 0:
-                raise ValueError(f"The image has no pixels: its shape is {array.shape}.")
-            if array.dtype not in (np.uint8, np.uint16):
+            array = _to_array(image)
+            if array.dtype != np.uint8:
                 array = super().process_image(array, **kwargs)
                 if len(array) not in (1, num_channels):
                     raise ValueError(f"The image has {len(array)} channels; the tower sees {num_channels}.")
@@ -114,32 +117,76 @@ class GPTOSSVisionImageProcessor(PilBackend):
         return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
+def flat(images: Any) -> list[Any]:
+    """The images of a nested list, or the only one, as a list."""
+    return [image for nested in images for image in flat(nested)] if isinstance(images, list) else [images]
+
+
+def _separate(image: Any) -> Any:
+    """An array `(n, …)` of images as a list of them, `(h, w)` as `(1, h, w)`, other images unchanged."""
+    if isinstance(image, Image.Image):
+        return image
+    shape = tuple(image.shape)
+    if len(shape) not in (2, 3, 4) or (len(shape) > 2 and not {shape[-3], shape[-1]} & {1, 2, 3, 4}):
+        raise ValueError(f"An array must be (h, w), (h, w, c) or (c, h, w), with up to 4 channels, got {shape}.")
+    return list(image) if len(shape) == 4 else image[None] if len(shape) == 2 else image
+
+
 def _open(source: str) -> Image.Image:
     """The image of a path, URL or base64 string, decoded, so that a truncated file is reported by name."""
     if source.startswith(("http://", "https://")):
         return load_image(source)
-    name = source if len(source) < 200 else f"{source[:40]}…"
+    name, is_file = source if len(source) < 200 else f"{source[:40]}…", os.path.exists(source)
     try:
-        content = Path(source).read_bytes() if os.path.exists(source) else _decode_base64(source)
+        content = Path(source).read_bytes() if is_file else _decode_base64(source)
         image = Image.open(BytesIO(content))
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        reason = str(error).rstrip(".")
         if isinstance(error, UnidentifiedImageError):
-            raise ValueError(f"Can't read the image {name}: it is in no format that PIL reads, or damaged.") from error
-        raise ValueError(f"Can't read the image {name}: {str(error).rstrip('.')}.") from error
+            is_named = is_file or source.startswith("data:")
+            reason = "it is in no format that PIL reads, or damaged" if is_named else "there is no such file"
+        raise ValueError(f"Can't read the image {name}: {reason}.") from error
     return image
 
 
 def _decode_base64(source: str) -> bytes:
-    data = source.split(",", 1)[1] if source.startswith("data:image/") else source
+    """The bytes of base64, in lines or not, in either alphabet, alone or behind `data:image/png;base64,`."""
+    is_data_url = source.startswith("data:")
+    data = "".join((source.partition(",")[2] if is_data_url else source).split())
     try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error:
+        return base64.b64decode(data.translate(str.maketrans("-_", "+/")), validate=True)
+    except ValueError:
+        if is_data_url:
+            raise ValueError("what follows the comma is not base64") from None
         raise FileNotFoundError("there is no such file") from None
 
 
+def _to_array(image: Any) -> np.ndarray:
+    """An array, or a tensor on any device, as an array of 8 bits; floats stay floats."""
+    if hasattr(image, "detach"):
+        image = image.detach().cpu()
+        # NumPy doesn't have all of the small types.
+        image = image.float() if image.is_floating_point() and image.element_size() < 4 else image
+    array = np.asarray(image)
+    if array.size == 0:
+        raise ValueError(f"The image has no pixels: its shape is {array.shape}.")
+    if array.dtype == np.bool_:
+        return array * np.uint8(255)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return _to_8_bits(array)
+    if array.dtype.kind in "iu" and (array.min() < 0 or array.max() > 255):
+        raise ValueError(f"An image of {array.dtype} has values of 0 to 255, got {array.min()} to {array.max()}.")
+    return array.astype(np.uint8) if array.dtype.kind in "iu" else array
+
+
+def _to_8_bits(array: np.ndarray) -> np.ndarray:
+    """Values of 16 bits in 8."""
+    return (array.clip(0, 65535) / 257).round().astype(np.uint8)
+
+
 def _to_pil(array: np.ndarray, input_data_format: Any = None, **kwargs: Any) -> Image.Image:
-    """An integer array `(h, w)`, `(h, w, c)` or `(c, h, w)`, with 1, 3 or 4 channels, as an image."""
+    """An array of 8 bits, `(h, w)`, `(h, w, c)` or `(c, h, w)`, with 1, 3 or 4 channels, as an image."""
     if array.ndim == 3:
         channels_first = array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4)
         if input_data_format is not None:
@@ -156,7 +203,7 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES:
         # PIL's own conversion clips values above 255.
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
     elif image.mode == "F":
         raise ValueError("An image of floats has no fixed range; convert it to 8 bits first.")
     if image.has_transparency_data:

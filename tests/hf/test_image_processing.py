@@ -1,6 +1,7 @@
 """The image processor: every kind of image becomes the pixels that a viewer would show, or a clear error."""
 
 import base64
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -118,6 +119,82 @@ def test_arrays_are_pictures_too(processor, layout):
     assert torch.equal(pixels(processor, given), pixels(processor, same_as))
 
 
+GREYS = np.asarray(picture().convert("L"))
+INTEGERS = [np.uint8, np.int16, np.int32, np.int64, np.uint32, np.uint64]
+TENSORS = [torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint32]
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def kinds(array: np.ndarray) -> dict[str, object]:
+    """An image of 8 bits, `(h, w)` or `(h, w, c)`, in every type that represents it exactly."""
+    wide = array.astype(np.uint16) * 257
+    return {
+        "pillow": Image.fromarray(array),
+        **{f"array of {np.dtype(dtype)}": array.astype(dtype) for dtype in INTEGERS},
+        "array of uint16": wide,
+        "array of uint16, other byte order": wide.astype(">u2"),
+        **{str(dtype): torch.tensor(array).to(dtype) for dtype in TENSORS},
+        "torch.uint16": torch.tensor(wide),
+        "not writeable": np.frombuffer(array.tobytes(), np.uint8).reshape(array.shape),
+        "turned twice": np.rot90(np.rot90(array, 2), 2),
+    }
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("colours", [GREYS, np.asarray(picture()), np.asarray(picture().convert("RGBA"))])
+def test_an_image_has_equal_pixels_in_every_type(colours, channels):
+    processor = GPTOSSVisionImageProcessor(size={"height": SIDE, "width": SIDE}, num_channels=channels)
+    given = kinds(colours)
+    values = pixels(processor, list(given.values()))
+    assert [kind for kind, value in zip(given, values, strict=True) if not torch.equal(value, values[0])] == []
+
+
+@pytest.mark.parametrize("dtype", [bool, torch.bool])
+@pytest.mark.parametrize("shape", [(16, 24), (16, 24, 3)])
+def test_a_boolean_is_black_or_white(processor, shape, dtype):
+    array = np.resize(GREYS, shape) > 127
+    given = torch.from_numpy(array) if dtype is torch.bool else array
+    assert torch.equal(pixels(processor, given), pixels(processor, array.astype(np.uint8) * 255))
+    if array.ndim == 2:
+        assert torch.equal(pixels(processor, given), pixels(processor, Image.fromarray(array)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_a_tensor_of_floats_is_read_in_every_type(processor, dtype, needs_gradient):
+    array = (np.asarray(picture(), dtype=np.float32) / 255).transpose(2, 0, 1)
+    tensor = torch.from_numpy(array).to(dtype)
+    expected = processor(tensor.float().numpy(), do_rescale=False, return_tensors="pt").pixel_values
+    found = processor(tensor.requires_grad_(needs_gradient), do_rescale=False, return_tensors="pt").pixel_values
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int64, np.uint32])
+def test_integers_outside_of_8_bits_are_refused(processor, dtype):
+    with pytest.raises(ValueError, match=rf"^An image of {np.dtype(dtype)} has values of 0 to 255, got 0 to 256\.$"):
+        processor(np.arange(257, dtype=dtype)[None])
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 9, 9), (2, 5, 9, 9), (1, 2, 3, 9, 9)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_an_array_that_is_no_image_is_refused_with_its_shape(processor, dtype, shape):
+    with pytest.raises(ValueError, match=rf"^An array must be .*, got {re.escape(str(shape))}\.$"):
+        processor(np.zeros(shape, dtype))
+
+
+def test_lists_of_every_nesting_are_flattened(processor):
+    first, second, third = (picture(side, side) for side in (9, 10, 11))
+    both = np.stack([np.asarray(first.resize((9, 9))), np.asarray(second.resize((9, 9)))])
+    expected = pixels(processor, [first, second.resize((9, 9)), third])
+    for nested in (
+        [both, third],
+        [[both], None, [third]],
+        ([first], (Image.fromarray(both[1]), third)),
+        [[[both]], third],
+    ):
+        assert torch.equal(pixels(processor, nested), expected)
+
+
 def test_floats_are_taken_as_they_are(processor):
     array = np.asarray(picture(SIDE, SIDE), dtype=np.float32).transpose(2, 0, 1) / 255
     torch.testing.assert_close(
@@ -140,9 +217,14 @@ def test_paths_base64_and_lists_are_opened(processor, tmp_path):
     path = tmp_path / "picture.png"
     picture().save(path)
     encoded = base64.b64encode(path.read_bytes()).decode()
-    given = [path, str(path), encoded, f"data:image/png;base64,{encoded}", picture()]
+    lines = base64.encodebytes(path.read_bytes()).decode()
+    windows = lines.replace("\n", "\r\n")
+    safe = base64.urlsafe_b64encode(path.read_bytes()).decode()
+    texts = [encoded, lines, windows, safe]
+    assert "\n" in lines.strip() and safe != encoded
+    given = [path, str(path), *texts, *(f"data:image/png;base64,{text}" for text in texts), picture()]
     values = pixels(processor, given)
-    assert values.shape == (5, 3, SIDE, SIDE)
+    assert values.shape == (len(given), 3, SIDE, SIDE)
     assert all(torch.equal(value, values[-1]) for value in values)
 
 
@@ -187,6 +269,26 @@ def test_a_folder_is_named(processor, tmp_path, monkeypatch):
 def test_a_missing_file_is_named(processor):
     with pytest.raises(ValueError, match=r"^Can't read the image cat\.png: there is no such file\.$"):
         processor("cat.png")
+
+
+@pytest.mark.parametrize("name", ["cats", "my_cats/dog.one", "some words", "iVBORw0KGgoAAAANSUhEUgAA" * 20, ""])
+def test_what_is_neither_a_file_nor_an_image_is_a_missing_file(processor, name):
+    with pytest.raises(ValueError, match=r"^Can't read the image .*: there is no such file\.$"):
+        processor(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("%89PNG", "what follows the comma is not base64"),
+        ("aGVsbG8=", "it is in no format that PIL reads, or damaged"),
+        (base64.b64encode(b"\x89PNG\r\n\x1a\n").decode(), ".*"),
+    ],
+)
+def test_a_data_url_is_never_called_a_missing_file(processor, content, reason):
+    with pytest.raises(ValueError, match=rf"^Can't read the image data:image/png;base64,.*: {reason}\.$") as failure:
+        processor(f"data:image/png;base64,{content}")
+    assert "no such file" not in str(failure.value)
 
 
 def test_a_decompression_bomb_is_refused(processor, tmp_path, monkeypatch):
