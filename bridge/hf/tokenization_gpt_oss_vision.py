@@ -1,8 +1,10 @@
 # Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
 """The tokenizer: gpt-oss's own, with a chat template for messages with images."""
 
+import os
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import GenerationConfig
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -10,8 +12,9 @@ IMAGE_TOKEN = "<|reserved_200013|>"
 
 # Harmony, gpt-oss's chat format, with `<image>` for each image. A final assistant turn ends with <|return|>, as in
 # training; earlier turns end with <|end|> and without their thinking, unless it led to a tool call that is not answered
-# yet. Roles are kept. gpt-oss's own system message, with today's date, is added when `tools`, `reasoning_effort` or
-# `model_identity` is set and the conversation has no system message.
+# yet. Roles are kept. Tokens of the format in an assistant's message are an error. gpt-oss's own system message, with
+# today's date, is added when `tools`, `reasoning_effort` or `model_identity` is set and the conversation has no system
+# message.
 CHAT_TEMPLATE = """\
 {%- macro content_of(message) -%}
     {%- if message.content is string -%}
@@ -32,6 +35,15 @@ CHAT_TEMPLATE = """\
 {%- endmacro -%}
 {%- set simple_types = {"integer": "number", "number": "number", "string": "string", "boolean": "boolean",
                         "object": "object", "null": "null"} -%}
+{%- macro check(text) -%}
+    {%- for token in ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>") -%}
+        {%- if token in text -%}
+            {{- raise_exception("An assistant message contains " ~ token ~ ", a token of the chat format. "
+                ~ "Pass the text of its analysis channel as `thinking` and the text of its final channel as `content`; "
+                ~ "`parse_response` makes such a message from generated tokens.") -}}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
 {%- macro union_of(specs) -%}
     {%- for spec in specs -%}
         {{- ("" if loop.first else " | ") ~ type_of(spec) -}}
@@ -96,6 +108,7 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- for message in turns -%}
     {%- if message.role == "assistant" -%}
+        {{- check(content_of(message)) ~ check(message.thinking or "") -}}
         {{- "<|start|>assistant" -}}
         {%- set later = turns[loop.index:] | selectattr("role", "equalto", "assistant") -%}
         {%- set is_open = not later | rejectattr("tool_calls") | list if message.tool_calls
@@ -118,6 +131,7 @@ CHAT_TEMPLATE = """\
             {%- else -%}
                 {{- "<|channel|>final<|message|>" ~ content_of(message) -}}
                 {{- "<|return|>" if loop.last and not add_generation_prompt else "<|end|>" -}}
+                {%- set state.called = none -%}
             {%- endif -%}
         {%- endgeneration -%}
     {%- elif message.role == "tool" -%}
@@ -140,11 +154,49 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
+# What `parse_response` reads from the tokens that follow `<|start|>assistant`: the first analysis message, the final
+# message or else a preamble in the commentary channel, and the calls of functions, whose name is in the header of
+# either the role or the channel. Arguments that are not JSON stay a string. Text without any header is content.
+_STARTS = r"(?:^|<\|start\|>assistant)"
+_ENDS = r"(?:<\|end\|>|<\|return\|>|<\|call\|>|<\|endoftext\|>|$)"
+_FINAL = rf".*{_STARTS}<\|channel\|>final<\|message\|>"
+_PREAMBLE = rf".*?{_STARTS}<\|channel\|>commentary<\|message\|>"
+RESPONSE_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "role": {"const": "assistant"},
+        "content": {"type": "string", "x-regex": rf"(?:{_FINAL}|{_PREAMBLE}|^(?! to=|<\|))(.*?){_ENDS}"},
+        "thinking": {"type": "string", "x-regex": rf"{_STARTS}<\|channel\|>analysis<\|message\|>(.*?){_ENDS}"},
+        "tool_calls": {
+            "type": "array",
+            "x-regex-iterator": rf"{_STARTS}(?:<\|channel\|>\w+)? to=functions\.(.*?){_ENDS}",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "type": {"const": "function"},
+                    "function": {
+                        "type": "object",
+                        "properties": {
+                            "name": {"type": "string", "x-regex": r"^([^\s<]+)"},
+                            "arguments": {
+                                "x-regex": r"<\|message\|>(.*)",
+                                "x-parser": "json",
+                                "x-parser-args": {"allow_non_json": True},
+                            },
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
 
 class GPTOSSVisionTokenizer(TokenizersBackend):
     r"""
     gpt-oss's byte-level BPE. A stock gpt-oss tokenizer loads as it is; `<|reserved_200013|>` is the image placeholder,
-    which [`GPTOSSVisionProcessor`] writes. Batches are padded on the left, as `generate` needs.
+    which [`GPTOSSVisionProcessor`] writes. Batches are padded on the left, as `generate` needs; what is saved does not
+    depend on the padding and truncation of earlier calls.
 
     Example:
 
@@ -156,6 +208,31 @@ class GPTOSSVisionTokenizer(TokenizersBackend):
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 - as in transformers
     padding_side = "left"
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # Only arguments are saved; a loader without this class would use defaults of its own.
+        defaults = {"padding_side": self.padding_side, "model_input_names": self.model_input_names}
+        super().__init__(*args, **(defaults | {"response_schema": RESPONSE_SCHEMA} | kwargs))
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """
+        As in transformers for a class without an `__init__`: `tokenizer.json` is loaded whole. Padding and truncation
+        in it are those of the last call before it was saved; transformers would make them defaults.
+        """
+        file = kwargs.get("tokenizer_file")
+        if file is None or not os.path.isfile(file):
+            return super().convert_to_native_format(**kwargs)
+        kwargs["tokenizer_object"] = tokenizer = Tokenizer.from_file(kwargs.pop("tokenizer_file"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return kwargs
+
+    def _save_pretrained(self, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        # Each call sets both; they would be written to tokenizer.json.
+        self.backend_tokenizer.no_padding()
+        self.backend_tokenizer.no_truncation()
+        return super()._save_pretrained(*args, **kwargs)
 
     def generation_config(self, **kwargs: Any) -> GenerationConfig:
         """A generation configuration that stops at gpt-oss's end tokens, with the ids of this vocabulary."""

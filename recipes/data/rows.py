@@ -172,14 +172,13 @@ def check_row(row: Row, processor: GPTOSSVisionProcessor, seq_length: int, decod
         UnusableRow: nothing to learn, control tokens inside a message, more than `seq_length` tokens, a number of marks
             that is not that of the images, or an image that is missing or broken (`check_image`).
     """
-    text = render(row, processor)
     if row.messages is not None:
         refuse_control_tokens(row.messages, processor)
-    elif not text.strip():
+    elif not (text := row.text or "").strip():
         raise UnusableRow("an empty text")
     elif "<|start|>" in text and "<|start|>assistant" not in text:
         raise UnusableRow("turns in harmony, and no assistant among them")
-    _refuse_too_long(text, len(row.images), processor, seq_length)
+    _refuse_too_long(render(row, processor), len(row.images), processor, seq_length)
     for path in row.images:
         check_image(path, processor, decode_images)
 

@@ -70,8 +70,8 @@ def read_questions(path: Path, processor: GPTOSSVisionProcessor) -> Iterator[Que
     for line, _, content in numbered_lines(path):
         try:
             chat = _parse_question(content, path.parent)
-            processor.apply_chat_template(chat, tokenize=False).encode()  # half a surrogate pair is JSON, but no text
             refuse_control_tokens(chat, processor)
+            processor.apply_chat_template(chat, tokenize=False).encode()  # half a surrogate pair is JSON, but no text
             for part in (part for message in chat for part in message["content"] if part["type"] == "image"):
                 check_image(Path(part["path"]), processor, decode=True)
         except (UserError, UnicodeEncodeError) as error:

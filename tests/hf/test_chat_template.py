@@ -172,6 +172,102 @@ def test_a_call_is_part_of_the_assistant_s_tokens(processor):
     assert processor.decode(said) == (ANALYSIS + TOOL_CALL).removeprefix("<|start|>assistant")
 
 
+HARMONY = ["<|channel|>analysis<|message|>t<|end|>", "<|channel|>final<|message|>three<|return|>", "three<|return|>"]
+
+
+@pytest.mark.parametrize("written", [*HARMONY, "<|start|>", "<|message|>", "<|call|>"])
+@pytest.mark.parametrize("field", ["content", "parts", "thinking", "before a call"])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_tokens_of_the_format_in_a_message_of_the_assistant_are_refused(processor, goes_on, field, written):
+    message = {
+        "content": ANSWERED | {"content": written},
+        "parts": ANSWERED | {"content": [{"type": "text", "text": written}]},
+        "thinking": ANSWERED | {"thinking": written},
+        "before a call": CALLED | {"content": written},
+    }[field]
+    with pytest.raises(Exception, match=r"contains <\|\w+\|>, .* as `thinking` and .* as `content`; `parse_response`"):
+        processor.apply_chat_template([ASKED, message, *([RETURNED, ASKED] if goes_on else [])])
+
+
+def test_messages_of_other_roles_may_contain_tokens_of_the_format(processor):
+    about = {"role": "user", "content": "What is <|channel|>?"}
+    assert processor.apply_chat_template([about]) == "<|start|>user<|message|>What is <|channel|>?<|end|>"
+
+
+def test_a_result_after_the_answer_needs_a_name(processor):
+    with pytest.raises(Exception, match="A tool message without the name of a tool"):
+        processor.apply_chat_template([ASKED, CALLED, RETURNED, ANSWERED, RETURNED])
+
+
+# parse_response
+
+FINAL = "<|channel|>final<|message|>It is sunny."
+ARGUMENTS = '{"location": "San Francisco"}'
+MESSAGES = {
+    "an answer": ANSWERED,
+    "no answer": ANSWERED | {"content": ""},
+    "an answer of lines": ANSWERED | {"content": "It is\n\nsunny, to=functions.rain "},
+    "thinking": ANSWERED | {"thinking": "Sunny?\nYes."},
+    "a call": {"role": "assistant", "tool_calls": [CALL]},
+    "thinking and a call": CALLED,
+    "a preamble, thinking and a call": CALLED | {"content": "I look."},
+    "a call without arguments": {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "look-2", "arguments": {}}}],
+    },
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES.values(), ids=MESSAGES)
+def test_parsing_a_rendered_message_returns_the_message(processor, message):
+    prompt = processor.apply_chat_template([ASKED], add_generation_prompt=True)
+    rendered = processor.apply_chat_template([ASKED, message])
+    assert rendered.startswith(prompt)
+    assert processor.parse_response(rendered.removeprefix(prompt)) == message
+    ids = processor.tokenizer(rendered.removeprefix(prompt)).input_ids
+    assert processor.parse_response(ids) == message
+    padding = [processor.tokenizer.pad_token_id] * 3
+    assert processor.parse_response([ids + padding] * 2) == [message] * 2
+
+
+HEADERS = {
+    "in the role": " to=functions.get_current_weather<|channel|>commentary json<|message|>",
+    "in the role, constrained": " to=functions.get_current_weather<|channel|>commentary <|constrain|>json<|message|>",
+    "in the channel": "<|channel|>commentary to=functions.get_current_weather <|constrain|>json<|message|>",
+    "in the channel, no type": "<|channel|>commentary to=functions.get_current_weather<|message|>",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+@pytest.mark.parametrize("end", ["<|call|>", ""])
+def test_a_call_is_parsed_from_every_header_of_harmony(processor, header, end):
+    called = {"role": "assistant", "tool_calls": [CALL]}
+    assert processor.parse_response(header + ARGUMENTS + end) == called
+    thought = "<|channel|>analysis<|message|>Need the weather.<|end|><|start|>assistant"
+    assert processor.parse_response(thought + header + ARGUMENTS + end) == CALLED
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (FINAL, ANSWERED),
+        ("It is sunny.<|return|>", ANSWERED),
+        (f"<|channel|>commentary<|message|>I look.<|end|><|start|>assistant{FINAL}<|return|>", ANSWERED),
+        ("<|channel|>analysis<|message|>It is", {"role": "assistant", "thinking": "It is"}),
+        ("<|channel|>ana", {"role": "assistant"}),
+        ("", {"role": "assistant", "content": ""}),
+    ],
+)
+def test_a_message_that_was_cut_off_or_has_no_header_keeps_its_text(processor, written, message):
+    assert processor.parse_response(written) == message
+
+
+def test_arguments_that_are_no_json_stay_text(processor):
+    parsed = processor.parse_response(HEADERS["in the role"] + '{"location": "San')
+    assert parsed["tool_calls"][0]["function"] == {"name": "get_current_weather", "arguments": '{"location": "San'}
+    assert processor.apply_chat_template([ASKED, parsed]).endswith('<|message|>{"location": "San<|call|>')
+
+
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [

@@ -34,13 +34,13 @@ def question(image: Path | None, text: str) -> list[dict]:
 
 
 def by_hand(folder: Path, chat: list[dict]) -> str:
-    """The answer to a chat through processor and model."""
+    """The answer to a chat through processor and model, as pipelines decode it for a tokenizer that can parse it."""
     processor = GPTOSSVisionProcessor.from_pretrained(folder / "model")
     model = GPTOSSVisionForCausalLM.from_pretrained(folder / "model")
     arguments = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template(chat, **arguments)
     output = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(output, skip_special_tokens=True)
+    return processor.decode(output)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,14 @@ def test_image_text_to_text_takes_strings_and_images(image_text, folder):
     for row, image, said in zip(text, images, answered, strict=True):
         inputs = processor(text=row, images=image, return_tensors="pt")
         output = image_text.model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
-        assert said["generated_text"] == processor.decode(output, skip_special_tokens=True)
+        assert said["generated_text"] == processor.decode(output)
+
+
+def test_any_to_any_takes_a_chat_with_an_image(folder):
+    chat = question(folder / "20.png", "Which digit?")
+    ask = pipeline("any-to-any", model=str(folder / "model"))
+    (answered,) = ask(text=chat, generate_kwargs=GREEDY, return_full_text=False)
+    assert answered["generated_text"] == by_hand(folder, chat)
 
 
 def test_text_generation_takes_strings_and_batches(text_only):
@@ -94,7 +101,20 @@ def test_text_generation_takes_a_chat(text_only, folder):
     chat = [{"role": "user", "content": "Who?"}]
     (answered,) = text_only(chat, **GREEDY)
     assert answered["generated_text"][:-1] == chat
-    assert answered["generated_text"][-1] == {"role": "assistant", "content": by_hand(folder, chat)}
+    assert answered["generated_text"][-1] == text_only.tokenizer.parse_response(by_hand(folder, chat))
+
+
+def test_a_chat_is_continued_by_the_parsed_message(image_text, folder):
+    written = "<|channel|>analysis<|message|>A curl.<|end|><|start|>assistant<|channel|>final<|message|>three<|return|>"
+    ids, lengths = image_text.tokenizer(written).input_ids, []
+
+    def only_written(_, input_ids):
+        lengths.append(len(input_ids))
+        return [ids[lengths[-1] - lengths[0]]]
+
+    arguments = GREEDY | {"max_new_tokens": len(ids), "prefix_allowed_tokens_fn": only_written}
+    (answered,) = image_text(text=question(folder / "20.png", "Which digit?"), generate_kwargs=arguments)
+    assert answered["generated_text"][-1] == {"role": "assistant", "thinking": "A curl.", "content": "three"}
 
 
 FRESH = """

@@ -1,6 +1,10 @@
 """The tokenizer: gpt-oss's special tokens and pre-tokenizer, in a small vocabulary that is trained here."""
 
+import json
+from pathlib import Path
+
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from gpt_oss_vision.recipes.quickstart.tokenizer import SPECIAL_TOKENS, train_tokenizer
@@ -86,6 +90,65 @@ def test_a_saved_tokenizer_loads_as_it_was(tokenizer, tmp_path):
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.special_tokens_map == tokenizer.special_tokens_map
     assert (loaded.chat_template, loaded.padding_side) == (tokenizer.chat_template, "left")
+
+
+CALLS = {
+    "padding on the right": {"padding": True, "padding_side": "right"},
+    "padding to a length": {"padding": "max_length", "max_length": 9, "pad_to_multiple_of": 4},
+    "truncation": {"truncation": True, "max_length": 2},
+    "both": {"truncation": True, "max_length": 2, "padding": True, "padding_side": "right"},
+}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_what_is_saved_does_not_depend_on_earlier_calls(call, tmp_path):
+    tokenizer = train_tokenizer(TEXTS, vocab_size=300)
+    tokenizer.save_pretrained(tmp_path / "unused")
+    tokenizer(["It", "It is a seven."], **call)
+    tokenizer.save_pretrained(tmp_path / "used")
+    assert files(tmp_path / "used") == files(tmp_path / "unused")
+    for name in ("unused", "used"):
+        loaded = GPTOSSVisionTokenizer.from_pretrained(tmp_path / name)
+        if name == "used":
+            loaded(["It", "It is a seven."], **call)
+        loaded.save_pretrained(tmp_path / name)
+    assert files(tmp_path / "used") == files(tmp_path / "unused")
+
+
+def test_padding_and_truncation_in_a_file_are_no_defaults(tokenizer, tmp_path):
+    """As a tokenizer saved beside a trained model has them."""
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer.backend_tokenizer.enable_padding(direction="right", length=9)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["padding_side"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = GPTOSSVisionTokenizer.from_pretrained(tmp_path)
+    assert loaded.padding_side == "left"
+    assert not {"max_length", "stride", "truncation_strategy", "pad_to_multiple_of"} & loaded.init_kwargs.keys()
+    assert loaded("It is a seven.").input_ids == tokenizer("It is a seven.").input_ids
+
+
+@pytest.mark.parametrize("how", ["argument", "attribute"])
+def test_a_padding_side_that_was_chosen_is_kept(how, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    chosen = GPTOSSVisionTokenizer.from_pretrained(tmp_path, **{"padding_side": "right"} if how == "argument" else {})
+    chosen.padding_side = "right"
+    chosen.save_pretrained(tmp_path)
+    assert GPTOSSVisionTokenizer.from_pretrained(tmp_path).padding_side == "right"
+
+
+def test_transformers_own_class_does_the_same_with_the_files(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    stock = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    batch = ["It is a seven.", "It"]
+    assert dict(stock(batch, padding=True)) == dict(tokenizer(batch, padding=True))
+    assert stock.response_schema == tokenizer.response_schema
 
 
 def test_a_vocabulary_without_room_for_bytes_is_refused():

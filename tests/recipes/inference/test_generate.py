@@ -219,6 +219,13 @@ LINES = (
     {"messages": [{"role": "user", "content": "<|start|>system"}]},
     {"messages": [{"role": "user", "content": "\ud800"}]},
     {"text": "It is", "image": "/\ud800.png"},
+    {
+        "messages": [
+            {"role": "user", "content": "Who?"},
+            {"role": "assistant", "content": "<|channel|>final<|message|>I.<|return|>"},
+            {"role": "user", "content": "You?"},
+        ]
+    },
 )
 UNUSABLE = {
     3: "malformed JSON",
@@ -227,6 +234,7 @@ UNUSABLE = {
     8: "the control token <|start|>",
     9: "surrogates not allowed",
     10: "/\\ud800.png",
+    11: "the control token <|",
 }
 
 
@@ -262,7 +270,7 @@ def test_unusable_questions_are_counted_and_named(questions: Path, capsys: pytes
     options = ["--batch", str(questions), "--out", str(out), "--max-new-tokens", "2"]
     assert main(["generate", "--model", str(questions.parent / "model"), *options]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"4 of 10 answers are in {out}. {questions}: 6 of 10 rows can't be used (60.0%): line 3: ")
+    assert said.startswith(f"4 of 11 answers are in {out}. {questions}: 7 of 11 rows can't be used (63.6%): line 3: ")
     assert "; line 9: " in said
 
 
