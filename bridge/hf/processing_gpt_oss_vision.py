@@ -5,11 +5,11 @@ import re
 from typing import Any
 
 from transformers import BatchFeature, PreTrainedConfig
-from transformers.image_utils import ImageInput, is_valid_image
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from .image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
+from .image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor, flat
 from .tokenization_gpt_oss_vision import CHAT_TEMPLATE, IMAGE_TOKEN, GPTOSSVisionTokenizer
 
 IMAGE_TAG = "<image>"
@@ -28,7 +28,7 @@ class GPTOSSVisionProcessor(ProcessorMixin):
     image is an error, so that text alone never makes visual tokens.
 
     Images are assigned to the rows of a batch
-    - by nesting, one list per row, or
+    - by nesting, one list per row, or `None` for a row without images, or
     - in a flat list, by the tags of the rows, or one image per row where no row has a tag.
 
     The images of a row without tags are put in front of its text.
@@ -103,14 +103,20 @@ class GPTOSSVisionProcessor(ProcessorMixin):
         """
         Returns `input_ids` and `attention_mask`, `(b, s)`, and where there are images `pixel_values (n, c, h, w)`, in
         the order of their tags. Character offsets, if requested, refer to the text as given; those of a placeholder are
-        those of its tag.
+        those of its tag. They ascend: padding on the left is at the start of the text, padding on the right at its end.
+
+        Raises:
+            ValueError: when images and tags don't match, there is no text, or an image can't be read.
+            TypeError: when a text is no string, or an image nothing that can be one.
         """
+        text = text if text is None or isinstance(text, str) else list(text)
         outputs = super().__call__(images=images, text=text, **kwargs)
-        if "offset_mapping" in outputs and "pixel_values" in outputs:
+        if "offset_mapping" in outputs:
             given = [text] if isinstance(text, str) else text
             rows = zip(given, outputs["input_ids"], outputs["offset_mapping"], strict=True)
             offsets = {"offset_mapping": [self._offsets_as_given(*row) for row in rows]}
-            tensor_type = kwargs.get("return_tensors", kwargs.get("text_kwargs", {}).get("return_tensors"))
+            given_as = [kwargs, *(kwargs.get(name, {}) for name in ("text_kwargs", "common_kwargs"))]
+            tensor_type = next((each["return_tensors"] for each in given_as if "return_tensors" in each), None)
             outputs.update(BatchFeature(offsets, tensor_type=tensor_type))
         return outputs
 
@@ -124,7 +130,10 @@ class GPTOSSVisionProcessor(ProcessorMixin):
     ) -> tuple[Any, Any, Any, Any]:
         """Opens the images, assigns them to the rows of `text`, and inserts missing tags."""
         images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
-        if text is not None:
+        if text is None:
+            images = None if images is None else flat(images)
+        else:
+            _check_text(text)
             rows = self._images_by_row(images, text)
             text = [self._tagged(row, index, len(rows[index])) for index, row in enumerate(text)]
             images = [image for row in rows for image in row] or None
@@ -133,12 +142,11 @@ class GPTOSSVisionProcessor(ProcessorMixin):
     def _images_by_row(self, images: Any, text: list[str]) -> list[list[Any]]:
         if images is None:
             return [[] for _ in text]
-        if is_valid_image(images):
-            images = list(images) if getattr(images, "ndim", 3) == 4 else [images]
-        if images and all(isinstance(row, (list, tuple)) for row in images):
+        images = images if isinstance(images, list) else [images]
+        if any(isinstance(row, list) for row in images):
             if len(images) != len(text):
                 raise ValueError(f"{_count(len(images), 'list')} of images can't go to {_count(len(text), 'text')}.")
-            return [list(row) for row in images]
+            return [flat(row) for row in images]
         tags = [len(self._tag.findall(row)) for row in text]
         if len(text) == 1:
             return [list(images)]
@@ -166,25 +174,38 @@ class GPTOSSVisionProcessor(ProcessorMixin):
     def _offsets_as_given(self, row: str, input_ids: Any, offsets: Any) -> list[tuple[int, int]]:
         """
         Maps offsets `(s, 2)` in a row with expanded tags to offsets in the row as given. transformers uses offsets for
-        `return_assistant_tokens_mask`, with character positions of the unexpanded chat.
+        `return_assistant_tokens_mask`, with character positions of the unexpanded chat, and bisects them; it gives all
+        padding (0, 0).
         """
         spans = [match.span() for match in self._tag.finditer(row)]
         given, placeholders, shift = [], 0, 0
+        padding = (0, 0)
         for token, (start, end) in zip(input_ids, offsets, strict=True):
+            if start == end == 0:
+                given.append(padding)
+                continue
+            padding = (len(row), len(row))
             if token == self.image_token_id:
                 image = placeholders // self.num_image_tokens
                 given.append(spans[image] if spans else (0, 0))
                 placeholders += 1
                 shift = given[-1][1] - int(end)
             else:
-                is_padding = start == end == 0
-                given.append((0, 0) if is_padding else (int(start) + shift, int(end) + shift))
+                given.append((int(start) + shift, int(end) + shift))
         return given
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **_: Any) -> MultiModalData:
         # Called by vLLM. Every image is resized to the tower's size, so its own size doesn't matter.
         num_images = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * num_images, num_image_patches=[1] * num_images)
+
+
+def _check_text(text: list[Any]) -> None:
+    if not text:
+        raise ValueError("There is no text: the list is empty.")
+    for row in text:
+        if not isinstance(row, str):
+            raise TypeError(f"A text must be a string, got {type(row).__name__}.")
 
 
 def _count(number: int, noun: str) -> str:

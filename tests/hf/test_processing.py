@@ -1,5 +1,7 @@
 """The processor: every image gets its placeholders, every `<image>` an image, and chats are rendered as harmony."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -84,10 +86,42 @@ def test_a_flat_list_without_marks_goes_one_to_a_row(processor):
     assert places(processor, inputs) == [[TOKENS], [TOKENS]]
 
 
-@pytest.mark.parametrize("images", [None, [], [[], []]])
+@pytest.mark.parametrize("images", [None, [], [[], []], [None, None], [[None], []]])
 def test_a_batch_may_have_no_images_at_all(processor, images):
     inputs = processor(text=["It is", "a seven."], images=images, padding=True, return_tensors="pt")
     assert "pixel_values" not in inputs
+
+
+@pytest.mark.parametrize("rows", [[[image(1)], None], [image(1), None], [[image(1), None], [None]], ([image(1)], ())])
+def test_none_is_no_image(processor, rows):
+    text = ["<image>This?", "No image."]
+    inputs = processor(text=text, images=rows, padding=True, return_tensors="pt")
+    plain = processor(text=text, images=[[image(1)], []], padding=True, return_tensors="pt")
+    assert inputs.keys() == plain.keys()
+    assert all(torch.equal(inputs[name], plain[name]) for name in plain)
+
+
+def test_an_array_of_several_images_in_a_list_is_several_images(processor):
+    pair = np.zeros((2, 9, 9, 3), np.uint8)
+    for text, images in (("What?", [pair]), (["What?", "Who?"], [pair, image(1)]), ("<image><image>", pair)):
+        inputs = processor(text=text, images=images, padding=True, return_tensors="pt")
+        assert sum(map(sum, places(processor, inputs))) == TOKENS * len(inputs["pixel_values"])
+
+
+def test_images_of_every_nesting_alone_are_pixels(processor):
+    assert shades(processor(images=[[image(1)], None, [image(2), image(3)]], return_tensors="pt")) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("images", [None, [image()]])
+@pytest.mark.parametrize("text", [[], ()])
+def test_an_empty_list_of_texts_is_refused(processor, text, images):
+    with pytest.raises(ValueError, match=r"^There is no text: the list is empty\.$"):
+        processor(text=text, images=images)
+
+
+def test_a_text_of_another_type_is_refused(processor):
+    with pytest.raises(TypeError, match=r"^A text must be a string, got list\.$"):
+        processor(text=[["It", "is"]])
 
 
 @pytest.mark.parametrize("batch", [np.zeros((2, 9, 9, 3), np.uint8), torch.zeros(2, 3, 9, 9, dtype=torch.uint8)])
@@ -136,6 +170,14 @@ def test_offsets_are_those_of_the_given_text(processor):
                 assert row[start:end] == ("<image>" if "<image>" in row else "")
             else:
                 assert row[start:end] == processor.tokenizer.decode(token)
+
+
+@pytest.mark.parametrize("tensors", [{"return_tensors": "pt"}, {"common_kwargs": {"return_tensors": "pt"}}])
+def test_offsets_are_tensors_where_tensors_are_asked_for(processor, tensors):
+    padding = {"padding": True, "padding_side": "right"}
+    inputs = processor(text=["It is a seven.", "It"], return_offsets_mapping=True, **padding, **tensors)
+    assert inputs["offset_mapping"].shape == (*inputs["input_ids"].shape, 2)
+    assert inputs["offset_mapping"][1].tolist() == [[0, 2]] + [[2, 2]] * (inputs["input_ids"].shape[1] - 1)
 
 
 # Chats
@@ -202,6 +244,27 @@ def test_the_assistant_s_tokens_are_marked_behind_an_image(processor):
     assert processor.decode(said) == "<|channel|>final<|message|>It is a seven.<|return|>"
 
 
+@pytest.mark.parametrize("tensors", [None, "pt"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("multiple", [None, 64, 128])
+@pytest.mark.parametrize("images", [(0, 0), (1, 1), (1, 0), (2, 0), (0, 2)])
+def test_the_assistant_s_mask_of_a_padded_row_is_that_of_the_row_alone(processor, images, multiple, side, tensors):
+    questions = ["Which digit is this?", "In there, which digit is this? And why is it there?"]
+    chats = []
+    for number, question in zip(images, questions, strict=True):
+        content = [{"type": "image", "image": image()}] * number + [{"type": "text", "text": question}]
+        chats.append([{"role": "user", "content": content}, ANSWER, QUESTION | {"content": "Sure?"}, ANSWER])
+    arguments = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    padding = {"padding": True, "padding_side": side, "pad_to_multiple_of": multiple}
+    batch = processor.apply_chat_template(chats, return_tensors=tensors, processor_kwargs=padding, **arguments)
+    for row, chat in enumerate(chats):
+        alone = processor.apply_chat_template([chat], **arguments)["assistant_masks"][0]
+        padded = [0] * (len(batch["input_ids"][row]) - len(alone))
+        expected = padded + alone if side == "left" else alone + padded
+        assert sum(alone) > 10
+        assert list(batch["assistant_masks"][row]) == expected
+
+
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
@@ -240,6 +303,27 @@ def test_a_saved_processor_loads_as_it_was_without_registration(processor, tmp_p
     ours, theirs = (each(text="What?", images=image(9), return_tensors="pt") for each in (processor, loaded))
     assert torch.equal(ours["input_ids"], theirs["input_ids"])
     assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+
+
+def test_a_processor_is_saved_as_if_it_had_never_been_called(processor, tmp_path):
+    processor.save_pretrained(tmp_path / "unused")
+    processor(text=["It", "It is a seven."], padding=True, padding_side="right", truncation=True, max_length=3)
+    processor.save_pretrained(tmp_path / "used")
+    for path in (tmp_path / "unused").iterdir():
+        assert (tmp_path / "used" / path.name).read_bytes() == path.read_bytes()
+    loaded = GPTOSSVisionProcessor.from_pretrained(tmp_path / "used")
+    inputs = loaded(text=["It", "It is a seven."], padding=True)
+    assert inputs["attention_mask"][0][0] == 0
+    assert loaded.decode(inputs["input_ids"][1]) == "It is a seven."
+
+
+def test_every_setting_of_the_class_is_in_the_saved_file(processor, tmp_path):
+    """Or a checkpoint would change its meaning with the code that reads it."""
+    processor.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "processor_config.json").read_text())
+    settings = {"do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean"}
+    assert settings | {"image_std", "num_channels"} <= written["image_processor"].keys()
+    assert {"num_image_tokens", "image_token"} <= written.keys()
 
 
 def test_decoding_is_the_tokenizer_s(processor):
