@@ -99,10 +99,11 @@ def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype
     def padded(rows: list[torch.Tensor], value: float) -> torch.Tensor:
         return torch.stack([torch.nn.functional.pad(row, (0, seq_length - len(row)), value=value) for row in rows])
 
+    labels = padded([sample["labels"] for sample in samples], IGNORE_INDEX)
     return Batch(
         tokens=padded([sample["input_ids"] for sample in samples], pad_token_id),
-        labels=padded([sample["labels"] for sample in samples], IGNORE_INDEX),
-        loss_mask=padded([sample["loss_mask"] for sample in samples], 0.0),
+        labels=labels,
+        loss_mask=(labels != IGNORE_INDEX).float(),
         position_ids=torch.arange(seq_length).repeat(len(samples), 1),
         attention_mask=None,
         pixel_values=torch.cat(images).to(dtype) if images else None,

@@ -96,6 +96,27 @@ def test_smoothed_labels_are_shifted_as_the_model_shifts_them(processor, dataset
     assert losses(model, dataset, tmp_path, **options) == [pytest.approx(smoothed.item(), rel=1e-4)]
 
 
+@pytest.mark.parametrize("per_modality", [False, True])
+def test_the_reported_loss_does_not_depend_on_gradient_accumulation(per_modality, processor, dataset, tmp_path):
+    options = {"max_steps": 1, "learning_rate": 0.0}
+    fields = {"vocab_size": len(processor.tokenizer), "image_token_id": processor.image_token_id}
+    fields |= {"output_router_logits": True, "router_aux_loss_coef": 0.5, "router_aux_loss_per_modality": per_modality}
+    model = tiny_model(tiny_config(**fields))
+    (at_once,) = losses(model, dataset, tmp_path, **options, per_device_train_batch_size=12)
+    split = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    (accumulated,) = losses(model, dataset, tmp_path, **options, **split)
+    (plain,) = losses(model_for(processor), dataset, tmp_path, **options, per_device_train_batch_size=12)
+    assert at_once > plain + 0.4
+    assert accumulated == pytest.approx(at_once, rel=0.02)  # each batch has a balance of its own
+
+
+def test_unused_columns_may_be_removed(processor, dataset, tmp_path):
+    """The default of `TrainingArguments`: what the model has no argument for is dropped from the samples."""
+    options = {"max_steps": 2}
+    kept = losses(model_for(processor), dataset, tmp_path, **options)
+    assert losses(model_for(processor), dataset, tmp_path, **options, remove_unused_columns=True) == kept
+
+
 def test_the_best_model_is_loaded_whole_at_the_end(processor, dataset, tmp_path):
     model = model_for(processor)
     steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
