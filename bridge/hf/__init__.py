@@ -12,6 +12,7 @@ def register_auto_classes() -> None:
         AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
         AutoProcessor,
         AutoTokenizer,
     )
@@ -25,16 +26,17 @@ def register_auto_classes() -> None:
 
     AutoConfig.register(GPTOSSVisionConfig.model_type, GPTOSSVisionConfig, exist_ok=True)
     AutoModel.register(GPTOSSVisionConfig, GPTOSSVisionModel, exist_ok=True)
-    AutoModelForCausalLM.register(GPTOSSVisionConfig, GPTOSSVisionForCausalLM, exist_ok=True)
-    AutoModelForImageTextToText.register(GPTOSSVisionConfig, GPTOSSVisionForCausalLM, exist_ok=True)
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        auto_class.register(GPTOSSVisionConfig, GPTOSSVisionForCausalLM, exist_ok=True)
     image_processors = {"torchvision": GPTOSSVisionImageProcessor, "pil": GPTOSSVisionImageProcessor}
     AutoImageProcessor.register(GPTOSSVisionConfig, image_processor_classes=image_processors, exist_ok=True)
     AutoProcessor.register(GPTOSSVisionConfig, GPTOSSVisionProcessor, exist_ok=True)
     AutoTokenizer.register(GPTOSSVisionConfig, GPTOSSVisionTokenizer, exist_ok=True)
-    # The Trainer looks the class up by name in these tables to decide whether labels are shifted.
+    # The Trainer, pipelines and `transformers serve` look the class up by name in these tables.
     modeling_auto.MODEL_MAPPING_NAMES[GPTOSSVisionConfig.model_type] = GPTOSSVisionModel.__name__
     for names in (
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     ):
         names[GPTOSSVisionConfig.model_type] = GPTOSSVisionForCausalLM.__name__

@@ -1,7 +1,10 @@
 # Copyright 2026 the authors of gpt-oss-vision. SPDX-License-Identifier: Apache-2.0
 """The configuration of GPT-OSS-Vision: gpt-oss's own, plus a vision tower, NoPE layers and a placeholder token."""
 
+import os
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
@@ -110,6 +113,16 @@ FLAT_VISION_ARGUMENTS = {
     "vision_num_layers": ("num_hidden_layers", 24),
     "vision_num_heads": ("num_attention_heads", 16),
     "vision_image_size": ("image_size", 224),
+}
+
+# The `auto_map` of every checkpoint: the file beside this one, and the class in it, that an Auto class loads where this
+# package is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_gpt_oss_vision.GPTOSSVisionConfig",
+    "AutoModel": "modeling_gpt_oss_vision.GPTOSSVisionModel",
+    "AutoModelForCausalLM": "modeling_gpt_oss_vision.GPTOSSVisionForCausalLM",
+    "AutoModelForImageTextToText": "modeling_gpt_oss_vision.GPTOSSVisionForCausalLM",
+    "AutoModelForMultimodalLM": "modeling_gpt_oss_vision.GPTOSSVisionForCausalLM",
 }
 
 # A stock gpt-oss checkpoint loads as a GPT-OSS-Vision checkpoint without the added weights.
@@ -246,6 +259,22 @@ class GPTOSSVisionConfig(GptOssConfig):
             )
         return super().from_dict(config_dict, **kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """
+        As in transformers, and writes the code that `auto_map` names. Models, converters and Megatron-Bridge all save
+        the config of a checkpoint by this method.
+        """
+        folder, self.auto_map = Path(save_directory), {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for auto_class, reference in AUTO_MAP.items():
+            name = reference.partition(".")[0] + ".py"
+            source = Path(__file__).with_name(name)
+            if source.is_file():  # transformers puts remote code of config and model apart; a model writes its file
+                shutil.copyfile(source, folder / name)
+            if (folder / name).is_file():
+                self.auto_map[auto_class] = reference
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def validate_text_shape(self) -> None:
         """Part of `@strict`-powered validation. Checks the decoder's numbers against each other."""
         if self.nope_stride < 1:
@@ -281,7 +310,7 @@ class GPTOSSVisionConfig(GptOssConfig):
             )
 
 
-# Saved checkpoints contain these files and an `auto_map`, so that they load where this package is not installed.
+# transformers writes this file and its entry of `auto_map` itself.
 GPTOSSVisionConfig.register_for_auto_class()
 
 __all__ = ["GPTOSSVisionConfig"]

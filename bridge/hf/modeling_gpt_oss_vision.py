@@ -47,11 +47,6 @@ logger = logging.get_logger(__name__)
 
 # Name parts of the weights that gpt-oss does not have. A checkpoint has all weights of a kind, or none.
 ADDED_WEIGHTS = ("vision_adapter", "vision_bias")
-AUTO_CLASSES = {
-    "AutoModel": "GPTOSSVisionModel",
-    "AutoModelForCausalLM": "GPTOSSVisionForCausalLM",
-    "AutoModelForImageTextToText": "GPTOSSVisionForCausalLM",
-}
 
 
 class GPTOSSVisionAdapter(nn.Module):
@@ -291,8 +286,6 @@ class GPTOSSVisionPreTrainedModel(GptOssPreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but a ViT is saved under its current names, not those of transformers 4."""
         kwargs.setdefault("save_original_format", False)
-        # transformers writes the saved class only; the other Auto classes need theirs too.
-        self.config.auto_map = {auto: f"{__name__.rsplit('.', 1)[-1]}.{name}" for auto, name in AUTO_CLASSES.items()}
         super().save_pretrained(save_directory, *args, **kwargs)
 
 

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import Mxfp4Config
 
 from ...atomic import atomic_folder
+from ...bridge import hf
 from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...errors import UserError
@@ -38,13 +39,11 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-FILES = (
-    "config.json",
-    *TEXT_FILES,
-    "processor_config.json",
-    *(f"{part}_gpt_oss_vision.py" for part in ("tokenization", "processing", "image_processing")),
-)
-"""Files of a checkpoint apart from weights, and from the code that the model's own class writes."""
+FILES = ("config.json", *TEXT_FILES, "processor_config.json")
+"""Files of a checkpoint apart from weights and code."""
+
+CODE = tuple(f"{part}_gpt_oss_vision.py" for part in ("tokenization", "processing", "image_processing"))
+"""Files of code, apart from those that the model's own class writes."""
 
 CONFIG_FILES = ("config.json", GENERATION)
 PROCESSOR_FILES = tuple(name for name in FILES if name not in CONFIG_FILES)
@@ -196,6 +195,8 @@ def write_files(model: PreTrainedModel, source: Path, out: Path, *, packed: bool
     """
     is_ours = isinstance(model, GPTOSSVisionForCausalLM)
     copy_files(source, out, FILES if is_ours else TEXT_FILES)
+    if is_ours:  # all code is of one version, and there also where the source has none
+        copy_files(Path(hf.__file__).parent, out, CODE)
     if packed:
         not_packed = [*NOT_PACKED, "model.vision_adapter"] if is_ours else [*NOT_PACKED]
         model.config.quantization_config = Mxfp4Config(modules_to_not_convert=not_packed).to_dict()

@@ -29,6 +29,7 @@ from checkpoints import (
     save_pair,
     save_tiny,
 )
+from gpt_oss_vision.bridge import hf
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
@@ -393,6 +394,21 @@ def test_a_damaged_file_is_named_before_anything_is_written(name: str, text_only
     with pytest.raises(ValueError, match=rf"{name} is not JSON"):
         export_checkpoint(copy, tmp_path / "out", text_only=text_only)
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("code", [None, "old"])
+def test_all_code_is_that_of_this_package(code: str | None, megatron: Path, tmp_path: Path):
+    """Whatever the checkpoint has that the model came from: code of one version that names code of another can fail."""
+    copy = shutil.copytree(megatron, tmp_path / "copy")
+    kept = copy / "iter_0000000" / "tokenizer"
+    for path in [*kept.glob("*.py")]:
+        path.unlink()
+    if code:
+        (kept / "tokenization_gpt_oss_vision.py").write_text(code)
+    export_checkpoint(copy, tmp_path / "out")
+    package = Path(hf.__file__).parent
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.py")}
+    assert written == {path.name: path.read_bytes() for path in package.glob("*_gpt_oss_vision.py")}
 
 
 def test_a_base_without_adapters_is_refused(megatron: Path, tmp_path: Path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -14,16 +15,19 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
     GptOssConfig,
     GptOssForCausalLM,
 )
+from transformers.models.auto import modeling_auto
 
 from checkpoints import change, pack
 from fresh import Finished, run_fresh
+from gpt_oss_vision.bridge import hf
 from gpt_oss_vision.bridge.hf import register_auto_classes
-from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import AUTO_MAP, GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionModel
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
@@ -305,6 +309,7 @@ def test_auto_classes_find_everything_and_registering_twice_is_harmless(checkpoi
         AutoModel: GPTOSSVisionModel,
         AutoModelForCausalLM: GPTOSSVisionForCausalLM,
         AutoModelForImageTextToText: GPTOSSVisionForCausalLM,
+        AutoModelForMultimodalLM: GPTOSSVisionForCausalLM,
         AutoImageProcessor: GPTOSSVisionImageProcessor,
         AutoProcessor: GPTOSSVisionProcessor,
         AutoTokenizer: GPTOSSVisionTokenizer,
@@ -313,18 +318,68 @@ def test_auto_classes_find_everything_and_registering_twice_is_harmless(checkpoi
         assert type(auto.from_pretrained(checkpoint)) is ours
 
 
+def names_of(table: str) -> dict[str, str]:
+    return getattr(modeling_auto, table)
+
+
+# Image-text models of transformers that are in every table for such a model, and tables in which ours is not.
+LIKE_OURS = ("gpt_oss", "llava", "gemma3", "mllama")
+NOT_OURS = {
+    "MODEL_FOR_PRETRAINING_MAPPING_NAMES",  # the same classes again
+    "MODEL_FOR_IMAGE_MAPPING_NAMES",  # towers
+    "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",  # parts of diffusion models
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",  # there are no such models of ours
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+def test_the_model_is_in_every_table_that_has_models_like_it():
+    register_auto_classes()
+    tables = [name for name in dir(modeling_auto) if re.fullmatch(r"MODEL\w*_MAPPING_NAMES", name)]
+    expected = {table for table in tables if any(model in names_of(table) for model in LIKE_OURS)}
+    found = {table for table in tables if "gpt_oss_vision" in names_of(table)}
+    assert expected - NOT_OURS == found
+
+
+def test_the_auto_map_names_the_registered_classes():
+    register_auto_classes()
+    for name, reference in AUTO_MAP.items():
+        auto_class = getattr(transformers, name)
+        ours = GPTOSSVisionConfig if name == "AutoConfig" else auto_class._model_mapping[GPTOSSVisionConfig]
+        assert reference == f"{ours.__module__.rpartition('.')[2]}.{ours.__name__}"
+
+
+@pytest.mark.parametrize("whose", ["config", "model", "base model", "loaded config"])
+def test_a_saved_config_is_never_without_the_code_that_it_names(tmp_path, whose):
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path / "once")
+    savers = {"config": tiny_config(), "model": model, "base model": model.model}
+    saver = savers.get(whose) or GPTOSSVisionConfig.from_pretrained(tmp_path / "once")
+    if whose == "loaded config":
+        del saver.auto_map  # as Megatron-Bridge does
+    saver.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["auto_map"] == AUTO_MAP
+    package = Path(hf.__file__).parent
+    for module in {reference.partition(".")[0] for reference in AUTO_MAP.values()}:
+        assert (tmp_path / "again" / f"{module}.py").read_bytes() == (package / f"{module}.py").read_bytes()
+
+
 WITHOUT_US = """
-import sys, warnings
+import json, os, sys, warnings
 warnings.simplefilter("ignore")
 sys.modules["gpt_oss_vision"] = None  # importing it fails
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForMultimodalLM
 folder, logits = sys.argv[1:]
+AutoConfig.from_pretrained(folder, trust_remote_code=True).save_pretrained(folder + "/config")
+named = json.load(open(folder + "/config/config.json"))["auto_map"]
+assert all(os.path.exists(f"{folder}/config/{reference.partition('.')[0]}.py") for reference in named.values())
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor(text="Which digit?", images=Image.new("L", (30, 20), 90), return_tensors="pt")
 AutoModel.from_pretrained(folder, trust_remote_code=True)
-for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     model = auto.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, torch.load(logits, weights_only=True))
@@ -355,3 +410,4 @@ def fresh(stock, checkpoint, tmp_path_factory) -> dict[str, Finished]:
 def test_a_checkpoint_works_in_a_process_without_this_package(checkpoint, fresh):
     assert fresh["without us"].returncode == 0, fresh["without us"].stderr
     assert (checkpoint / "again/modeling_gpt_oss_vision.py").exists()
+    assert json.loads((checkpoint / "again/config.json").read_text())["auto_map"] == AUTO_MAP

@@ -1,5 +1,6 @@
 """Conversion through Megatron-Bridge: exact and complete, with an error that names each tensor that does not fit."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCaus
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
 from layouts import Layout, build, fork_checkpoint_queue
-from tiny import tiny_config, tiny_model
+from tiny import tiny_checkpoint, tiny_config, tiny_model
 
 LAYOUTS = {"one rank": {}, "TP2": {"tp": 2}, "PP2": {"pp": 2}, "EP2": {"ep": 2}}
 
@@ -43,7 +44,7 @@ def there_and_back(source: Path, megatron_path: Path, target: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_there_and_back_keeps_every_bit(dtype: torch.dtype, tmp_path: Path):
     """Other towers, shapes and layouts are compared with Megatron-Bridge, in both directions, in tests/conversion."""
-    source = saved(tmp_path / "hf")
+    source = tiny_checkpoint(tmp_path / "hf")
     GPTOSSVisionForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(source)
     cpu.run_ranks(1, there_and_back, source, tmp_path / "megatron", tmp_path / "back")
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
@@ -51,6 +52,18 @@ def test_there_and_back_keeps_every_bit(dtype: torch.dtype, tmp_path: Path):
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype, name
         assert torch.equal(tensor, after[name]), name
+    check_other_files(source, tmp_path / "back")
+
+
+def check_other_files(before: Path, after: Path) -> None:
+    """All files apart from weights are there, with the same content; JSON may have what loading adds to settings."""
+    added = {"is_local", "local_files_only", "trust_remote_code"}
+    for path in before.iterdir():
+        if path.suffix == ".json":
+            ours, theirs = (json.loads((folder / path.name).read_text()) for folder in (before, after))
+            assert {name: value for name, value in theirs.items() if name not in added} == ours, path.name
+        elif path.suffix != ".safetensors":
+            assert (after / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def exported(path: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
