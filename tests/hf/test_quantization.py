@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations import mxfp4
@@ -94,6 +95,24 @@ def test_a_saved_int8_model_loads_as_it_is_and_can_be_printed(int8, tmp_path):
     assert torch.equal(logits_of(loaded), logits_of(int8))
     assert bytes_of(loaded) == bytes_of(int8)
     assert "GptOssExperts" in repr(loaded)
+
+
+def test_a_lora_on_the_attention_of_int8_learns(checkpoint):
+    model = GPTOSSVisionForCausalLM.from_pretrained(checkpoint, quantization_config=int8_config())
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=r".*\.self_attn\.[qkvo]_proj")).train()
+    batch = tiny_batch(model.config)
+    tuned(**batch, labels=batch["input_ids"]).loss.backward()
+    gradients = [weight.grad for name, weight in tuned.named_parameters() if "lora_B" in name]
+    assert len(gradients) == 16
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_a_lora_on_experts_of_int8_is_not_possible(checkpoint):
+    """As the page says. PEFT 0.21.2 adds it to the whole parameter, which torchao 0.17.0 can't."""
+    model = GPTOSSVisionForCausalLM.from_pretrained(checkpoint, quantization_config=int8_config())
+    adapter = LoraConfig(r=4, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(NotImplementedError, match="baddbmm"):
+        get_peft_model(model, adapter)(**tiny_batch(model.config))
 
 
 def test_what_is_not_quantised_is_named_with_its_share(int8):
