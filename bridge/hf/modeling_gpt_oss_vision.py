@@ -35,6 +35,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRMSNorm,
     GptOssRotaryEmbedding,
     GptOssTopKRouter,
+    load_balancing_loss_func,
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -339,7 +340,8 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
 
         Returns:
             [`BaseModelOutputWithPooling`]: `pooler_output` is the decoder's input, `(n, p, h)`; `last_hidden_state` is
-            the tower's, `(n, patches [+ 1], vision_embed_dim)`.
+            the tower's, `(n, patches [+ 1], vision_embed_dim)`. With `pooler_output` in `inputs_embeds`, `is_visual`
+            must name its positions: the routers treat them apart.
 
         Raises:
             ValueError: when the model was built without vision, or images don't have the tower's shape.
@@ -402,6 +404,7 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
+        is_visual: torch.BoolTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
@@ -409,13 +412,19 @@ class GPTOSSVisionModel(GPTOSSVisionPreTrainedModel, GptOssModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(n, channels, height, width)`, *optional*):
                 The batch's images, in the order of their placeholders. In cached generation, at the first step only.
+            is_visual (`torch.BoolTensor` of shape `(b, s)`, *optional*):
+                With `inputs_embeds` that hold image features already: their positions.
 
         Raises:
             ValueError: when the numbers of images and placeholders don't match; the message has both.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        is_visual = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if is_visual is None:
+            is_visual = self.get_placeholder_mask(input_ids, inputs_embeds)
+        elif inputs_embeds is None or is_visual.shape != inputs_embeds.shape[:2]:
+            given = "input_ids" if inputs_embeds is None else f"inputs_embeds {tuple(inputs_embeds.shape)}"
+            raise ValueError(f"is_visual {tuple(is_visual.shape)} must be (b, s) of inputs_embeds, got {given}.")
         if self.vision_adapter is not None and (input_ids is not None or pixel_values is not None):
             self._check_placeholders(is_visual, 0 if pixel_values is None else len(pixel_values))
         if inputs_embeds is None:
@@ -460,6 +469,23 @@ def load_balancing_loss_per_modality(
     return loss
 
 
+def _share_of_step(
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> torch.Tensor | float:
+    """
+    The batch's part of the labels of an optimizer step, for whose mean the losses of its batches are added up: with
+    gradient accumulation, or several ranks. 1 where the loss is the mean of its own batch.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    labels = labels[:, 1:] if shift_labels is None else shift_labels
+    return (labels != ignore_index).sum() / torch.as_tensor(num_items_in_batch, device=labels.device)
+
+
 class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, GenerationMixin):
     """The model with its language-model head: text and images in, text out."""
 
@@ -488,6 +514,7 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
+        is_visual: torch.BoolTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
@@ -495,39 +522,73 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """
-        As [`GptOssForCausalLM.forward`], and:
+        As [`GptOssForCausalLM.forward`], but the load-balancing loss is of these tokens alone where there is a cache,
+        and is weighted by this batch's share of `num_items_in_batch`, as the loss itself is.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(n, channels, height, width)`, *optional*):
                 The batch's images, in the order of their placeholders. In cached generation, at the first step only.
+            is_visual (`torch.BoolTensor` of shape `(b, s)`, *optional*):
+                With `inputs_embeds` that hold image features already: their positions.
 
         Raises:
             ValueError: when the numbers of images and placeholders don't match; the message has both.
         """
-        outputs = super().forward(
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
-            labels=labels,
+            is_visual=is_visual,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
             **kwargs,
         )
-        if outputs.aux_loss is not None and self.config.router_aux_loss_per_modality:
-            is_visual = self.model.get_placeholder_mask(input_ids, inputs_embeds)
-            is_token = torch.ones_like(is_visual) if attention_mask is None else attention_mask.bool()
-            aux_loss = load_balancing_loss_per_modality(
-                outputs.router_logits, self.num_experts_per_tok, is_visual.flatten(), is_token.flatten()
-            )
-            if outputs.loss is not None:  # gpt-oss's forward has added its own to it
-                outputs.loss = outputs.loss + self.router_aux_loss_coef * (aux_loss - outputs.aux_loss)
-            outputs.aux_loss = aux_loss
-        return outputs
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        if output_router_logits:
+            if is_visual is None:
+                is_visual = self.model.get_placeholder_mask(input_ids, inputs_embeds)
+            aux_loss = self._load_balancing_loss(outputs.router_logits, is_visual, attention_mask)
+            if loss is not None:
+                if aux_loss is None:
+                    raise ValueError("The load-balancing loss needs an attention_mask (b, s), to leave out padding.")
+                share = _share_of_step(labels.to(loss.device), **kwargs)
+                loss = loss + self.router_aux_loss_coef * share * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+    def _load_balancing_loss(
+        self, router_logits: tuple[torch.Tensor, ...], is_visual: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """
+        The loss of the tokens `(b, s)` that are not padding; a mask `(b, past + s)` has columns for cached tokens too.
+        None for masks of other shapes, such as generation's: padding can't be read from them.
+        """
+        if attention_mask is not None:
+            if isinstance(attention_mask, dict) or attention_mask.ndim != 2:
+                return None
+            attention_mask = attention_mask[:, -is_visual.shape[1] :]
+        if not self.config.router_aux_loss_per_modality:
+            return load_balancing_loss_func(router_logits, self.num_experts, self.num_experts_per_tok, attention_mask)
+        is_token = torch.ones_like(is_visual) if attention_mask is None else attention_mask.bool()
+        return load_balancing_loss_per_modality(
+            router_logits, self.num_experts_per_tok, is_visual.flatten(), is_token.flatten()
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -535,10 +596,14 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
+        is_visual: torch.BoolTensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Passes images in the first step only, the cache has them afterwards; without a cache in every step."""
+        """
+        Passes images in the first step only, the cache has them afterwards; without a cache in every step. Router
+        logits are not recorded: `output_router_logits` of a config is for training.
+        """
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
@@ -546,6 +611,9 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        inputs["output_router_logits"] = False
+        if is_visual is not None and inputs.get("inputs_embeds") is not None:
+            inputs["is_visual"] = is_visual[:, -inputs["inputs_embeds"].shape[1] :]
         # In assisted decoding, transformers marks no step of the assistant as the first.
         in_cache = past_key_values is not None and past_key_values.get_seq_length() > 0
         if is_first_iteration or not in_cache or not kwargs.get("use_cache", True):
@@ -591,7 +659,8 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         """Suppresses the placeholder token, which must not be generated without an image."""
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if generation_config.prefill_chunk_size is not None and model_kwargs.get("pixel_values") is not None:
+        has_images = any(model_kwargs.get(name) is not None for name in ("pixel_values", "is_visual"))
+        if generation_config.prefill_chunk_size is not None and has_images:
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} splits the prompt, and may split the "
                 "placeholders of an image; leave it out for prompts with images."

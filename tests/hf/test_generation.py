@@ -154,6 +154,49 @@ def test_embeddings_of_a_prompt_generate_as_the_prompt(model, config):
     assert torch.equal(from_embeds.sequences, from_ids.sequences[:, 40:])
 
 
+@pytest.mark.parametrize(
+    "arguments", [{}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}]
+)
+def test_image_features_in_embeddings_generate_as_pixels(model, config, arguments):
+    batch = tiny_batch(config)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, :5] = 0
+    is_visual = batch["input_ids"] == config.image_token_id
+    from_pixels = model.generate(**batch, do_sample=False, max_new_tokens=6, **arguments)
+    features = model.get_image_features(batch.pop("pixel_values")).pooler_output
+    inputs_embeds = model.get_input_embeddings()(batch.pop("input_ids")).masked_scatter(is_visual[..., None], features)
+    given = {"inputs_embeds": inputs_embeds, "is_visual": is_visual}
+    from_features = model.generate(**given, **batch, do_sample=False, max_new_tokens=6, **arguments)
+    assert torch.equal(from_features, from_pixels[:, 40:])
+
+
+@pytest.mark.parametrize("per_modality", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}],
+)
+def test_a_model_trained_with_the_load_balancing_loss_generates_as_without_it(
+    model, config, tmp_path, arguments, per_modality
+):
+    trained = tiny_model(tiny_config(output_router_logits=True, router_aux_loss_per_modality=per_modality))
+    trained.save_pretrained(tmp_path)
+    loaded = GPTOSSVisionForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.output_router_logits
+    batch = tiny_batch(config)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, :5] = 0
+    given = batch | {"do_sample": False, "max_new_tokens": 6} | arguments
+    assert torch.equal(loaded.generate(**given), model.generate(**given))
+    assert torch.equal(loaded.generate(**given, output_router_logits=True), model.generate(**given))
+
+
+def test_prompts_with_image_features_are_not_read_in_chunks(model, config):
+    batch = tiny_batch(config)
+    embedded = {"inputs_embeds": torch.ones(3, 40, config.hidden_size), "is_visual": batch["input_ids"] == 250}
+    with pytest.raises(ValueError, match="prefill_chunk_size=16 splits the prompt"):
+        model.generate(**embedded, prefill_chunk_size=16, max_new_tokens=2)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from a module that torch's compiler imports
 def test_compiled_steps_without_a_graph_break_give_the_same_output():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from transformers import GptOssConfig, GptOssForCausalLM
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding, load_balancing_loss_func
 
 import oracle
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
@@ -129,6 +129,34 @@ def test_embeddings_in_place_of_ids_give_the_same_logits():
         assert torch.equal(from_embeds, model(**batch).logits)
 
 
+def with_features(model: GPTOSSVisionForCausalLM, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with image features in `inputs_embeds`, in place of ids and pixels."""
+    is_visual = batch["input_ids"] == model.config.image_token_id
+    features = model.get_image_features(batch["pixel_values"]).pooler_output
+    inputs_embeds = model.get_input_embeddings()(batch["input_ids"])
+    return {"inputs_embeds": inputs_embeds.masked_scatter(is_visual[..., None], features), "is_visual": is_visual}
+
+
+def test_features_in_embeddings_give_the_same_logits_where_is_visual_names_them():
+    config = tiny_config(router_aux_loss_coef=0.5, router_aux_loss_per_modality=True)
+    model, batch = tiny_model(config), tiny_batch(config)
+    with torch.no_grad():
+        embedded, labels = with_features(model, batch), {"labels": batch["input_ids"], "output_router_logits": True}
+        expected, found = model(**batch, **labels), model(**embedded, **labels)
+        unnamed = model(inputs_embeds=embedded["inputs_embeds"], **labels)
+    for name in ("logits", "loss", "aux_loss"):
+        assert torch.equal(found[name], expected[name]), name
+        assert not torch.equal(unnamed[name], expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"input_ids": torch.ones(1, 4, dtype=torch.long)}, {"inputs_embeds": torch.ones(1, 5, 32)}]
+)
+def test_is_visual_must_fit_embeddings(inputs):
+    with pytest.raises(ValueError, match=r"^is_visual \(1, 4\) must be \(b, s\) of inputs_embeds, got "):
+        tiny_model()(**inputs, is_visual=torch.zeros(1, 4, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("attention", ["eager", "sink_sdpa"])
 def test_samples_packed_into_one_row_are_samples_apart(attention):
     register_attention()
@@ -145,6 +173,21 @@ def test_samples_packed_into_one_row_are_samples_apart(attention):
         together = model(**packed, use_cache=False).logits.split(20, dim=1)
         for ours, sample in zip(together, samples, strict=True):
             torch.testing.assert_close(ours, model(**sample).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_has_the_logits_of_the_row_alone(side):
+    config = tiny_config()
+    model, row = tiny_model(config), tiny_batch(config, images_per_row=(1,), length=30)
+    padding = torch.zeros(1, 10, dtype=torch.long)
+    parts = {"input_ids": (padding + config.pad_token_id, row["input_ids"])}
+    parts["attention_mask"] = (padding, torch.ones_like(row["input_ids"]))
+    order = slice(None) if side == "left" else slice(None, None, -1)
+    padded = {name: torch.cat(both[order], dim=1) for name, both in parts.items()}
+    with torch.no_grad():
+        found = model(**padded, pixel_values=row["pixel_values"]).logits
+        expected = model(**row).logits
+    torch.testing.assert_close(found[:, 10:] if side == "left" else found[:, :30], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_image_features_have_a_token_for_each_placeholder():
@@ -232,6 +275,62 @@ def test_each_modality_s_imbalance_reaches_its_routers():
     (of_text,) = torch.autograd.grad(model(**batch, labels=batch["input_ids"]).loss, bias)
     assert of_balance.abs().max() > 0
     torch.testing.assert_close(of_both, of_text + 0.5 * of_balance)
+
+
+@pytest.mark.parametrize("per_modality", [False, True])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_loss_of_a_step_does_not_depend_on_its_split(per_modality, as_tensor):
+    """With `num_items_in_batch`, as `Trainer` gives it. The rows are equal, so that all batches have one balance."""
+    config = tiny_config(router_aux_loss_coef=0.5, router_aux_loss_per_modality=per_modality, output_router_logits=True)
+    model, row = tiny_model(config), tiny_batch(config, images_per_row=(1,))
+    whole = {name: torch.cat([value] * 4) for name, value in row.items()}
+    items = torch.tensor(4 * 39) if as_tensor else 4 * 39
+    with torch.no_grad():
+        at_once = model(**whole, labels=whole["input_ids"], num_items_in_batch=items)
+        part = model(**row, labels=row["input_ids"], num_items_in_batch=items)
+        torch.testing.assert_close(4 * part.loss, at_once.loss)
+        torch.testing.assert_close(part.aux_loss, at_once.aux_loss)
+        torch.testing.assert_close(model(**whole, labels=whole["input_ids"]).loss, at_once.loss)
+
+
+@pytest.mark.parametrize("given", ["labels", "shift_labels"])
+def test_the_load_balancing_loss_of_a_batch_is_weighted_by_its_share_of_the_labels(given):
+    config = tiny_config(router_aux_loss_coef=0.5)
+    model, batch = tiny_model(config), tiny_batch(config)
+    labels = batch["input_ids"].clone()
+    labels[:, :31] = -100
+    shifted = {"shift_labels": labels[:, 1:].contiguous()} if given == "shift_labels" else {}
+    if shifted:
+        shifted["shift_labels"] = torch.nn.functional.pad(shifted["shift_labels"], (0, 1), value=-100)
+    with torch.no_grad():
+        plain = model(**batch, labels=labels, num_items_in_batch=100, **shifted)
+        balanced = model(**batch, labels=labels, num_items_in_batch=100, output_router_logits=True, **shifted)
+    torch.testing.assert_close(balanced.loss, plain.loss + 0.5 * balanced.aux_loss * 3 * 9 / 100)
+
+
+@pytest.mark.parametrize("per_modality", [False, True])
+def test_the_load_balancing_loss_of_a_cached_step_is_of_its_own_tokens(per_modality):
+    config = tiny_config(router_aux_loss_coef=0.5, router_aux_loss_per_modality=per_modality)
+    model, batch = tiny_model(config), tiny_batch(config, images_per_row=(0, 0))
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, :35] = 0
+    with torch.no_grad():
+        first = model(batch["input_ids"][:, :30], attention_mask=mask[:, :30])
+        cached = {"attention_mask": mask, "past_key_values": first.past_key_values, "output_router_logits": True}
+        second = model(batch["input_ids"][:, 30:], labels=batch["input_ids"][:, 30:], **cached)
+    sizes = config.num_local_experts, config.num_experts_per_tok
+    expected = load_balancing_loss_func(second.router_logits, *sizes, mask[:, 30:])
+    torch.testing.assert_close(second.aux_loss, expected)
+
+
+def test_without_a_mask_of_padding_there_is_no_load_balancing_loss():
+    config = tiny_config(router_aux_loss_coef=0.5, output_router_logits=True)
+    model, batch = tiny_model(config), tiny_batch(config, images_per_row=(0, 0))
+    prepared = dict.fromkeys(config.layer_types, torch.zeros(2, 1, 40, 40))
+    with torch.no_grad():
+        assert model(**batch, attention_mask=prepared).aux_loss is None
+        with pytest.raises(ValueError, match=r"^The load-balancing loss needs an attention_mask \(b, s\)"):
+            model(**batch, attention_mask=prepared, labels=batch["input_ids"])
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
