@@ -6,6 +6,7 @@ import graphlib
 import importlib.metadata
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -164,6 +165,17 @@ def is_late(node: ast.AST) -> bool:
 
 def within(node: ast.AST) -> list[ast.stmt]:
     return [inner for inner in ast.walk(node) if isinstance(inner, ast.Import | ast.ImportFrom)]
+
+
+def test_no_function_is_longer_than_60_lines_and_half_of_them_have_at_most_10():
+    lengths = {
+        f"{name_of(file)}:{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for file in SOURCES
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
+    assert statistics.median(lengths.values()) <= 10
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)

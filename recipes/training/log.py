@@ -30,22 +30,11 @@ class LossHistory(Callback):
             self.progress.advance(words=f"loss {self.losses[-1]:.3f}")
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """Consecutive steps: their seconds, and how many tokens each expert got, ``[layers, 2, experts]``."""
-
-    seconds: float = 0.0
-    counts: Any = 0
-
-    def extended(self, seconds: float, counts: Any) -> "Interval":
-        """This interval and the steps after it."""
-        return Interval(self.seconds + seconds, self.counts + counts)
-
-
 @dataclass
 class TrainingLog(Callback):
-    """Log the estimate of memory at the start; speeds, in tokens, images and FLOPs, at `log_interval`; the same with
-    `write_router_statistics` to TensorBoard at `tensorboard_log_interval`.
+    """Log the estimate of memory at the start; every `log_interval` steps, speeds in tokens, images and FLOPs; the
+    same with `write_router_statistics` to TensorBoard. Each is a reduction over all ranks, so it is not done at
+    `tensorboard_log_interval`, which is 1 by default.
 
     Times are those of training, without evaluations and saving. Tokens and images are counted by the routers, on the
     device and over all ranks. The tower's FLOPs are also added to Megatron-Bridge's running total, whose formula for
@@ -53,8 +42,8 @@ class TrainingLog(Callback):
     """
 
     started: float = 0.0
-    since_print: Interval = field(default_factory=Interval)
-    since_tensorboard: Interval = field(default_factory=Interval)
+    seconds: float = 0.0
+    """Seconds of training since the last log."""
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Print the memory that the most loaded rank will need."""
@@ -78,37 +67,30 @@ class TrainingLog(Callback):
         """Called by Megatron-Bridge after each optimizer step, before its own log."""
         state, config, step = context.state, context.state.cfg, context.state.train_state.step + 1
         assert config is not None
-        prints = step % config.logger.log_interval == 0
-        writes = step % config.logger.tensorboard_log_interval == 0
-        counts = 0
-        if prints or writes:
-            counts = pop_expert_counts(context.model, config.model.num_layers, config.model.num_moe_experts).cpu()
-            state.train_state.floating_point_operations_so_far += self._tower_flops(config, counts)
-        seconds = time.perf_counter() - self.started
-        self.since_print = self.since_print.extended(seconds, counts)
-        self.since_tensorboard = self.since_tensorboard.extended(seconds, counts)
-        if prints:
-            speed = self._throughput(config, self.since_print)
-            print_rank_last(" | ".join(f"{name.replace('_', ' ')}: {value:.1f}" for name, value in speed.items()))
-            self.since_print = Interval()
-        if writes:
-            if state.tensorboard_logger is not None:  # on the last rank
-                write_router_statistics(state.tensorboard_logger, self.since_tensorboard.counts, step)
-                for name, value in self._throughput(config, self.since_tensorboard).items():
-                    state.tensorboard_logger.add_scalar(f"throughput/{name}", value, step)
-            self.since_tensorboard = Interval()
+        self.seconds += time.perf_counter() - self.started
+        if step % config.logger.log_interval:
+            return
+        counts = pop_expert_counts(context.model, config.model.num_layers, config.model.num_moe_experts).cpu()
+        state.train_state.floating_point_operations_so_far += self._tower_flops(config, counts)
+        speed = self._throughput(config, counts)
+        print_rank_last(" | ".join(f"{name.replace('_', ' ')}: {value:.1f}" for name, value in speed.items()))
+        if state.tensorboard_logger is not None:  # on the last rank
+            write_router_statistics(state.tensorboard_logger, counts, step)
+            for name, value in speed.items():
+                state.tensorboard_logger.add_scalar(f"throughput/{name}", value, step)
+        self.seconds = 0.0
 
-    def _throughput(self, config: ConfigContainer, interval: Interval) -> dict[str, float]:
-        """Speeds in an interval, by name."""
+    def _throughput(self, config: ConfigContainer, counts: torch.Tensor) -> dict[str, float]:
+        """Speeds since the last log, by name."""
         provider = config.model
-        tokens, images = _tokens_and_images(provider, interval.counts)
+        tokens, images = _tokens_and_images(provider, counts)
         learns = config.peft is None and not provider.freeze_language_model
         text = decoder_flops(provider, tokens).training(weight_gradients=learns)
-        seconds = interval.seconds * torch.distributed.get_world_size()
+        seconds = self.seconds * torch.distributed.get_world_size()
         return {
             "tokens_per_second_per_GPU": tokens / seconds,
             "images_per_second_per_GPU": images / seconds,
-            "model_TFLOP_per_second_per_GPU": (text + self._tower_flops(config, interval.counts)) / seconds / 1e12,
+            "model_TFLOP_per_second_per_GPU": (text + self._tower_flops(config, counts)) / seconds / 1e12,
         }
 
     def _tower_flops(self, config: ConfigContainer, counts: torch.Tensor) -> float:

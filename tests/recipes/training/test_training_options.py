@@ -147,7 +147,7 @@ def evaluated_run(out: Path, settings: Settings) -> float:
     """Train with an evaluation between the steps; return the time of the clock at the end."""
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
     config.checkpoint.save = None
-    config.logger.log_interval, config.logger.tensorboard_log_interval = 2, 3
+    config.logger.log_interval = 2
     config.dataset.valid_path = config.dataset.train_path
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
     log.time = clock = FakeClock()
@@ -167,7 +167,7 @@ def layerless_run(out: Path, settings: Settings) -> None:
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
     config.checkpoint.save = None
     config.model.pipeline_model_parallel_layout = "E|ttttL"
-    config.logger.tensorboard_log_interval = settings.steps
+    config.logger.log_interval = settings.steps
     train(config)
 
 
@@ -182,7 +182,7 @@ def test_a_pipeline_stage_may_have_no_layers(out: Path):
 def short_run(out: Path, settings: Settings) -> None:
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
     config.checkpoint.save = None
-    config.logger.tensorboard_log_interval = 2
+    config.logger.log_interval = 2
     train(config)
 
 
