@@ -1,6 +1,8 @@
 """Models in less memory: half precision, INT8 for the experts too, MXFP4, and devices chosen by transformers."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations import mxfp4
+from transformers.quantizers.quantizers_utils import on_device
 
+from gpt_oss_vision.bridge.hf import modeling_gpt_oss_vision
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf_int8 import EXPERT_WEIGHTS, LINEAR_WEIGHTS, describe_weights, int8_config, weight_usage
@@ -194,7 +198,18 @@ def test_packed_experts_route_visual_tokens_with_the_vision_bias(checkpoint, mon
     monkeypatch.setattr(mxfp4, "triton_kernels_hub", kernels, raising=False)
     for layer in model.model.layers:
         layer.mlp.experts = PlainExperts(layer.mlp.experts)
+    # The kernels run on the current device, which is not that of every layer of a model on several GPUs.
+    devices = []
+
+    @contextmanager
+    def recording(device: torch.device) -> Iterator[None]:
+        devices.append(device)
+        with on_device(device):
+            yield
+
+    monkeypatch.setattr(modeling_gpt_oss_vision, "on_device", recording)
     assert torch.equal(logits_of(model), expected)
+    assert devices == [torch.device("cpu")] * len(model.model.layers)
 
 
 # Where the weights are
