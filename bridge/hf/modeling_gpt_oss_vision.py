@@ -536,8 +536,9 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
         Raises:
             ValueError: when the numbers of images and placeholders don't match; the message has both.
         """
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+        output_router_logits = (
+            self.config.output_router_logits if output_router_logits is None else output_router_logits
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -552,18 +553,12 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = aux_loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        aux_loss = None
         if output_router_logits:
-            if is_visual is None:
-                is_visual = self.model.get_placeholder_mask(input_ids, inputs_embeds)
-            aux_loss = self._load_balancing_loss(outputs.router_logits, is_visual, attention_mask)
-            if loss is not None:
-                if aux_loss is None:
-                    raise ValueError("The load-balancing loss needs an attention_mask (b, s), to leave out padding.")
-                share = _share_of_step(labels.to(loss.device), **kwargs)
-                loss = loss + self.router_aux_loss_coef * share * aux_loss.to(loss.device)
+            places = self.model.get_placeholder_mask(input_ids, inputs_embeds) if is_visual is None else is_visual
+            aux_loss = self._load_balancing_loss(outputs.router_logits, places, attention_mask)
+            loss = None if loss is None else self._add_load_balancing_loss(loss, aux_loss, labels, **kwargs)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -573,6 +568,14 @@ class GPTOSSVisionForCausalLM(GPTOSSVisionPreTrainedModel, GptOssForCausalLM, Ge
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _add_load_balancing_loss(
+        self, loss: torch.Tensor, aux_loss: torch.Tensor | None, labels: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        if aux_loss is None:
+            raise ValueError("The load-balancing loss needs an attention_mask (b, s), to leave out padding.")
+        share = _share_of_step(labels.to(loss.device), **kwargs)
+        return loss + self.router_aux_loss_coef * share * aux_loss.to(loss.device)
 
     def _load_balancing_loss(
         self, router_logits: tuple[torch.Tensor, ...], is_visual: torch.Tensor, attention_mask: torch.Tensor | None
