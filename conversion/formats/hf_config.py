@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "gpt_oss_vision"  # not from the config class: a refusal should not wait for the import of transformers
 TEXT_MODEL_TYPE = "gpt_oss"
+ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTERS = "adapter_config.json"
 
 STORAGE_FIELDS = ("model_type", "architectures", "auto_map", "quantization_config")
 """Fields of a config that describe the checkpoint's files, not the model."""
@@ -65,36 +67,49 @@ def config_fields(folder: Path, kind: str = "Hugging Face") -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint: one, or those that its index names.
+    """Return the safetensors files that transformers loads for a checkpoint: one, or those that its index names.
 
     Raises:
         FileNotFoundError: there is none, or one of them is missing.
-        ValueError: the index is damaged.
+        ValueError: the index is damaged, or there are two models in the folder.
     """
-    names = sorted(set(weight_map(folder).values()))
-    missing = [name for name in names if not (folder / name).is_file()]
+    if name := config_fields(folder).get("transformers_weights"):
+        raise UserError(f"{folder}/config.json says transformers_weights={name}; only {ONE_FILE} or {INDEX} is read")
+    files = sorted(set(indexed_files(folder).values()))
+    missing = [str(file.relative_to(folder)) for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; copy the checkpoint again")
-    return [folder / name for name in names] or [_only_file(folder)]
+    return files or [_only_file(folder)]
 
 
-def weight_map(folder: Path) -> dict[str, str]:
-    """Return the file name of every tensor from a checkpoint's index; empty if it has no index.
+def indexed_files(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor from a checkpoint's index.
+
+    Empty if it has no index, or one that a later `save_pretrained` of a single file has left without its shards.
 
     Raises:
-        ValueError: the index is damaged.
+        ValueError: the index is damaged, or there are both a single file and shards. transformers loads the single
+            file, also where `save_pretrained` has written the shards later.
     """
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / ONE_FILE
     if not index.is_file():
         return {}
     found = read_json(index).get("weight_map")
     if not found or not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise UserError(f"{index} has no weight_map that gives a file for each tensor; copy it again")
-    return found
+    outside = [name for name in found.values() if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise UserError(f"{index} names {outside[0]} in place of a file in the folder; copy the checkpoint again")
+    files = {tensor: folder / name for tensor, name in found.items()}
+    shards = sorted({file for file in files.values() if file != single and file.is_file()})
+    if single.is_file() and shards:
+        shard = shards[0].relative_to(folder)
+        raise UserError(f"{folder} holds two models, {ONE_FILE} and {shard} with its index; move one of them away")
+    return {} if single.is_file() and single not in files.values() else files
 
 
 def _only_file(folder: Path) -> Path:
-    file = folder / "model.safetensors"
+    file = folder / ONE_FILE
     if file.is_file():
         return file
     if any(folder.glob("model-*-of-*.safetensors")):

@@ -18,7 +18,7 @@ from ...errors import UserError
 from ..dtypes import SAFETENSORS
 from ..engine.stream import Task, Worker, write_header_task
 from ..messages import listed
-from .hf_config import INDEX, check_safetensors, weight_files, weight_map
+from .hf_config import ADAPTERS, INDEX, check_safetensors, indexed_files, weight_files
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 DTYPE_ORDER = ("F32", "BF16", "F16", "U8")
@@ -55,8 +55,11 @@ def read_index(folder: Path) -> dict[str, TensorInfo]:
 
     Raises:
         FileNotFoundError: there is no weight file, or one that the index names is missing.
-        ValueError: a file is cut off or damaged, two hold the same tensor, or the index and the files disagree.
+        ValueError: a file is cut off or damaged, two hold the same tensor, the index and the files disagree, or there
+            are adapters, which transformers would load with the weights.
     """
+    if (folder / ADAPTERS).is_file():
+        raise UserError(f"{folder} holds adapters ({ADAPTERS}) beside its weights; merge them, or move them away")
     tensors: dict[str, TensorInfo] = {}
     for file in weight_files(folder):
         found = read_header(file)
@@ -90,8 +93,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _check_index(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    files = weight_map(folder)
-    wrong = sorted(name for name, file in files.items() if name not in tensors or tensors[name].file.name != file)
+    files = indexed_files(folder)
+    wrong = sorted(name for name, file in files.items() if name not in tensors or tensors[name].file != file)
     if wrong:
         raise UserError(f"{folder / INDEX} and its files disagree about {listed(wrong)}; copy the checkpoint again")
 

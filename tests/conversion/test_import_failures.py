@@ -51,10 +51,6 @@ BROKEN = {
         lambda hf: flip(hf / "model.safetensors", (hf / "model.safetensors").read_bytes().index(b"sinks")),
         r"missing in the checkpoint: model\.layers\.\d\.self_attn\.sinks; .* nothing reads: model\.layers",
     ),
-    "an index that names a missing shard": (
-        lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
-        "lacks gone.safetensors",
-    ),
     "an index that names a missing tensor": (
         lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}'),
         "disagree about a",
@@ -85,14 +81,6 @@ BROKEN = {
     "embeddings that are the head": (lambda hf: edit_config(hf, tie_word_embeddings=True), "tie_word_embeddings"),
     "no biases": (lambda hf: edit_config(hf, attention_bias=False), r"config\.json says attention_bias=false"),
     "no folder": (shutil.rmtree, r"hf is not a folder; name the folder of a Hugging Face checkpoint"),
-    "weights of torch": (
-        lambda hf: (hf / "model.safetensors").rename(hf / "pytorch_model.bin"),
-        r"has its weights in pytorch_model\.bin; save them as safetensors",
-    ),
-    "shards without an index": (
-        lambda hf: (hf / "model.safetensors").rename(hf / "model-00001-of-00002.safetensors"),
-        r"holds shards without model\.safetensors\.index\.json",
-    ),
     **{
         f"a config that is {text}": (
             lambda hf, text=text: (hf / "config.json").write_text(text),
