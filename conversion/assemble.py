@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from rich.console import Console
@@ -240,13 +241,13 @@ def tower_tensors(folder: Path, tower: PreTrainedModel) -> tuple[dict[str, Tenso
 
 
 def _initialiser(tensor: TensorSpec, config: GPTOSSVisionConfig, seed: int) -> Callable[[], torch.Tensor]:
-    """The initial values of a new weight: the norm one, the projector at random, all others zero."""
+    """The initial values of a new weight, as in a new model: random, one for the norm's weight, zero for the others."""
 
     def values() -> torch.Tensor:
         if tensor.name == f"{ADAPTER}norm.weight":
             return torch.ones(tensor.shape)
-        if tensor.name == f"{ADAPTER}proj.weight":
-            generator = torch.Generator().manual_seed(seed)
+        if tensor.name in (f"{ADAPTER}proj.weight", f"{ADAPTER}pool_token"):
+            generator = torch.Generator().manual_seed(crc32(f"{seed} {tensor.name}".encode()))
             return config.initializer_range * torch.randn(tensor.shape, generator=generator)
         return torch.zeros(tensor.shape)
 

@@ -118,7 +118,27 @@ def test_new_weights_depend_on_the_seed_alone(tmp_path: Path):
     for name, seed in {"a": 0, "b": 0, "c": 1}.items():
         assemble(text, tmp_path / "vision", tmp_path / name, seed=seed, image_token_id=token)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
-    assert not torch.equal(*(load_hf(tmp_path / name)["model.vision_adapter.proj.weight"] for name in "ac"))
+    for weight in ("pool_token", "proj.weight"):
+        assert not torch.equal(*(load_hf(tmp_path / name)[f"model.vision_adapter.{weight}"] for name in "ac"))
+
+
+def test_every_new_weight_is_drawn_as_the_model_class_draws_it(tmp_path: Path):
+    """Constants are equal, and random weights have the mean and the standard deviation of the model's own."""
+    text = edit_config(save_text(tmp_path / "text"), initializer_range=0.3)
+    ViTModel(ViTConfig(**TOWER | {"hidden_size": 512}), add_pooling_layer=False).save_pretrained(tmp_path / "vision")
+    report = assemble(text, tmp_path / "vision", tmp_path / "out", image_token_id=tiny_processor().image_token_id)
+    made = load_hf(tmp_path / "out")
+    torch.manual_seed(0)
+    model = GPTOSSVisionForCausalLM(GPTOSSVisionForCausalLM.config_class.from_pretrained(tmp_path / "out"))
+    for name in report["added"]:
+        mine, theirs = made[name].flatten(), model.state_dict()[name].flatten()
+        error = theirs.std() / len(theirs) ** 0.5  # of the mean; that of the standard deviation is smaller
+        assert (mine.mean() - theirs.mean()).abs() <= 5 * error, name
+        assert (mine.std() - theirs.std()).abs() <= 5 * error, name
+    drawn = [name.removeprefix("model.vision_adapter.") for name in report["added"] if made[name].std() > 0]
+    assert drawn == ["pool_token", "proj.weight"]
+    token, matrix = (made[f"model.vision_adapter.{name}"].flatten() for name in drawn)
+    assert not torch.equal(token, matrix[: len(token)])
 
 
 def test_killed_at_any_record_it_is_continued_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
