@@ -23,6 +23,7 @@ from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from ..bridge.ops.mxfp4 import MXFP4_PARTS
 from ..errors import UserError
+from .dtypes import FLOATS, rounding_warnings
 from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
 from .engine.stream import STEP, Task, Worker
@@ -117,6 +118,9 @@ class Assembly:
             bytes_read=sum(stored.nbytes for stored in self.copied.values()),
             write_files=self._write_files,
             build_report=self._build_report,
+            warnings=rounding_warnings(
+                (self.copied[tensor.name].dtype, tensor.dtype) for tensor in self.tensors if tensor.name in self.copied
+            ),
         )
 
     def _task(self, tensor: TensorSpec) -> Task:
@@ -178,7 +182,12 @@ def prepare_assembly(text: Path, vision: Path, seed: int, fields: Mapping[str, A
         raise UserError(
             f"{vision} lacks tensors of its tower: {listed([name.removeprefix(TOWER) for name in lacking])}"
         )
-    wrong = [tensor.name for tensor in tensors if tensor.name in copied and copied[tensor.name].shape != tensor.shape]
+    wrong = [
+        tensor.name
+        for tensor in tensors
+        if (stored := tower.get(tensor.name.removeprefix(TOWER)))
+        and (stored.shape != tensor.shape or stored.dtype not in FLOATS.values())
+    ]
     if wrong:
         raise UserError(f"{vision} holds tensors that do not match its config: {listed(wrong)}")
     new = {tensor.name: _initialiser(tensor, config, seed) for tensor in tensors if tensor.name not in copied}

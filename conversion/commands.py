@@ -22,8 +22,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add = add_command(actions, export).add_argument
     add("--megatron", type=Path, required=True, metavar="DIR", help="folder of the Megatron checkpoint")
     _add_output(add)
-    dtypes = ("bf16", "fp32", "mxfp4")
-    add("--dtype", choices=dtypes, help="type of the new weights; mxfp4 packs the experts (bf16)")
+    dtypes = ("bf16", "fp16", "fp32", "mxfp4")
+    add("--dtype", choices=dtypes, help="type of the new weights (that of the checkpoint); mxfp4 packs the experts")
     add("--text-only", action="store_true", help="leave out visual weights and write a stock gpt-oss")
     add("--adapter", action="store_true", help="write the adapters of LoRA alone, for PEFT")
     add("--hf", type=Path, metavar="DIR", help="where config and tokenizer are, if --megatron keeps none")
@@ -96,7 +96,7 @@ def export(
         return _summarize(out, done, dry_run)
     from .exporting import export_checkpoint
 
-    choices = {"dtype": dtype or "bf16", "text_only": text_only, "hf": hf, "base": base}
+    choices = {"dtype": dtype, "text_only": text_only, "hf": hf, "base": base}
     output = {"jobs": jobs, "overwrite": overwrite, "dry_run": dry_run, "console": console}
     return _summarize(out, export_checkpoint(megatron, out, **choices, **output), dry_run)
 

@@ -1,11 +1,14 @@
 """Number types: torch's, and their names on the command line, in configs and in safetensors files."""
 
+from collections import Counter
+from collections.abc import Iterable
+
 import torch
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Types of weights that are converted, by the names of ``--dtype``."""
 
-EXPORTED = {"bf16": torch.bfloat16, "fp32": torch.float32, "mxfp4": torch.bfloat16}
+EXPORTED = FLOATS | {"mxfp4": torch.bfloat16}
 """``--dtype`` of an export: the type of the tensors that are not packed."""
 
 SAFETENSORS = {
@@ -26,3 +29,27 @@ SAFETENSORS = {
 def dtype_name(dtype: torch.dtype) -> str:
     """Name of a type in configs and reports, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
+
+
+FLOAT_NAMES = " or ".join(map(dtype_name, FLOATS.values()))
+
+
+def most_common(elements: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """The type of most elements, given the type and the number of elements of each tensor."""
+    totals: Counter[torch.dtype] = Counter()
+    for dtype, count in elements:
+        totals[dtype] += count
+    return totals.most_common(1)[0][0]
+
+
+def rounding_warnings(casts: Iterable[tuple[torch.dtype, torch.dtype]]) -> list[str]:
+    """A sentence for each pair of types of which the new one cannot hold every number of the stored one.
+
+    Args:
+        casts: the stored and the new type of each tensor.
+    """
+    return [
+        f"{count} tensors are rounded from {dtype_name(stored)} to {dtype_name(new)}"
+        for (stored, new), count in Counter(casts).items()
+        if torch.promote_types(stored, new) != new
+    ]

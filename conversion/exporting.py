@@ -1,6 +1,6 @@
 """Megatron → Hugging Face, streamed: sharded safetensors from any `torch_dist` checkpoint, without building a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, prod
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..bridge.ops.mxfp4 import MXFP4_PARTS, VALUES_PER_SCALE, Quantizer
 from ..bridge.weight_map import LANGUAGE_MODEL, group_of
 from ..errors import UserError
-from .dtypes import EXPORTED
+from .dtypes import EXPORTED, FLOATS, most_common, rounding_warnings
 from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
 from .engine.stream import Task, Worker
@@ -78,7 +78,14 @@ class Export:
             write_files=self._write_files,
             build_report=self._build_report,
             resident_bytes=resident_bytes,
+            warnings=rounding_warnings(self._casts()),
         )
+
+    def _casts(self) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+        """The stored and the new type of each parameter that is not packed."""
+        for parameter in self.parameters:
+            if not self._is_packed(parameter):
+                yield self.checkpoint.tensors[parameter.key].dtype, self.targets[parameter.hf[0]].dtype
 
     def _write_files(self, output: Path) -> None:
         self.shards.write_index(output)
@@ -180,7 +187,7 @@ def prepare_export(
     checkpoint: TorchDistCheckpoint,
     folder: Path,
     *,
-    dtype: str,
+    dtype: str | None,
     text_only: bool,
     adapters: Adapters | None = None,
 ) -> Export:
@@ -189,7 +196,7 @@ def prepare_export(
     Args:
         checkpoint: the Megatron one.
         folder: of the model's config.
-        dtype: ``bf16``, ``fp32`` or ``mxfp4``.
+        dtype: ``bf16``, ``fp16``, ``fp32`` or ``mxfp4``; None is the stored type.
         text_only: without the vision parameters, as a stock gpt-oss.
         adapters: LoRA to be merged.
 
@@ -197,11 +204,12 @@ def prepare_export(
         ValueError: `dtype` is unknown, tensors are missing, foreign or of the wrong shape, or the model was trained
             with another config.
     """
-    if dtype not in EXPORTED:
-        raise UserError(f"--dtype {dtype} is unknown; choose {', '.join(EXPORTED)}")
     config = read_config(folder)
     everything = parameters(shapes_of(config), config.num_key_value_heads)
     check_tensors(checkpoint, everything)
+    dtype = dtype or _stored_dtype(checkpoint)
+    if dtype not in EXPORTED:
+        raise UserError(f"--dtype {dtype} is unknown; choose {', '.join(EXPORTED)}")
     check_config(checkpoint.folder, config)
     if adapters:
         check_adapters(adapters, everything)
@@ -214,11 +222,17 @@ def prepare_export(
     return Export(checkpoint, folder, model, written, by_name, shards, dtype, adapters)
 
 
+def _stored_dtype(checkpoint: TorchDistCheckpoint) -> str:
+    """The type of most elements, which the routers' vision biases do not decide, as in ``--dtype``."""
+    found = most_common((tensor.dtype, prod(tensor.shape)) for tensor in checkpoint.tensors.values())
+    return next(name for name, dtype in FLOATS.items() if dtype == found)
+
+
 def export_checkpoint(
     megatron: str | Path,
     out: str | Path,
     *,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     text_only: bool = False,
     hf: str | Path | None = None,
     base: str | Path | None = None,
@@ -233,7 +247,8 @@ def export_checkpoint(
         megatron: a checkpoint's root, whose latest iteration is taken, or the folder of one iteration; converted, or
             saved by training at any parallel layout. Adapters of LoRA are merged, in fp32.
         out: the folder to make. A call that was interrupted is continued by the same call.
-        dtype: ``bf16``, ``fp32``, or ``mxfp4`` as gpt-oss itself ships it: experts packed, the rest in bf16.
+        dtype: ``bf16``, ``fp16``, ``fp32``, or ``mxfp4`` as gpt-oss itself ships it: experts packed, the rest in bf16;
+            None is the type that `megatron`, or with adapters `base`, is stored in.
         text_only: leave out the vision parameters and write a stock gpt-oss.
         hf: a Hugging Face checkpoint to take config, tokenizer and processor from, where `megatron` keeps none.
         base: with adapters, the checkpoint that they adapt, where it is not where training found it.
@@ -254,7 +269,7 @@ def export_checkpoint(
     """
     out, checkpoint = Path(out).absolute(), open_checkpoint(Path(megatron).absolute())
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
-    settings = {"megatron": str(checkpoint.folder), "dtype": dtype, "text_only": text_only}
+    settings = {"megatron": str(checkpoint.folder), "text_only": text_only}
     adapters = None
     if is_adapter_checkpoint(checkpoint):
         adapters = read_adapters(checkpoint)
@@ -262,5 +277,5 @@ def export_checkpoint(
     elif base:
         raise UserError(f"{checkpoint.folder} holds weights, no adapters; call without --base")
     export = prepare_export(checkpoint, folder, dtype=dtype, text_only=text_only, adapters=adapters)
-    plan = export.conversion_plan(settings)
+    plan = export.conversion_plan(settings | {"dtype": export.dtype})
     return run_conversion(plan, out, jobs=jobs, overwrite=overwrite, dry_run=dry_run, console=console)

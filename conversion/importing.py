@@ -1,7 +1,7 @@
 """Hugging Face → Megatron, streamed: a `torch_dist` checkpoint written tensor by tensor, without building a model."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from ..bridge.ops.mxfp4 import Dequantizer
-from .dtypes import FLOATS
+from .dtypes import FLOATS, rounding_warnings
 from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
 from .engine.stream import Task, Worker, write_header_task
@@ -99,7 +99,15 @@ def plan_import(source: Source, layout: TorchDistPlan, config: dict[str, Any]) -
         bytes_read=sum(stored.nbytes for stored in source.tensors.values()),
         write_files=write_files,
         build_report=build_report,
+        warnings=rounding_warnings(_casts(source, layout)),
     )
+
+
+def _casts(source: Source, layout: TorchDistPlan) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+    """The stored and the new type of each parameter; bf16 holds every number of MXFP4."""
+    for parameter in source.parameters:
+        for stored in source.stored(parameter.hf[0])[:1]:
+            yield torch.bfloat16 if source.is_packed(parameter) else stored.dtype, layout.dtype_of(parameter)
 
 
 def find_assets(folder: Path) -> list[Path]:

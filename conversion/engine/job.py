@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class ConversionPlan:
         write_files: writes the files that no task writes into the output folder.
         build_report: the report's fields, ``tensors`` among them, from the tasks' results by name.
         resident_bytes: memory that the plan holds while the tasks run.
+        warnings: sentences that are printed at the start.
     """
 
     action: str
@@ -40,7 +41,8 @@ class ConversionPlan:
     bytes_read: int
     write_files: Callable[[Path], object]
     build_report: Callable[[Mapping[str, Any]], dict[str, Any]]
-    resident_bytes: int = field(default=0)
+    resident_bytes: int = 0
+    warnings: Sequence[str] = ()
 
 
 def run_conversion(
@@ -67,6 +69,7 @@ def run_conversion(
     console = console or Console(quiet=True)
     totals = {"bytes_read": plan.bytes_read, "bytes_written": sum(plan.file_sizes.values())}
     refuse_to_lose(out, plan.sources.values(), overwrite=overwrite)
+    _warn(plan.warnings, console)
     if dry_run:
         refuse_foreign(partial_of(out))
         if os.path.lexists(out) and not overwrite:
@@ -84,11 +87,15 @@ def run_conversion(
             plan.write_files(journal.output)
             fields = plan.build_report(results)
             report = make_report(plan.action, fields.pop("tensors"), **fields, **totals)
-            for warning in nonfinite_warnings(report):
-                console.print(f"Warning: {warning}", soft_wrap=True)
+            _warn(nonfinite_warnings(report), console)
             write_report(report, journal.output)
         journal.finish()
     return read_report(out)
+
+
+def _warn(warnings: Iterable[str], console: Console) -> None:
+    for warning in warnings:
+        console.print(f"Warning: {warning}", soft_wrap=True)
 
 
 def refuse_to_lose(out: Path, sources: Iterable[Path], *, overwrite: bool) -> None:

@@ -1,6 +1,5 @@
 """A Hugging Face checkpoint to convert: its tensors compared with those of its model, and read."""
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -12,7 +11,7 @@ import torch
 from ...bridge.ops.mxfp4 import MXFP4_PARTS
 from ...bridge.weight_map import group_of
 from ...errors import UserError
-from ..dtypes import FLOATS, dtype_name
+from ..dtypes import FLOAT_NAMES, FLOATS, dtype_name, most_common
 from ..engine.stream import Worker
 from ..messages import refuse_mismatch
 from ..parameters import MegatronParameter, packed_shapes, parameters
@@ -47,11 +46,8 @@ class Source:
         """
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
-        elements: Counter[torch.dtype] = Counter()
-        for stored in self.tensors.values():
-            if stored.dtype in FLOATS.values():
-                elements[stored.dtype] += stored.nbytes // stored.dtype.itemsize
-        return elements.most_common(1)[0][0]
+        floats = [stored for stored in self.tensors.values() if stored.dtype in FLOATS.values()]
+        return most_common((stored.dtype, stored.nbytes // stored.dtype.itemsize) for stored in floats)
 
     @cached_property
     def parameters(self) -> list[MegatronParameter]:
@@ -126,11 +122,11 @@ def _check(source: Source, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         is_packed = name not in source.tensors and bool(source.stored(name)) and len(shape) == 3
         wanted = packed_shapes(name, shape) if is_packed else {name: tuple(shape)}
-        types = (torch.uint8,) if is_packed else tuple(FLOATS.values())
+        types, names = ((torch.uint8,), "uint8") if is_packed else (FLOATS.values(), FLOAT_NAMES)
         found = {part: source.tensors[part] for part in wanted if part in source.tensors}
         missing += [part for part in wanted if part not in found and name not in source.missing]
         wrong += [
-            f"{part} is {_spelled(tensor)}, not {list(wanted[part])} {' or '.join(map(dtype_name, types))}"
+            f"{part} is {_spelled(tensor)}, not {list(wanted[part])} {names}"
             for part, tensor in found.items()
             if tensor.shape != wanted[part] or tensor.dtype not in types
         ]

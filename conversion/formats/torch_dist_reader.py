@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ...errors import UserError
-from ..dtypes import SAFETENSORS, dtype_name
+from ..dtypes import FLOAT_NAMES, FLOATS, SAFETENSORS, dtype_name
 from ..engine.files import bytes_of
 from ..engine.stream import STEP, Worker
 from ..messages import refuse_mismatch
@@ -443,21 +443,21 @@ def blocks_of(parameter: MegatronParameter, dtype: torch.dtype) -> list[slice]:
 
 
 def check_tensors(checkpoint: TorchDistCheckpoint, wanted: Sequence[MegatronParameter]) -> None:
-    """Check that a checkpoint holds exactly the tensors of the model, in their shapes.
+    """Check that a checkpoint holds exactly the tensors of the model, in their shapes and a type of `FLOATS`.
 
     Raises:
-        ValueError: lists the missing, the unknown and those of another shape.
+        ValueError: lists the missing, the unknown, and those of another shape or type.
     """
     shapes = {parameter.key: parameter.axes + parameter.shape for parameter in wanted}
     found = checkpoint.tensors
     wrong = [
-        f"{key} is {list(found[key].shape)}, not {list(shape)}"
+        f"{key} is {list(found[key].shape)} {dtype_name(found[key].dtype)}, not {list(shape)} {FLOAT_NAMES}"
         for key, shape in shapes.items()
-        if key in found and found[key].shape != shape
+        if key in found and (found[key].shape != shape or found[key].dtype not in FLOATS.values())
     ]
     titles = {
         "tensors missing in the checkpoint": sorted(shapes.keys() - found.keys()),
-        "tensors of another shape": wrong,
+        "tensors of another shape or type": wrong,
         "tensors of the checkpoint that nothing reads": sorted(found.keys() - shapes.keys()),
     }
     refuse_mismatch(checkpoint.folder, titles)

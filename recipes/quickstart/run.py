@@ -63,7 +63,7 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
         # Megatron keeps its state in globals, so each step that runs it has processes of its own.
         losses = cpu.run_ranks(settings.ranks, fine_tune, out, digits, settings, console)[-1]
         console.print("Megatron → Hugging Face")
-        export_checkpoint(out / "megatron", out / "hf", dtype="fp32")
+        export_checkpoint(out / "megatron", out / "hf")
         model, processor = load(out / "hf")
         rows = list(evaluation_rows(digits))[: settings.max_questions]
         with Progress("Asking", 3 * math.ceil(len(rows) / ASKED_AT_ONCE), console) as progress:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from crashes import many_small_tasks, survives_kills
+from rich.console import Console
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -141,6 +142,18 @@ def test_every_new_weight_is_drawn_as_the_model_class_draws_it(tmp_path: Path):
     assert not torch.equal(token, matrix[: len(token)])
 
 
+def test_a_tower_in_fp32_is_rounded_to_the_type_of_the_text_with_a_warning(tmp_path: Path):
+    text, tower = save_text(tmp_path / "text"), towers()["ViT"]
+    GptOssForCausalLM.from_pretrained(text, dtype=torch.bfloat16).save_pretrained(text)
+    tower.save_pretrained(tmp_path / "vision")
+    with (tmp_path / "log").open("w") as log:
+        assemble(text, tmp_path / "vision", tmp_path / "out", image_token_id=3, console=Console(file=log, width=200))
+    count = len(tower.state_dict())
+    assert f"Warning: {count} tensors are rounded from float32 to bfloat16\n" in (tmp_path / "log").read_text()
+    made = load_hf(tmp_path / "out")["model.vision_adapter.vit.layernorm.weight"]
+    assert torch.equal(made, tower.layernorm.weight.bfloat16())
+
+
 def test_killed_at_any_record_it_is_continued_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     many_small_tasks(monkeypatch)
     text = save_text(tmp_path / "text")
@@ -159,6 +172,10 @@ BROKEN = {
         r"lacks tensors of its tower: layernorm\.weight",
     ),
     "a tower of another width": (lambda vision: edit_config(vision, intermediate_size=32), "do not match its config"),
+    "a tower of integers": (
+        lambda vision: change(vision, lambda tensors: tensors.update({"layernorm.bias": torch.ones(16).int()})),
+        r"do not match its config: model\.vision_adapter\.vit\.layernorm\.bias",
+    ),
     "a tower without a config": (lambda vision: (vision / "config.json").unlink(), r"holds no config\.json"),
     "no folder": (shutil.rmtree, "vision is not a folder; name the folder of"),
     "fewer layers than are stored": (

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from crashes import fork, many_small_tasks, survives_kills
+from rich.console import Console
 from torch.distributed import checkpoint
 from transformers import GptOssForCausalLM
 
@@ -33,6 +34,7 @@ from gpt_oss_vision.bridge import hf
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
+from gpt_oss_vision.conversion.dtypes import FLOATS, dtype_name
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.verify import verify
@@ -49,7 +51,7 @@ def registered():
     gpt_oss_vision.register()
 
 
-def there_and_back(folder: Path, export_as: str, **fields: object) -> Path:
+def there_and_back(folder: Path, export_as: str | None = None, **fields: object) -> Path:
     """Save a checkpoint as `hf`, import it as `megatron`, export that as `back`."""
     save_pair(folder, **fields)
     export_checkpoint(folder / "megatron", folder / "back", dtype=export_as)
@@ -57,27 +59,56 @@ def there_and_back(folder: Path, export_as: str, **fields: object) -> Path:
 
 
 CHECKPOINTS = {
-    "oblong experts, fp32, CLIP": (
-        {**OBLONG, "vision_config": tiny_vision_config("clip_vision_model"), "tie_word_embeddings": False},
-        "fp32",
-    ),
-    "square experts, bf16, SigLIP": (
-        {**SQUARE, "dtype": torch.bfloat16, "vision_config": tiny_vision_config("siglip_vision_model")},
-        "bf16",
-    ),
-    "oblong experts, bf16, ViT": ({**OBLONG, "dtype": torch.bfloat16}, "bf16"),
-    "square experts, fp32, no vision": ({**SQUARE, "use_vision": False}, "fp32"),
+    "oblong experts, fp32, CLIP": {
+        **OBLONG,
+        "vision_config": tiny_vision_config("clip_vision_model"),
+        "tie_word_embeddings": False,
+    },
+    "square experts, bf16, SigLIP": {
+        **SQUARE,
+        "dtype": torch.bfloat16,
+        "vision_config": tiny_vision_config("siglip_vision_model"),
+    },
+    "oblong experts, bf16, ViT": {**OBLONG, "dtype": torch.bfloat16},
+    "oblong experts, fp16": {**OBLONG, "dtype": torch.float16},
+    "square experts, fp32, no vision": {**SQUARE, "use_vision": False},
 }
 
 
-@pytest.mark.parametrize(("fields", "export_as"), CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_there_and_back_every_weight_has_the_same_bytes(fields: dict, export_as: str, tmp_path: Path):
-    there_and_back(tmp_path, export_as, **fields)
+@pytest.mark.parametrize("fields", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_there_and_back_every_weight_has_the_same_bytes(fields: dict, tmp_path: Path):
+    there_and_back(tmp_path, **fields)
     before, after = files_of(tmp_path / "hf"), files_of(tmp_path / "back")
     assert after.keys() == before.keys() | {"conversion.json"}
     assert [name for name in before if before[name] != after[name] and name != "config.json"] == []
     GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "saved")
     assert files_of(tmp_path / "saved")["config.json"] == after["config.json"]
+
+
+@pytest.fixture(scope="module", params=["bf16", "fp16", "fp32"])
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A type, and a folder with a checkpoint of one layer in that type, as `hf` and as `megatron`."""
+    sizes = OBLONG | {"num_hidden_layers": 1, "use_vision": False}
+    return request.param, save_pair(tmp_path_factory.mktemp("stored"), **sizes, dtype=FLOATS[request.param])
+
+
+@pytest.mark.parametrize("asked", [None, "bf16", "fp16", "fp32", "mxfp4"])
+def test_weights_are_rounded_on_request_only_and_with_a_warning(
+    asked: str | None, stored: tuple[str, Path], tmp_path: Path
+):
+    """MXFP4 packs the experts, which is no rounding to a type, and the rest is in bf16."""
+    before, folder = stored
+    with (tmp_path / "log").open("w") as log:
+        console = Console(file=log, width=200)
+        export_checkpoint(folder / "megatron", tmp_path / "out", dtype=asked, console=console)
+    new = "bf16" if asked == "mxfp4" else asked or before
+    types = dtype_name(FLOATS[before]), dtype_name(FLOATS[new])
+    said = re.findall(r"Warning: \d+ tensors are rounded from (\w+) to (\w+)\n", (tmp_path / "log").read_text())
+    assert said == ([] if new in (before, "fp32") else [types])
+    tensors, found = load_hf(folder / "hf"), load_hf(tmp_path / "out")
+    for name in tensors.keys() & found.keys():
+        dtype = torch.float32 if name.endswith("vision_bias") else FLOATS[new]
+        assert torch.equal(found[name], tensors[name].to(dtype)), name
 
 
 @pytest.mark.parametrize("sizes", [SQUARE, OBLONG], ids=["square", "oblong"])
@@ -178,7 +209,7 @@ def export_by_bridge(like: Path, megatron: Path, hf: Path) -> None:
 def test_a_checkpoint_of_any_layout_is_exported_as_by_autobridge(training: Training, start: Path, tmp_path: Path):
     saved = tmp_path / "megatron"
     cpu.run_ranks(training.layout.world_size, train_as, training, start, saved)
-    export_checkpoint(saved, tmp_path / "ours", dtype=training.precision)
+    export_checkpoint(saved, tmp_path / "ours")
     cpu.run_ranks(1, export_by_bridge, start / "hf_start", saved, tmp_path / "theirs")
     ours, theirs, before = (load_hf(folder) for folder in (tmp_path / "ours", tmp_path / "theirs", start / "hf_start"))
     assert ours.keys() == theirs.keys()
@@ -320,13 +351,16 @@ def test_tensors_that_do_not_fit_are_listed_and_nothing_is_left(megatron: Path, 
         tensors["decoder.layers.novelty.weight"] = torch.ones(2)
         del tensors["vision_adapter.proj.bias"]
         tensors["output_layer.weight"] = tensors["output_layer.weight"][:-1].clone()
+        tensors["decoder.final_layernorm.weight"] = torch.ones(64, dtype=torch.uint8)
 
     broken = changed(megatron, tmp_path / "broken", spoil)
     with pytest.raises(ValueError, match="does not match its config") as failure:
         export_checkpoint(broken, tmp_path / "out")
     assert "missing in the checkpoint: vision_adapter.proj.bias" in str(failure.value)
     assert "nothing reads: decoder.layers.novelty.weight" in str(failure.value)
-    assert re.search(r"another shape: output_layer.weight is \[\d+, 64\], not \[\d+, 64\]", str(failure.value))
+    floats = "bfloat16 or float16 or float32"
+    assert f"decoder.final_layernorm.weight is [64] uint8, not [64] {floats}" in str(failure.value)
+    assert re.search(rf"output_layer.weight is \[\d+, 64\] bfloat16, not \[\d+, 64\] {floats}", str(failure.value))
     assert not list(tmp_path.glob("out*"))
 
 

@@ -1,6 +1,7 @@
 """Streamed import: bit for bit the checkpoint that AutoBridge and Megatron save, and loaded in the same ways."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from checkpoints import (
     SQUARE,
     change,
     check_memory,
+    edit_config,
     files_of,
     load_hf,
     load_megatron,
@@ -23,6 +25,7 @@ from checkpoints import (
 )
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize
+from gpt_oss_vision.conversion.dtypes import FLOATS, dtype_name
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from layouts import Layout, fork_checkpoint_queue
 from tiny import tiny_vision_config
@@ -162,11 +165,19 @@ def test_a_model_at_any_layout_loads_it(layout: Layout, pair: Path):
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize(("asked", "half"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_any_other_precision_can_be_asked_for(asked: str, half: torch.dtype, both: Path, tmp_path: Path):
-    import_checkpoint(both / "hf", tmp_path / "half", dtype=asked)
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@pytest.mark.parametrize("asked_by", ["--dtype", "config.json"])
+def test_any_other_precision_can_be_asked_for(half: str, asked_by: str, both: Path, tmp_path: Path):
+    hf, dtype = shutil.copytree(both / "hf", tmp_path / "hf"), half
+    if asked_by == "config.json":
+        edit_config(hf, dtype=dtype_name(FLOATS[half]))
+        dtype = None
+    with (tmp_path / "log").open("w") as log:
+        import_checkpoint(hf, tmp_path / "half", dtype=dtype, console=Console(file=log, width=200))
+    rounded = rf"Warning: \d+ tensors are rounded from float32 to {dtype_name(FLOATS[half])}\n"
+    assert re.match(rounded, (tmp_path / "log").read_text())
     for name, tensor in load_megatron(both / "ours").items():
-        dtype = torch.float32 if name.endswith("vision_bias") else half
+        dtype = torch.float32 if name.endswith("vision_bias") else FLOATS[half]
         assert torch.equal(load_megatron(tmp_path / "half")[name], tensor.to(dtype)), name
 
 
