@@ -1,5 +1,6 @@
 """The one way to write a file or a folder that appears under its name complete or not at all."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -29,7 +30,7 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
     path = Path(os.path.realpath(path))
     partial = _partial_of(path)
     try:
-        with partial.open("x", encoding="utf-8") as file:
+        with naming_full_disk(path), partial.open("x", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -81,7 +82,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     _clean_up(path)
     if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(f"{path} exists; name another folder, or replace it with --overwrite")
+        raise exists_error(path)
     if path.is_mount():
         raise OSError(f"{path} is a mount point, which cannot be replaced; name a folder in it")
     partial = _partial_of(path)
@@ -90,7 +91,8 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         with suppress(OSError):  # some network file systems cannot lock a folder; see _is_abandoned
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield partial
+        with naming_full_disk(path):
+            yield partial
         if overwrite and os.path.lexists(path):
             path.rename(_replaced_of(path))
         partial.rename(path)
@@ -98,6 +100,39 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
         _clean_up(path)
+
+
+def exists_error(folder: Path) -> FileExistsError:
+    """The error of a call without `overwrite`."""
+    return FileExistsError(f"{folder} exists; name another folder, or replace it with --overwrite")
+
+
+@contextmanager
+def naming_full_disk(path: Path, advice: str = "make room, or name a folder on another disk") -> Iterator[None]:
+    """Name the disk of `path` in the error of a full one, which names no file, or only the one that was copied from.
+
+    Raises:
+        OSError: with ``errno.ENOSPC``, also in place of an error of torch or safetensors.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not _is_of_full_disk(error, path):
+            raise
+        named = OSError(errno.ENOSPC, f"No space left on the disk of {path}; {advice}")
+        for note in getattr(error, "__notes__", ()):
+            named.add_note(note)
+        raise named from error
+
+
+def _is_of_full_disk(error: BaseException, path: Path) -> bool:
+    """Whether a full disk has caused an error; those of `torch.save` and of torch's distributed checkpoints hide it."""
+    if os.strerror(errno.ENOSPC) in str(error):
+        return True
+    if not any(word in f"{type(error).__name__}: {error}" for word in ("inline_container", "CheckpointException")):
+        return False
+    disk = os.statvfs(next(folder for folder in (path, *path.absolute().parents) if folder.exists()))
+    return disk.f_bavail * disk.f_frsize < 16 * 2**20  # ext4 refuses a write some MiB before it is full
 
 
 def sync(path: Path) -> None:

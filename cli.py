@@ -68,7 +68,8 @@ def _sentence(error: Exception) -> str:
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()) if "\n" not in note)
     message = " ".join(str(error).split()) or "no message"
     if isinstance(error, OSError) and error.strerror:
-        return (f"{error.strerror}: {error.filename}" if error.filename else error.strerror) + notes
+        files = " -> ".join(str(file) for file in (error.filename, error.filename2) if file)
+        return (f"{error.strerror}: {files}" if files else error.strerror) + notes
     if isinstance(error, UserError | OSError):
         return message + notes
     if (memory := _exhausted_memory(error)) is not None:

@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def quickstart(out: Path, overwrite: bool, **options: int | None) -> int:
         try:
             report = _run_quickstart(folder, settings)
         except Exception as error:
-            if (folder / "log.txt").is_file():
+            with suppress(OSError):  # there is no log yet, or the disk is full
                 log = shutil.copy(folder / "log.txt", out.with_name(f"{out.name}.failed.log"))
                 error.add_note(f"{log} holds what the libraries printed")
             raise

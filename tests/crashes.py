@@ -1,31 +1,17 @@
-"""Kill a conversion at its n-th record, for growing n, in forks of this process, until it finishes."""
+"""Kill a conversion at its n-th record, or at its n-th change to files, for growing n until it finishes."""
 
 import os
 import shutil
 import signal
-import traceback
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import pytest
+from kills import fork, killed_at_change
 
 from checkpoints import files_of
 from gpt_oss_vision.conversion.engine.journal import Journal
-
-
-def fork(work: Callable[[], object]) -> int:
-    """Run `work` in a fork and return its process id; its exit code is 0, or 1 if `work` raised."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:  # noqa: BLE001 - reported by the exit code
-            traceback.print_exc()
-        os._exit(code)
-    return child
 
 
 def many_small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,4 +66,27 @@ def survives_kills(convert: Callable[[], object], out: Path) -> int:
         assert journal.read_bytes().count(b"\n") == records
     assert files_of(out) == expected
     assert not journal.parent.exists()
+    return number
+
+
+def survives_kills_at_changes(convert: Callable[[], object], out: Path) -> int:
+    """Call `convert`, which makes `out`, again and again, killing the n-th call at its n-th change to files.
+
+    Asserts that `out` is absent or complete after every call, and has the bytes of an uninterrupted call at the end.
+
+    Returns:
+        How many calls were killed.
+    """
+    convert()
+    expected = files_of(out)
+    shutil.rmtree(out)
+    others = {*out.parent.iterdir()}
+    for number in count():
+        if not killed_at_change(convert, number):
+            break
+        assert not out.exists() or files_of(out) == expected
+        if out.exists() and not (out.with_name(out.name + ".partial") / "journal").exists():
+            break  # only the lock and its folder were still to be removed
+    assert files_of(out) == expected
+    assert {*out.parent.iterdir()} - {out.with_name(out.name + ".partial")} == {*others, out}
     return number

@@ -1,5 +1,6 @@
 """The command line: exit codes, one sentence for a failure, and no damage to the user's files."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -238,11 +239,13 @@ def test_a_user_error_prints_its_message_alone(kind: type[Exception], capsys: py
     )
 
 
-def test_an_error_of_the_system_names_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_error_of_the_system_names_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     missing = tmp_path / "missing.json"
     with pytest.raises(FileNotFoundError) as caught:
         missing.read_text()
     assert failure(caught.value, capsys) == f"gpt-oss-vision: No such file or directory: {missing}\n"
+    copied = OSError(errno.ENOSPC, "No space left on device", "source", None, "target")
+    assert failure(copied, capsys) == "gpt-oss-vision: No space left on device: source -> target\n"
 
 
 @pytest.mark.parametrize("kind", [KeyError, ValueError, ImportError])

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ...atomic import exists_error
 from ...terminal import Progress
-from .journal import check_space, exists, fingerprint, open_output, partial_of, refuse_foreign
+from .journal import check_space, fingerprint, open_output, partial_of, refuse_foreign
 from .report import REPORT, make_report, nonfinite_warnings, package_versions, read_report, write_report
 from .stream import Task, peak_memory, stream
 
@@ -73,7 +74,7 @@ def run_conversion(
     if dry_run:
         refuse_foreign(partial_of(out))
         if os.path.lexists(out) and not overwrite:
-            raise exists(out)
+            raise exists_error(out)
         memory = peak_memory(plan.tasks, jobs) + plan.resident_bytes
         free = check_space(out, totals["bytes_written"])
         return totals | {"peak_memory": memory, "free": free, "files": len(plan.file_sizes)}

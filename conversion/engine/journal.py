@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ...atomic import remove, sync
+from ...atomic import exists_error, naming_full_disk, remove, sync
+from ...errors import UserError
 
 REMOVALS = 1000
 """How often other calls may remove the folder between our making and our locking it, before that is an error."""
@@ -87,7 +88,7 @@ class Journal:
         if self.output.exists():
             if os.path.lexists(self.out):
                 if not self._overwrite:  # another program has made it in the meantime
-                    raise exists(self.out)
+                    raise exists_error(self.out)
                 self._drop_replaced()
                 self.out.rename(self._replaced)
             self.output.rename(self.out)
@@ -105,7 +106,7 @@ class Journal:
         if lines and not overwrite:
             _check_same_plan(lines[0], plan, self.partial)
         if os.path.lexists(self.out) and not overwrite and not is_renamed:
-            raise exists(self.out)
+            raise exists_error(self.out)
         if not lines or lines[0] != plan or not (self.output.exists() or is_renamed):
             self._clear()
             self.output.mkdir()
@@ -160,8 +161,8 @@ class Journal:
 def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Journal]:
     """The partial output of `out`, locked for as long as the run lasts.
 
-    A run that ends with a ValueError (bad input), or with an OSError before its first file, leaves nothing. After any
-    other end, a kill included, the next call with the same plan continues.
+    A run that ends with a UserError, which the same call would raise again, or before its first file, leaves nothing.
+    After any other end, a kill included, the next call with the same plan continues.
 
     Args:
         out: the folder to make; with `overwrite` it may exist, and is replaced only when the new one is complete.
@@ -178,29 +179,24 @@ def open_output(out: Path, plan: Mapping[str, Any], *, overwrite: bool = False) 
     partial = partial_of(out)
     refuse_foreign(partial)
     if not partial.exists() and os.path.lexists(out) and not overwrite:
-        raise exists(out)
+        raise exists_error(out)
     new_folders = [folder for folder in out.parents if not folder.exists()]
     held = _hold(partial)
     try:
         journal = Journal(out, partial, held)
-        try:
-            journal.start(plan, overwrite)
-        except OSError:
-            if not journal.is_begun:  # or a call had finished, and was killed before it removed the folder
-                journal.remove()
-            raise
-        try:
-            yield journal
-        except ValueError:
-            journal.remove()
-            raise
-        except OSError as error:
-            if not any(journal.output.rglob("*")):
-                journal.remove()
-            elif error.strerror == os.strerror(errno.ENOSPC):  # the kernel's message names no file
-                sentence = f"No space left on the disk of {out}; make room, and the same call continues"
-                raise OSError(errno.ENOSPC, sentence) from error
-            raise
+        with naming_full_disk(out, "make room, and the same call continues"):
+            try:
+                journal.start(plan, overwrite)
+            except OSError:
+                if not journal.is_begun:  # or a call had finished, and was killed before it removed the folder
+                    journal.remove()
+                raise
+            try:
+                yield journal
+            except BaseException as error:
+                if isinstance(error, UserError) or not any(journal.output.rglob("*")):
+                    journal.remove()
+                raise
     finally:
         os.close(held)  # before the folder is removed: NFS keeps an open file under another name
         with suppress(OSError):  # not empty: there is something to continue, or another call has begun
@@ -322,11 +318,6 @@ def _is_named(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def exists(out: Path) -> FileExistsError:
-    """The error of a call without `overwrite`."""
-    return FileExistsError(f"{out} exists; name another folder, or replace it with --overwrite")
 
 
 def _check_same_plan(before: Mapping[str, Any], plan: Mapping[str, Any], partial: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megatron.bridge.training.callbacks import Callback
@@ -14,6 +14,7 @@ from megatron.bridge.utils.common_utils import get_rank_safe
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from transformers.utils.hub import cached_file
 
+from ...atomic import naming_full_disk
 from ...bridge.mcore import cpu
 from ...conversion.formats.hf_files import keep_files
 from .checkpoints import CrashSafeCheckpoints, check_start, resume
@@ -42,7 +43,8 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
         get_write_results_queue("fork")
     resume(config.checkpoint)
     _keep_files(config)
-    with cpu.runtime():
+    folder = config.checkpoint.save
+    with cpu.runtime(), naming_full_disk(Path(folder)) if folder else nullcontext():
         pretrain(config, forward_step, callbacks=[*callbacks, TrainingLog()])
 
 

@@ -2,21 +2,27 @@
 
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from crashes import fork, many_small_tasks
+from crashes import many_small_tasks
+from kills import fork
+from safetensors.torch import save_file
+from torch.distributed import checkpoint
 
 import gpt_oss_vision
 from checkpoints import OBLONG, files_of, save_pair
 from gpt_oss_vision import cli
+from gpt_oss_vision.atomic import atomic_folder
 from gpt_oss_vision.conversion.engine import files, job
 from gpt_oss_vision.conversion.engine.journal import Journal, check_space
 
@@ -172,6 +178,49 @@ def test_a_disk_filled_by_another_program_is_reported_and_the_next_call_continue
         assert files_of(out) == expected
 
     on_disk(tmp_path, LARGE_ENOUGH, run)
+
+
+@pytest.mark.parametrize("arguments", CONVERSIONS.values(), ids=CONVERSIONS)
+def test_only_the_disk_of_the_output_is_used(
+    arguments: tuple[str, str, str], checkpoints: Path, tmp_path: Path, on_disk: Disk
+):
+    """Apart from some KB of temporary files."""
+    (tmp_path / "small").mkdir()
+
+    def run() -> None:
+        tempfile.tempdir = str(tmp_path / "small")
+        code, sentence = convert(arguments, checkpoints, tmp_path / "out")
+        assert code == 0, sentence
+
+    on_disk(tmp_path / "small", 20 * 1024, run)
+
+
+DATA = torch.zeros(4 * 10**6)
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: path.write_text("x" * 10**7),
+    "a copy": lambda path: shutil.copyfile(path.parents[2] / "large", path),
+    "safetensors": lambda path: save_file({"a": DATA}, path),
+    "torch.save": lambda path: torch.save(DATA, path),
+    "a distributed checkpoint": lambda path: checkpoint.save({"a": DATA}, checkpoint_id=path, no_dist=True),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_full_disk_is_named_whoever_writes(write: Callable[[Path], object], tmp_path: Path, on_disk: Disk):
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(10**7)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def run() -> None:
+        sentence = f"No space left on the disk of {disk}/out; make room, or name a folder on another disk"
+        with pytest.raises(OSError, match=sentence) as failure, atomic_folder(disk / "out") as folder:
+            write(folder / "file")
+        assert failure.value.errno == errno.ENOSPC
+        assert list(disk.iterdir()) == []
+
+    on_disk(disk, TOO_SMALL, run)
 
 
 def test_space_that_is_too_small_for_a_file_is_freed_again(tmp_path: Path, on_disk: Disk):

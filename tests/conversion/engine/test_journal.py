@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crashes import fork
+from kills import fork
 
 from gpt_oss_vision.conversion.engine.journal import Journal, check_space, fingerprint, open_output
+from gpt_oss_vision.errors import UserError
 
 PLAN = {"action": "test", "source": {"a": [1, 2]}}
 
@@ -203,8 +204,8 @@ def test_leftovers_of_overwriting_give_no_later_call_the_permission_to_overwrite
 
 def spoiled(out: Path) -> None:
     """Fail because of bad input, which removes the output."""
-    with contextlib.suppress(ValueError), open_output(out, PLAN):
-        raise ValueError("bad")
+    with contextlib.suppress(UserError), open_output(out, PLAN):
+        raise UserError("bad")
 
 
 REMOVALS = {
@@ -348,9 +349,32 @@ def test_a_second_call_is_refused_and_harms_nothing(tmp_path: Path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
 
 
-def test_bad_input_leaves_nothing(tmp_path: Path):
-    with pytest.raises(ValueError, match="bad"), open_output(tmp_path / "out", PLAN):
-        raise ValueError("bad")
+FAILURES = {
+    "bad input": UserError("bad"),
+    "a bug": ValueError("zip() argument 2 is longer than argument 1"),
+    "the disk": OSError("the disk fails"),
+    "no memory": MemoryError(),
+    "Ctrl-C": KeyboardInterrupt(),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_only_bad_input_removes_what_is_written(failure: BaseException, tmp_path: Path):
+    """The same call would fail again; after any other failure it may succeed."""
+    with pytest.raises(type(failure)), open_output(tmp_path / "out", PLAN) as journal:
+        (journal.output / "one").write_text("kept")
+        journal.record({"one": None})
+        raise failure
+    assert (tmp_path / "out.partial").exists() == (not isinstance(failure, UserError))
+    write(tmp_path / "out")
+    is_kept = (tmp_path / "out" / "one").read_text() == "kept"
+    assert is_kept == (not isinstance(failure, UserError))
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_a_failure_before_the_first_file_leaves_nothing(failure: BaseException, tmp_path: Path):
+    with pytest.raises(type(failure)), open_output(tmp_path / "out", PLAN):
+        raise failure
     assert list(tmp_path.iterdir()) == []
 
 
