@@ -79,10 +79,10 @@ def plan_import(source: Source, layout: TorchDistPlan, config: dict[str, Any]) -
     def write_files(output: Path) -> None:
         write_metadata(config, output)
         (output / ITERATION / ".metadata").write_bytes(layout.metadata)
-        folder = output / ITERATION / "tokenizer"  # where Megatron-Bridge keeps tokenizers
-        folder.mkdir(exist_ok=True)
         for file in assets:
-            shutil.copyfile(file, folder / file.name)
+            copy = output / ITERATION / "tokenizer" / file  # where Megatron-Bridge keeps tokenizers
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.folder / file, copy)
 
     def build_report(results: Mapping[str, Any]) -> dict[str, Any]:
         entries = {name: entry for result in results.values() for name, entry in (result or {}).items()}
@@ -92,7 +92,7 @@ def plan_import(source: Source, layout: TorchDistPlan, config: dict[str, Any]) -
     return ConversionPlan(
         action="import",
         title="Importing",
-        settings={"hf": str(source.folder), "dtype": str(layout.dtype), "assets": [file.name for file in assets]},
+        settings={"hf": str(source.folder), "dtype": str(layout.dtype), "assets": [*map(str, assets)]},
         sources={"source": source.folder},
         tasks=[objects, *(batch_task(source, batch) for batch in batches)],
         file_sizes={f"{ITERATION}/{name}": size for name, size in layout.sizes.items()},
@@ -111,16 +111,18 @@ def _casts(source: Source, layout: TorchDistPlan) -> Iterator[tuple[torch.dtype,
 
 
 def find_assets(folder: Path) -> list[Path]:
-    """Config, tokenizer, processor and chat template, which are copied beside the weights.
+    """Config, tokenizer, processor and chat templates, which are copied beside the weights, by names in the folder.
 
     Raises:
         FileNotFoundError: one of them is a link to nowhere.
     """
     found = [file for file in sorted(folder.iterdir()) if file.suffix in ASSET_SUFFIXES]
+    found += sorted(folder.glob("additional_chat_templates/*.jinja"))
     lost = [file for file in found if file.is_symlink() and not file.exists()]
     if lost:
         raise FileNotFoundError(f"{lost[0]} is a link to a file that is not there; copy the checkpoint again")
-    return [file for file in found if file.is_file() and not file.name.endswith(".index.json")]
+    kept = [file for file in found if file.is_file() and not file.name.endswith(".index.json")]
+    return [file.relative_to(folder) for file in kept]
 
 
 def batch_task(source: Source, batch: WriteBatch) -> Task:

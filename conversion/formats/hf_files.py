@@ -5,9 +5,7 @@ byte the files that ``save_pretrained`` would write.
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.quantization_config import Mxfp4Config
 
-from ...atomic import atomic_folder
+from ...atomic import atomic_folder, remove
 from ...bridge import hf
 from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
@@ -38,9 +36,10 @@ TEXT_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 FILES = ("config.json", *TEXT_FILES, "processor_config.json")
-"""Files of a checkpoint apart from weights and code."""
+"""Files of a checkpoint apart from weights and code; names or patterns."""
 
 CODE = tuple(f"{part}_gpt_oss_vision.py" for part in ("tokenization", "processing", "image_processing"))
 """Files of code, apart from those that the model's own class writes."""
@@ -93,9 +92,11 @@ def keep_files(candidates: Iterable[Path], megatron: Path, processor: Path | Non
 
 
 def _refuse_another_processor(kept: Path, processor: Path) -> None:
-    for name in PROCESSOR_FILES:
-        mine, theirs = (file.read_bytes() if file.is_file() else None for file in (kept / name, processor / name))
-        if mine != theirs:
+    mine, theirs = (
+        {name: file.read_bytes() for name, file in _find_files(folder, PROCESSOR_FILES)} for folder in (kept, processor)
+    )
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
             raise UserError(
                 f"{processor} has another {name} than {kept}, with which this run was trained before; use the same "
                 "processor, or save into another folder"
@@ -123,11 +124,17 @@ def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy those files of `names` that exist."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    """Copy those files of `names`, which may be patterns, that exist."""
+    for name, file in _find_files(source, names):
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _find_files(folder: Path, names: Iterable[str]) -> list[tuple[str, Path]]:
+    """The existing files of `names`, which may be patterns, by their path in the folder."""
+    files = [file for name in names for file in sorted(folder.glob(name)) if file.is_file()]
+    return [(file.relative_to(folder).as_posix(), file) for file in files]
 
 
 def meta_model(config: GPTOSSVisionConfig, dtype: torch.dtype, *, text_only: bool = False) -> PreTrainedModel:
@@ -201,16 +208,16 @@ def write_files(model: PreTrainedModel, source: Path, out: Path, *, packed: bool
         not_packed = [*NOT_PACKED, "model.vision_adapter"] if is_ours else [*NOT_PACKED]
         model.config.quantization_config = Mxfp4Config(modules_to_not_convert=not_packed).to_dict()
     # Into a folder of its own: given no tensors it writes no weights, and it removes the shards of its folder.
-    with tempfile.TemporaryDirectory() as folder, _without_bars():
-        model.save_pretrained(folder, state_dict={})
-        written = {*os.listdir(folder)}
-        if (
-            source / GENERATION
-        ).is_file():  # copied unchanged: transformers refuses to write settings that contradict each other
-            written.discard(GENERATION)
-        copy_files(Path(folder), out, written)
-    if not is_ours and (out / "tokenizer_config.json").is_file():
-        _make_stock(out / "tokenizer_config.json")
+    saved = out / ".saved"  # not in a temporary folder, whose disk may be full
+    remove(saved)  # of a call that was killed
+    with _without_bars():
+        model.save_pretrained(saved, state_dict={})
+    if (source / GENERATION).is_file():  # copied unchanged: transformers refuses to write contradictory settings
+        (saved / GENERATION).unlink(missing_ok=True)
+    copy_files(saved, out, ["*"])
+    remove(saved)
+    if not is_ours:
+        _make_stock(out)
 
 
 @contextmanager
@@ -224,10 +231,22 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _make_stock(file: Path) -> None:
-    """Name a tokenizer class of transformers: ours differs from it only in padding on the left."""
-    settings: dict[str, Any] = json.loads(file.read_text())
-    for ours in ("auto_map", "processor_class"):
-        settings.pop(ours, None)
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
-    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+def _make_stock(folder: Path) -> None:
+    """Write config and tokenizer as gpt-oss's own files have them, which transformers 4 reads too.
+
+    transformers 4.57.1 ignores ``rope_parameters``, and gives the model ``token_type_ids`` unless told not to. Our
+    tokenizer class differs from transformers' only in padding on the left.
+    """
+    config = read_json(folder / "config.json")
+    rope = dict(config["rope_parameters"])
+    _write_json(folder / "config.json", config | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope})
+    file = folder / "tokenizer_config.json"
+    if file.is_file():
+        ours = ("auto_map", "processor_class")
+        settings = {name: value for name, value in read_json(file).items() if name not in ours}
+        stock = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+        _write_json(file, settings | stock | {"model_input_names": ["input_ids", "attention_mask"]})
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import fork, many_small_tasks, survives_kills
+from crashes import many_small_tasks, survives_kills, survives_kills_at_changes
+from kills import fork
 from rich.console import Console
 from torch.distributed import checkpoint
-from transformers import GptOssForCausalLM
+from transformers import AutoTokenizer, GptOssForCausalLM
 
 import gpt_oss_vision
 from checkpoints import (
@@ -23,6 +24,7 @@ from checkpoints import (
     SQUARE,
     change,
     check_memory,
+    edit_config,
     files_of,
     load_hf,
     load_megatron,
@@ -32,6 +34,7 @@ from checkpoints import (
 )
 from gpt_oss_vision.bridge import hf
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.ops.mxfp4 import dequantize, quantize
 from gpt_oss_vision.conversion.dtypes import FLOATS, dtype_name
@@ -43,7 +46,7 @@ from gpt_oss_vision.recipes.quickstart.run import training_config, write_checkpo
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.train import train
 from layouts import Layout
-from tiny import tiny_batch, tiny_vision_config
+from tiny import tiny_batch, tiny_config, tiny_vision_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -266,18 +269,42 @@ def test_transformers_alone_reads_mxfp4_as_the_quantised_model(text_only: bool, 
     assert (found - unquantised).abs().max() > 1e-3 * expected.abs().max()
 
 
-def test_text_only_is_a_stock_gpt_oss_with_every_key_in_place(tmp_path: Path):
-    there_and_back(tmp_path, "fp32", use_nope=False)
-    export_checkpoint(tmp_path / "megatron", tmp_path / "text", dtype="fp32", text_only=True)
-    stock, report = GptOssForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
-    assert not any(report.values())
+ROTATIONS = {
+    "yarn": tiny_config().rope_parameters | {"factor": 4.0, "rope_theta": 1e4},
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize("rope", ROTATIONS.values(), ids=ROTATIONS)
+def test_text_only_is_a_stock_gpt_oss_with_every_key_in_place(rope: dict, tmp_path: Path):
+    """Read by transformers 4 too, which knows the rotation by the names in gpt-oss's own config alone (4.57.1)."""
+    there_and_back(tmp_path, use_nope=False, rope_parameters=rope)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "text", text_only=True)
+    whole = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = tiny_batch(whole.config, images_per_row=(0,))["input_ids"]
+    for read in (lambda config: None, lambda config: config.pop("rope_parameters")):
+        edit_config(tmp_path / "text", read)
+        stock, report = GptOssForCausalLM.from_pretrained(tmp_path / "text", output_loading_info=True)
+        assert not any(report.values())
+        with torch.no_grad():
+            assert torch.equal(stock.eval()(tokens).logits, whole.eval()(tokens).logits)
     config = json.loads((tmp_path / "text" / "config.json").read_text())
     assert config["model_type"] == "gpt_oss" and config["architectures"] == ["GptOssForCausalLM"]
     assert not any("vision" in name or "image" in name or name == "auto_map" for name in config)
-    whole = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "hf")
-    tokens = tiny_batch(whole.config, images_per_row=(0,))["input_ids"]
-    with torch.no_grad():
-        assert torch.equal(stock.eval()(tokens).logits, whole.eval()(tokens).logits)
+    assert config["rope_theta"] == rope["rope_theta"] and "rope_theta" not in config["rope_scaling"]
+    tokenizer = json.loads((tmp_path / "text" / "tokenizer_config.json").read_text())
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize("text_only", [False, True], ids=["with vision", "text only"])
+def test_further_chat_templates_come_along(text_only: bool, tmp_path: Path):
+    hf = save_tiny(tmp_path / "hf", **OBLONG, use_nope=False)
+    tokenizer = GPTOSSVisionTokenizer.from_pretrained(hf)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(hf)
+    import_checkpoint(hf, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "out", text_only=text_only)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
 def test_text_only_is_refused_if_gpt_oss_cannot_express_the_model(tmp_path: Path):
@@ -400,6 +427,10 @@ def test_an_output_that_exists_is_replaced_only_when_asked(megatron: Path, tmp_p
 def test_killed_at_any_record_it_is_continued_to_the_same_bytes(megatron: Path, tmp_path: Path, monkeypatch):
     many_small_tasks(monkeypatch)
     assert survives_kills(partial(export_checkpoint, megatron, tmp_path / "out", dtype="mxfp4"), tmp_path / "out") > 10
+
+
+def test_killed_at_any_change_to_files_it_is_continued_to_the_same_bytes(megatron: Path, tmp_path: Path):
+    assert survives_kills_at_changes(partial(export_checkpoint, megatron, tmp_path / "out"), tmp_path / "out") > 40
 
 
 def test_two_at_once_do_not_harm_each_other(megatron: Path, tmp_path: Path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import many_small_tasks, survives_kills
+from crashes import many_small_tasks, survives_kills, survives_kills_at_changes
 from rich.console import Console
 
 import gpt_oss_vision
@@ -41,6 +41,10 @@ def test_killed_at_any_record_it_is_continued_to_the_same_bytes(
 ):
     many_small_tasks(monkeypatch)
     assert survives_kills(lambda: import_checkpoint(hf, tmp_path / "out"), tmp_path / "out") > 10
+
+
+def test_killed_at_any_change_to_files_it_is_continued_to_the_same_bytes(hf: Path, tmp_path: Path):
+    assert survives_kills_at_changes(lambda: import_checkpoint(hf, tmp_path / "out"), tmp_path / "out") > 40
 
 
 BROKEN = {
