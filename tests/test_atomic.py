@@ -1,17 +1,15 @@
 """Files and folders appear under their names complete or not at all, whenever the process is killed."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from multiprocessing import get_context
+from itertools import count
 from pathlib import Path
 
 import pytest
+from kills import killed_at_change
 
-from gpt_oss_vision import atomic
 from gpt_oss_vision.atomic import atomic_file, atomic_folder
 
 
@@ -114,52 +112,36 @@ def replace(folder: Path) -> None:
         (new / "new").write_text("new")
 
 
-KILLED_AT = {
-    "filling the new folder": (Path, "write_text", 0),
-    "moving the old folder": (Path, "rename", 0),
-    "renaming the new folder": (Path, "rename", 1),
-    "putting the old folder away": (Path, "rename", 2),
-    "removing the old folder": (atomic, "remove", 0),
-}
-
-
-def dying(function: Callable, calls: int) -> Callable:
-    """A wrapper of the function that kills the process in place of call number `calls`, from 0."""
-    made = 0
-
-    def call(*args: object, **options: object) -> object:
-        nonlocal made
-        if made == calls:
-            os.kill(os.getpid(), signal.SIGKILL)
-        made += 1
-        return function(*args, **options)
-
-    return call
-
-
-@pytest.mark.parametrize("moment", KILLED_AT)
-def test_a_kill_leaves_the_old_or_the_new_folder_whole_and_the_next_call_tidies_up(moment: str, tmp_path: Path):
-    (tmp_path / "a").mkdir()
-    for name in ("old", "old too"):
-        (tmp_path / "a" / name).write_text("old")
-    owner, name, calls = KILLED_AT[moment]
-
-    def run() -> None:
-        setattr(owner, name, dying(getattr(owner, name), calls))
-        replace(tmp_path / "a")
-
-    process = get_context("fork").Process(target=run)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+def test_a_kill_at_any_change_leaves_the_old_or_the_new_folder_and_the_next_call_tidies_up(tmp_path: Path):
     old, new = {"old": "old", "old too": "old"}, {"new": "new"}
-    if (tmp_path / "a").exists():
-        assert contents(tmp_path / "a") in (old, new)
-    else:
-        assert contents(tmp_path / ".a.replaced") == old
-    replace(tmp_path / "a")
-    assert contents(tmp_path) == {"a/new": "new"}
-    assert os.listdir(tmp_path) == ["a"]
+    for number in count():
+        place = tmp_path / str(number)
+        (place / "a").mkdir(parents=True)
+        for name in old:
+            (place / "a" / name).write_text("old")
+        was_killed = killed_at_change(lambda place=place: replace(place / "a"), number)
+        whole = place / ("a" if (place / "a").exists() else ".a.replaced")
+        assert contents(whole) in (old, new)
+        replace(place / "a")
+        assert contents(place) == {"a/new": "new"}
+        assert os.listdir(place) == ["a"]
+        if not was_killed:
+            break
+    assert number > 8
+
+
+def test_a_kill_at_any_change_leaves_the_old_or_the_new_file(tmp_path: Path):
+    def write(path: Path) -> None:
+        with atomic_file(path) as file:
+            file.write("new")
+
+    for number in count():
+        (tmp_path / "a").write_text("old")
+        was_killed = killed_at_change(lambda: write(tmp_path / "a"), number)
+        assert (tmp_path / "a").read_text() in ("old", "new")
+        if not was_killed:
+            break
+    assert number > 2
 
 
 def test_a_folder_moved_aside_by_a_killed_call_is_back_when_the_next_one_refuses(tmp_path: Path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crashes import many_small_tasks, survives_kills
+from crashes import many_small_tasks, survives_kills, survives_kills_at_changes
 from rich.console import Console
 from transformers import (
     CLIPConfig,
@@ -160,6 +160,12 @@ def test_killed_at_any_record_it_is_continued_to_the_same_bytes(tmp_path: Path, 
     towers()["ViT"].save_pretrained(tmp_path / "vision")
     token, out = tiny_processor().image_token_id, tmp_path / "out"
     assert survives_kills(lambda: assemble(text, tmp_path / "vision", out, image_token_id=token), out) > 10
+
+
+def test_killed_at_any_change_to_files_it_is_continued_to_the_same_bytes(tmp_path: Path):
+    text, out = save_text(tmp_path / "text"), tmp_path / "out"
+    towers()["ViT"].save_pretrained(tmp_path / "vision")
+    assert survives_kills_at_changes(lambda: assemble(text, tmp_path / "vision", out, image_token_id=3), out) > 40
 
 
 BROKEN = {

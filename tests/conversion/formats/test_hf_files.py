@@ -1,55 +1,47 @@
 """Files beside the weights: kept with a Megatron checkpoint all together or not at all."""
 
-import os
-import shutil
+from itertools import count
 from pathlib import Path
 
 import pytest
-from crashes import fork
+from kills import killed_at_change
 
 from gpt_oss_vision.conversion.formats.hf_files import FILES, keep_files
+
+ALL = {name.replace("*", "rag") for name in FILES}
 
 
 @pytest.fixture
 def hf(tmp_path: Path) -> Path:
     """A folder that has all of the files."""
     folder = tmp_path / "hf"
-    folder.mkdir()
-    for name in FILES:
+    for name in ALL:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     return folder
 
 
-@pytest.mark.parametrize("copied", range(len(FILES)))
-def test_a_kill_at_any_file_leaves_none_and_the_next_call_keeps_all(copied: int, hf: Path, tmp_path: Path):
-    megatron, copy, calls = tmp_path / "megatron", shutil.copyfile, []
-    megatron.mkdir()
+def kept(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
 
-    def dies(source: Path, target: Path) -> None:
-        calls.append(source)
-        if len(calls) > copied:
-            os._exit(9)
-        copy(source, target)
 
-    def killed() -> None:
-        shutil.copyfile = dies
+def test_a_kill_at_any_change_leaves_all_files_or_none_and_the_next_call_keeps_all(hf: Path, tmp_path: Path):
+    for number in count():
+        megatron = tmp_path / f"megatron {number}"
+        was_killed = killed_at_change(lambda megatron=megatron: keep_files([hf], megatron), number)
+        assert kept(megatron / "tokenizer") in ({}, {name: name for name in ALL})
         keep_files([hf], megatron)
-
-    assert os.waitstatus_to_exitcode(os.waitpid(fork(killed), 0)[1]) == 9
-    assert not (megatron / "tokenizer").exists()
-    keep_files([hf], megatron)
-    assert sorted(path.name for path in megatron.iterdir()) == ["tokenizer"]
-    assert {path.name: path.read_text() for path in (megatron / "tokenizer").iterdir()} == {
-        name: name for name in FILES
-    }
+        assert kept(megatron) == {f"tokenizer/{name}": name for name in ALL}
+        if not was_killed:
+            break
+    assert number > 2 * len(ALL)
 
 
 def test_other_files_of_the_folder_stay(hf: Path, tmp_path: Path):
     (tmp_path / "megatron" / "tokenizer").mkdir(parents=True)
     (tmp_path / "megatron" / "tokenizer" / "merges.txt").write_text("mine")
     keep_files([hf], tmp_path / "megatron")
-    names = {path.name for path in (tmp_path / "megatron" / "tokenizer").iterdir()}
-    assert names == {*FILES, "merges.txt"}
+    assert kept(tmp_path / "megatron" / "tokenizer").keys() == {*ALL, "merges.txt"}
 
 
 def test_files_that_are_kept_already_are_not_replaced(hf: Path, tmp_path: Path):
@@ -90,4 +82,4 @@ def test_a_run_goes_on_with_its_own_processor_alone(hf: Path, processor: Path, t
 
 def test_a_folder_in_which_training_has_saved_nothing_yet_is_made(hf: Path, tmp_path: Path):
     keep_files([hf], tmp_path / "run" / "megatron")
-    assert {path.name for path in (tmp_path / "run" / "megatron" / "tokenizer").iterdir()} == {*FILES}
+    assert kept(tmp_path / "run" / "megatron" / "tokenizer").keys() == ALL
