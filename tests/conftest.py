@@ -30,7 +30,12 @@ LONGEST = (
 
 # The versions with which every `upstream` test passes. With other versions these tests run by default; one that fails
 # names the work-around that can be removed. When all pass, write the new versions here.
-VERSIONS_OF_UPSTREAM = {"megatron-bridge": "0.6.2", "megatron-core": "0.19.2", "torch": "2.11.0"}
+VERSIONS_OF_UPSTREAM = {
+    "megatron-bridge": "0.6.2",
+    "megatron-core": "0.19.2",
+    "safetensors": "0.8.0",
+    "torch": "2.11.0",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -74,7 +74,7 @@ class File:
         """Open for reading or, with the `size` that it will have, for writing; its blocks are reserved on the disk."""
         self.path = path
         flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT
-        self.plain = os.open(path, flags, 0o644)
+        self.plain = os.open(path, flags, 0o666)
         self.size = os.fstat(self.plain).st_size
         try:
             if size is not None and self.size != size:

@@ -293,7 +293,7 @@ def _hold(partial: Path) -> int:
     while True:
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            held = os.open(lock_file(partial), os.O_RDWR | os.O_CREAT, 0o644)
+            held = os.open(lock_file(partial), os.O_RDWR | os.O_CREAT, 0o666)
         except (FileExistsError, FileNotFoundError):  # another call has just finished, and removed them
             removals += 1
             if removals > REMOVALS:

@@ -88,6 +88,8 @@ def write_checkpoint(folder: Path, settings: Settings) -> None:
     model = GPTOSSVisionForCausalLM(config)
     model.generation_config = tokenizer.generation_config()
     model.save_pretrained(folder)
+    # safetensors 0.8.0 lets only the owner read its files, whatever the umask.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     GPTOSSVisionProcessor.from_config(config, tokenizer).save_pretrained(folder)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +122,16 @@ def test_a_mount_point_is_refused_as_it_cannot_be_renamed(
         import_checkpoint(project / "hf", volume, overwrite=True, dry_run=dry_run)
     assert list(volume.iterdir()) == []
     import_checkpoint(project / "hf", volume / "out", dry_run=dry_run)
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o022, 0o077], ids=oct)
+def test_files_and_folders_have_the_permissions_that_the_umask_leaves(mask: int, pair: Path, tmp_path: Path):
+    """For example for the group, where a cluster's users share a folder."""
+    before = os.umask(mask)
+    try:
+        import_checkpoint(pair / "hf", tmp_path / "megatron")
+        export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path

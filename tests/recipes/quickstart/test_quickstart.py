@@ -8,7 +8,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.quickstart.digits import NO_IMAGE, WORDS
@@ -87,6 +89,18 @@ def test_the_command_generates_with_the_exported_model(out: Path):
     done = command("generate", "--model", str(out / "hf"), *question, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() in (*WORDS, NO_IMAGE)
+
+
+def test_who_may_read_the_first_config_may_read_the_weights(start: Path):
+    modes = {file.stat().st_mode for file in (start / "hf_start").iterdir()}
+    assert modes == {(start / "hf_start" / "config.json").stat().st_mode}
+
+
+@pytest.mark.upstream
+def test_safetensors_still_lets_only_the_owner_read(tmp_path: Path):
+    """When this fails, `write_checkpoint` need not set the mode of the weights."""
+    save_file({"a": torch.ones(1)}, tmp_path / "file")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
 def test_the_command_refuses_the_layouts_that_the_model_refuses(start: Path):
