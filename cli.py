@@ -8,6 +8,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage. A failure is one sentence on stderr
 """
 
 import argparse
+import getpass
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -45,9 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: the entry point of the installed script."""
     arguments = vars(parser().parse_args(argv))
     run, debug = arguments.pop("run"), arguments.pop("debug")
+    _name_the_user()
     # torchao 0.17, which transformers imports where it is installed, has a wrong escape that Python warns about.
     warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning)
     return attempt(partial(run, **arguments), debug)
+
+
+def _name_the_user() -> None:
+    """Give a user a name where the machine has none, as in many containers: torch 2.11 fails without, on import."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
 
 
 def attempt(run: Callable[[], int], debug: bool) -> int:

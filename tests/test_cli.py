@@ -2,10 +2,12 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,14 @@ from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes import commands
 
 
-def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line in a fresh process."""
-    line = [sys.executable, "-m", "gpt_oss_vision.cli", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, stdin=subprocess.DEVNULL, timeout=60)
+    return process("-m", "gpt_oss_vision.cli", *arguments, **options)
+
+
+def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, *arguments]
+    return subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60, **options)
 
 
 def failing(error: BaseException) -> Callable[[], int]:
@@ -230,6 +236,41 @@ assert not {"torch", "numpy"} & sys.modules.keys()
         "gpt-oss-vision: tensor_model_parallel_size=4 does not divide the 2 key/value groups of this model.\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def without_a_name() -> dict[str, Any]:
+    """Options of a process whose user has a number and no name, as in many containers; skips if that is denied."""
+    uid = os.getuid()
+
+    def lose_the_name() -> None:
+        os.unshare(os.CLONE_NEWUSER)
+        Path("/proc/self/uid_map").write_text(f"12345 {uid} 1")
+
+    names = ("USER", "LOGNAME", "LNAME", "USERNAME")
+    options = {
+        "preexec_fn": lose_the_name,
+        "env": {name: value for name, value in os.environ.items() if name not in names} | {"HOME": "/nonexistent"},
+    }
+    try:
+        process("-c", "", **options)
+    except subprocess.SubprocessError:
+        pytest.skip("This user may not make a namespace here")
+    return options
+
+
+def test_a_user_without_a_name_can_run_every_command(without_a_name: dict[str, Any], tmp_path: Path):
+    done = command("convert", "export", "--megatron", "nothing", "--out", "out", cwd=tmp_path, **without_a_name)
+    assert done.stderr == (
+        f"gpt-oss-vision: {tmp_path}/nothing is not a folder; name the folder of a Megatron checkpoint\n"
+    )
+
+
+@pytest.mark.upstream
+def test_torch_still_fails_for_a_user_without_a_name(without_a_name: dict[str, Any]):
+    """When this fails, `cli._name_the_user` can be removed."""
+    done = process("-c", "import torch._inductor.config; import transformers.modeling_utils", **without_a_name)
+    assert done.returncode == 1 and "uid not found: 12345" in done.stderr
 
 
 @pytest.mark.parametrize("kind", [UserError, OSError])
