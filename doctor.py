@@ -4,10 +4,12 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 GIB = 2**30
+ROOT = Path("/")
 QUICKSTART_MEMORY_GIB = 4  # it peaks at 2.2, and says so in report.json
 QUICKSTART_DISK_GIB = 1
 
@@ -66,7 +68,8 @@ def _space_problems(folder: Path) -> list[str]:
     memory, disk = _memory_available(), shutil.disk_usage(folder).free
     if memory is not None and memory < QUICKSTART_MEMORY_GIB * GIB:
         problems.append(
-            f"{_gib(memory)} of memory are available, {QUICKSTART_MEMORY_GIB} GiB are needed: end other programs"
+            f"{_gib(memory)} of memory are available, {QUICKSTART_MEMORY_GIB} GiB are needed: end other programs, "
+            "or raise the limit of this container"
         )
     if disk < QUICKSTART_DISK_GIB * GIB:
         problems.append(
@@ -112,12 +115,30 @@ def _cuda() -> str:
 
 
 def _memory_available() -> int | None:
-    """Bytes that a new program can take, or None without /proc/meminfo."""
-    file = Path("/proc/meminfo")
+    """Bytes that a new program can take, within the limit of its control group; None without /proc/meminfo."""
+    file = ROOT / "proc/meminfo"
     if not file.exists():
         return None
     fields = dict(line.split(":") for line in file.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return min([int(fields["MemAvailable"].split()[0]) * 1024, *_cgroup_limits()])
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """The memory limits of this process's control groups and of those above them, in version 1 and 2.
+
+    In a container the groups above are not there, and a path of version 1 may be the host's.
+    """
+    groups = ROOT / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        mount, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            file = ROOT / "sys/fs/cgroup" / mount / folder / name
+            if file.is_file() and (limit := file.read_text().strip()) != "max":
+                yield int(limit)
 
 
 def _gib(amount: int | None) -> str:

@@ -27,6 +27,46 @@ def test_too_little_memory_is_a_problem_with_numbers(tmp_path: Path, monkeypatch
     assert "GiB of memory are available, 1048576 GiB are needed" in text
 
 
+GROUPS = {
+    "version 2": ("0::/job/step", {"job/step/memory.max": "1073741824", "memory.max": "max"}),
+    "version 2, above": ("0::/job/step", {"job/step/memory.max": "max", "job/memory.max": "1073741824"}),
+    "version 2, in a container": ("0::/", {"memory.max": "1073741824"}),
+    "version 1": ("4:memory:/job\n3:cpuset:/", {"memory/job/memory.limit_in_bytes": "1073741824"}),
+    "version 1, the host's path": ("4:memory:/docker/12ab", {"memory/memory.limit_in_bytes": "1073741824"}),
+}
+UNLIMITED = {
+    "version 2": ("0::/job", {"job/memory.max": "max"}),
+    "version 1": ("4:memory:/job", {"memory/job/memory.limit_in_bytes": "9223372036854771712"}),
+    "both": ("4:memory:/\n0::/", {"memory/memory.limit_in_bytes": "9223372036854771712"}),
+    "no control groups": ("", {}),
+}
+
+
+def examine_in(groups: str, limits: dict[str, str], folder: Path) -> tuple[str, bool]:
+    """The doctor's report where /proc and /sys hold 8 GiB of free memory and these control groups."""
+    files = {"proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8388608 kB\n", "proc/self/cgroup": groups}
+    for name, text in (files | {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "ROOT", folder)
+        return doctor.examine(folder)
+
+
+@pytest.mark.parametrize(("groups", "limits"), GROUPS.values(), ids=GROUPS)
+def test_a_control_group_limits_the_memory(groups: str, limits: dict[str, str], tmp_path: Path):
+    text, is_ready = examine_in(groups, limits, tmp_path)
+    assert not is_ready
+    assert "1.0 GiB of memory are available, 4 GiB are needed" in text
+
+
+@pytest.mark.parametrize(("groups", "limits"), UNLIMITED.values(), ids=UNLIMITED)
+def test_without_a_limit_the_free_memory_counts(groups: str, limits: dict[str, str], tmp_path: Path):
+    text, is_ready = examine_in(groups, limits, tmp_path)
+    assert is_ready, text
+    assert "memory available    8.0 GiB" in text
+
+
 def test_another_system_than_linux_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor.sys, "platform", "darwin")
     monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
