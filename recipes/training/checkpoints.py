@@ -3,8 +3,11 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+import yaml
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import (
     CheckpointLoadContext,
@@ -21,11 +24,15 @@ from megatron.bridge.training.utils.checkpoint_utils import (
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
 from megatron.bridge.utils.common_utils import print_rank_0
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ...errors import UserError
 
 IN_PROGRESS = "saving_{step}"
 """A file beside the checkpoints that exists while the checkpoint of that step is incomplete."""
+
+OPTIMIZER_SECTIONS = ("optimizer", "optimizer_config_override_provider", "peft")
+"""Sections of a configuration that decide the parameters and the groups of an optimizer."""
 
 
 class CrashSafeCheckpoints(DefaultCheckpointManager):
@@ -57,13 +64,22 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
         """Load, without the random states where they were saved by another layout of ranks.
 
         Raises:
-            UserError: the optimizer's states are those of the other back end, or the ranks have found different
-                checkpoints.
+            UserError: the optimizer's states are those of the other back end, or of other settings, or the ranks have
+                found different checkpoints.
         """
         self._check_same_on_all_ranks()
         self._refuse_states_of_the_other_back_end(ctx)
         self._leave_foreign_random_states(ctx)
-        return super().load(ctx)
+        try:
+            return super().load(ctx)
+        except (Exception, CheckpointException) as error:  # which is no Exception
+            folder = self._iteration_folder()
+            if folder is None or not (differing := _other_settings(Path(folder), ctx.state.cfg)):
+                raise
+            raise UserError(
+                f"{folder} cannot be continued, as {', '.join(differing)}; continue with its settings, or start a new "
+                "stage from its weights by checkpoint.pretrained_checkpoint in place of checkpoint.load"
+            ) from error
 
     def _complete(self, context: CallbackContext) -> None:
         # Checkpoints are completed in their order. Only files of this run are removed: one of an earlier run may belong
@@ -115,6 +131,19 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
         if mine.unique_key not in load_sharded_metadata(folder):
             print_rank_0(f"The random states in {folder} are of another layout of ranks; they start from the seed.")
             self.checkpoint_config.load_rng = False
+
+
+def _other_settings(folder: Path, config: Any) -> list[str]:
+    """What differs between a checkpoint and a run in the settings that its optimizer's states depend on."""
+    if not any("optimizer" in key for key in load_sharded_metadata(str(folder))):
+        return ["it has no optimizer states"]
+    with TemporaryDirectory() as written:
+        config.to_yaml(f"{written}/run_config.yaml")  # spelled as Megatron-Bridge spells it in a checkpoint
+        saved, mine = (yaml.safe_load(Path(place, "run_config.yaml").read_text()) for place in (folder, written))
+    names = [(section, name) for section in OPTIMIZER_SECTIONS for name in mine.get(section) or ()]
+    names += [("model", name) for name in mine["model"] if name.startswith("freeze_")]
+    values = {f"{part}.{name}": ((saved.get(part) or {}).get(name), mine[part][name]) for part, name in names}
+    return [f"{name} was {before!r} and is {now!r}" for name, (before, now) in values.items() if before != now]
 
 
 def check_start(checkpoint: CheckpointConfig) -> None:

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
+from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.quickstart.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import fine_tune, training_config
 from gpt_oss_vision.recipes.quickstart.settings import Settings
@@ -93,3 +95,41 @@ def test_megatron_core_still_mixes_up_optimizer_states_of_two_precisions(start: 
     settings = Settings(steps=2, batch_size=16)
     with pytest.raises(AssertionError):
         cpu.run_ranks(1, train_in_bf16_without_our_order, copy_of(start, tmp_path), settings)
+
+
+def stage(out: Path, load: Path | None, settings: dict[str, Any]) -> None:
+    """Two steps; the settings are those of the configuration, as `section.field`."""
+    config = training_config(out, write_digits(out / "digits", 0), Settings(steps=2, batch_size=8))
+    for name, value in settings.items():
+        section, field = name.split(".")
+        setattr(getattr(config, section), field, value)
+    config.checkpoint.load, config.checkpoint.save = load and str(load), str(out / "stage")
+    train(config)
+
+
+@pytest.fixture(scope="module")
+def first_stage(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of a run that has trained the projector and the tower."""
+    out = copy_of(start, tmp_path_factory.mktemp("first"))
+    cpu.run_ranks(1, stage, out, None, {"model.freeze_language_model": True})
+    return out / "stage"
+
+
+NEW_STAGES = {
+    "other frozen groups": ({}, r"model\.freeze_language_model was True and is False"),
+    "another learning rate": (
+        {"model.freeze_language_model": True, "optimizer.lr": 0.5},
+        r"optimizer\.lr was 0\.\d+ and is 0\.5",
+    ),
+    "no optimizer states": ({"checkpoint.load": "import"}, "it has no optimizer states"),
+}
+
+
+@pytest.mark.parametrize(("settings", "said"), NEW_STAGES.values(), ids=NEW_STAGES)
+def test_a_new_stage_that_is_started_as_the_rest_of_the_last_one_is_told_what_differs(
+    settings: dict[str, Any], said: str, start: Path, first_stage: Path, tmp_path: Path
+):
+    load = start / "megatron_start" if "checkpoint.load" in settings else first_stage
+    sentence = rf"iter_000000\d cannot be continued, as {said}; .* by checkpoint\.pretrained_checkpoint in place of"
+    with pytest.raises(UserError, match=sentence):
+        cpu.run_ranks(1, stage, copy_of(start, tmp_path), load, settings)
