@@ -1,4 +1,4 @@
-"""A disk that is too small, or that another program fills: a small file system, mounted in the namespace of a fork."""
+"""A file system, mounted in the namespace of a fork, that is too small, filled by another program, or the output."""
 
 import contextlib
 import ctypes
@@ -180,6 +180,24 @@ def test_a_disk_filled_by_another_program_is_reported_and_the_next_call_continue
     on_disk(tmp_path, LARGE_ENOUGH, run)
 
 
+@pytest.mark.parametrize("arguments", CONVERSIONS.values(), ids=CONVERSIONS)
+def test_a_mount_point_is_refused_as_it_cannot_be_renamed(
+    arguments: tuple[str, str, str], checkpoints: Path, tmp_path: Path, on_disk: Disk
+):
+    """For example the volume of a container."""
+
+    def run() -> None:
+        sentence = f"--out {tmp_path} is a mount point, which cannot be replaced; name a folder in it"
+        for options in (["--dry-run"], []):
+            found = convert(arguments, checkpoints, tmp_path, "--overwrite", *options)
+            assert found == (1, f"gpt-oss-vision: {sentence}")
+            assert list(tmp_path.iterdir()) == []
+        assert convert(arguments, checkpoints, tmp_path / "out")[0] == 0
+
+    on_disk(tmp_path, LARGE_ENOUGH, run)
+
+
+@pytest.mark.parametrize("on_disk", ["tmpfs"], indirect=True)
 @pytest.mark.parametrize("arguments", CONVERSIONS.values(), ids=CONVERSIONS)
 def test_only_the_disk_of_the_output_is_used(
     arguments: tuple[str, str, str], checkpoints: Path, tmp_path: Path, on_disk: Disk

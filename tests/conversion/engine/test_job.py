@@ -110,20 +110,6 @@ def test_an_output_within_its_source_is_continued(project: Path, monkeypatch: py
     assert (out / "conversion.json").is_file()
 
 
-@pytest.mark.parametrize("dry_run", [False, True], ids=["for good", "dry run"])
-def test_a_mount_point_is_refused_as_it_cannot_be_renamed(
-    dry_run: bool, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """For example the volume of a container."""
-    volume = tmp_path / "volume"
-    volume.mkdir()
-    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == volume)
-    with pytest.raises(FileExistsError, match=r"volume is a mount point, which cannot be replaced; name"):
-        import_checkpoint(project / "hf", volume, overwrite=True, dry_run=dry_run)
-    assert list(volume.iterdir()) == []
-    import_checkpoint(project / "hf", volume / "out", dry_run=dry_run)
-
-
 @pytest.mark.parametrize("mask", [0o002, 0o022, 0o077], ids=oct)
 def test_files_and_folders_have_the_permissions_that_the_umask_leaves(mask: int, pair: Path, tmp_path: Path):
     """For example for the group, where a cluster's users share a folder."""
