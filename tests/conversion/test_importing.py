@@ -102,15 +102,16 @@ def test_it_writes_the_configuration_that_autobridge_writes(both: Path):
     assert lines("ours") == lines("theirs")
 
 
-def test_it_holds_every_object_that_megatron_keeps_and_those_of_transformer_engine(both: Path):
+def test_it_holds_the_objects_that_megatron_keeps(both: Path):
+    """Those of Transformer Engine among them, which the `torch` back end writes too."""
     from torch.distributed.checkpoint import FileSystemReader
 
     ours, theirs = (
         FileSystemReader(both / name / "iter_0000000").read_metadata().state_dict_metadata.keys()
         for name in ("ours", "theirs")
     )
-    assert theirs <= ours
-    assert {name.split("._extra_state")[0] for name in ours - theirs} == {
+    assert ours == theirs
+    assert {name.split("._extra_state")[0] for name in ours if "_extra_state" in name} > {
         "decoder.final_layernorm",
         "decoder.layers.pre_mlp_layernorm",
         "decoder.layers.self_attention.core_attention",
@@ -234,10 +235,12 @@ def test_of_many_tensors_that_are_not_finite_the_first_are_named(tmp_path: Path)
     with open(tmp_path / "log", "w") as log:
         report = import_checkpoint(hf, tmp_path / "out", dtype="fp16", console=Console(file=log))
     warnings = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("Warning")]
-    assert len(warnings) == 11
-    assert all(line.endswith("infinite values (float16 ends at 65504)") for line in warnings[:10])
-    bad = sum("inf" in entry for entry in report["tensors"].values())
-    assert warnings[10] == f"Warning: {bad - 10} more tensors do too; conversion.json lists them"
+    rounded, *bad, rest = warnings
+    assert rounded.endswith("tensors are rounded from float32 to float16")
+    assert len(bad) == 10
+    assert all(line.endswith("infinite values (float16 ends at 65504)") for line in bad)
+    count = sum("inf" in entry for entry in report["tensors"].values())
+    assert rest == f"Warning: {count - 10} more tensors do too; conversion.json lists them"
 
 
 def test_folders_beside_the_weights_are_left_and_links_to_nowhere_refused(both: Path, tmp_path: Path):
