@@ -164,6 +164,7 @@ def read_config(folder: Path) -> "GPTOSSVisionConfig":
         raise UserError(f"{folder} is a checkpoint of {model_type!r}, not of {MODEL_TYPE!r} or {TEXT_MODEL_TYPE!r}")
     from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 
+    _check_rotary(folder / "config.json", fields)
     own = {name: value for name, value in fields.items() if name not in (*STORAGE_FIELDS, *DTYPE_FIELDS)}
     own |= {"dtype": _dtype_in(folder, fields), "name_or_path": str(folder)}
     if model_type == TEXT_MODEL_TYPE:
@@ -173,6 +174,19 @@ def read_config(folder: Path) -> "GPTOSSVisionConfig":
         if wrong := [f"{name} is {count}" for name, count in counts.items() if count < 1]:
             raise ValueError(f"{listed(wrong)}, not at least 1")
         return GPTOSSVisionConfig.from_dict(own)
+
+
+def _check_rotary(file: Path, fields: dict[str, Any]) -> None:
+    """Refuse two sets of rotary parameters that differ: some programs read one, others the other."""
+    new, old = fields.get("rope_parameters"), fields.get("rope_scaling")
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        return
+    old = {"rope_theta": fields.get("rope_theta")} | old
+    if differing := [name for name in sorted(new.keys() & old.keys()) if new[name] != old[name]]:
+        name = differing[0]
+        raise UserError(
+            f"{file} has rope_parameters with {name}={new[name]!r} and rope_scaling with {old[name]!r}; correct one"
+        )
 
 
 def _dtype_in(folder: Path, fields: dict[str, Any]) -> str | None:

@@ -291,6 +291,9 @@ def test_the_text_part_must_agree_in_values_and_config(text: Path, tmp_path: Pat
     hf = change(shutil.copytree(text / "hf", tmp_path / "hf"), flip)
     assert "output_layer.weight the most: 1 of " in verify(hf, text / "seeing")["worst"]
     edit_config(hf, lambda fields: fields["rope_parameters"].update(rope_theta=7.0))
+    with pytest.raises(ValueError, match=r"rope_parameters with rope_theta=7\.0 and rope_scaling with 150000\.0; "):
+        verify(hf, text / "seeing")
+    edit_config(hf, rope_theta=7.0)
     with pytest.raises(ValueError, match=r"rotary_base is 150000\.0, not 7\.0; "):
         verify(hf, text / "seeing")
 
