@@ -58,6 +58,10 @@ bench-conversion FOLDER *ARGS:
     uv run python tests/benchmarks/bench_import.py {{FOLDER}}/hf {{FOLDER}}/megatron --keep
     uv run python tests/benchmarks/bench_export.py {{FOLDER}}/megatron {{FOLDER}}/back --hf {{FOLDER}}/hf
 
+# Slices of gpt-oss-20B-Vision on one GPU, and the tokens/s per GPU that follow: 3 minutes
+bench-gpu FOLDER *ARGS:
+    uv run python tests/benchmarks/bench_gpu.py {{FOLDER}} {{ARGS}}
+
 # What Megatron-Bridge writes into run_config.yaml for any model, after a change of its version
 run-config-defaults:
     PYTHONPATH=tests uv run python tests/conversion/test_megatron_metadata.py
