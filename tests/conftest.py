@@ -40,6 +40,7 @@ VERSIONS_OF_UPSTREAM = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-megatron", action="store_true", help="fail where anything imports Megatron")
+    parser.addoption("--cuda", action="store_true", help="use CUDA devices, which are hidden otherwise")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -50,8 +51,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide CUDA devices from all but the `gpu` tests: forked ranks run on the CPU."""
-    if "gpu" not in config.option.markexpr:
+    """Hide CUDA devices unless asked for: forked ranks run on the CPU."""
+    if not config.option.cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -62,11 +63,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests unless asked for, deselect `upstream` tests at known versions, sort the longest first."""
-    if "gpu" not in config.option.markexpr or not Path("/dev/nvidiactl").exists():  # without importing torch
+    """Skip `gpu` tests without `--cuda`, deselect `upstream` tests at known versions, sort the longest first."""
+    if not config.option.cuda:
         for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and `-m gpu`"))
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and `--cuda`"))
     if "upstream" not in config.option.markexpr and installed() == VERSIONS_OF_UPSTREAM:
         config.hook.pytest_deselected(items=[item for item in items if "upstream" in item.keywords])
         items[:] = [item for item in items if "upstream" not in item.keywords]

@@ -5,6 +5,7 @@ on the other side they are torch's. Gradients have transformers' names: every pa
 the model is exported, so the bridge converts a gradient in the same way as its weight.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from gpt_oss_vision.bridge.mcore import cpu
+from gpu import host_group
 
 IGNORED = -100
 # Settings of both optimizers. Gradients are clipped in every step; biases and norms have no weight decay.
@@ -113,12 +117,22 @@ def _reference_loss(model: torch.nn.Module, microbatches: list[Microbatch]) -> t
 # --- Megatron ----------------------------------------------------------------------------------------------------
 
 
+def start_communication() -> None:
+    """The default process group: gloo on CPUs, NCCL on a GPU, gloo through host memory for several ranks on a GPU."""
+    if not cpu.cuda_is_real():
+        torch.distributed.init_process_group("gloo")
+    elif os.environ["WORLD_SIZE"] == "1":
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        torch.distributed.init_process_group(host_group.NAME)
+
+
 def megatron_run(path: Path, layout: Layout, steps: list[list[Microbatch]]) -> Run | None:
     """The same by Megatron at a layout, on every rank; only rank 0 of the last pipeline stage returns a `Run`."""
     from megatron.bridge import AutoBridge
     from megatron.core import parallel_state
 
-    torch.distributed.init_process_group("gloo")
+    start_communication()
     bridge = AutoBridge.from_hf_pretrained(path)
     model = build(bridge, layout)
     optimizer = build_optimizer(model, layout)
@@ -137,18 +151,26 @@ def megatron_run(path: Path, layout: Layout, steps: list[list[Microbatch]]) -> R
         return None
     gathered = _all_microbatches([_whole_sequence(_whole_vocabulary(out)) for out in logits])
     others = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank(True)
-    return None if any(others) else Run(gathered, gradients, losses, norms)
+    if any(others):
+        return None
+    return Run([out.cpu() for out in gathered], {name: value.cpu() for name, value in gradients.items()}, losses, norms)
 
 
 def megatron_logits(path: Path, layout: Layout, batch: Microbatch, *, training: bool, **changed: Any) -> torch.Tensor:
     """Logits ``[b, s, vocab]`` of one batch, without a pipeline; ``changed`` are fields set after ``finalize()``."""
     from megatron.bridge import AutoBridge
 
-    torch.distributed.init_process_group("gloo")
+    start_communication()
     (model,) = build(AutoBridge.from_hf_pretrained(path), layout, **changed)
     model.train(training)
+    batch = on_device(batch)
     with torch.no_grad():
-        return _whole_vocabulary(model(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values")))
+        return _whole_vocabulary(model(batch["input_ids"], None, None, pixel_values=batch.get("pixel_values"))).cpu()
+
+
+def on_device(batch: Microbatch) -> Microbatch:
+    """The batch on the GPU, where there is one: `cpu.runtime` makes ``.cuda()`` do nothing."""
+    return {name: tensor.cuda() for name, tensor in batch.items()}
 
 
 def fork_checkpoint_queue() -> None:
@@ -229,6 +251,7 @@ def _run_schedule(step: Callable, model: list[torch.nn.Module], microbatches: li
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     mine = microbatches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+    mine = [on_device(batch) for batch in mine]
     iterators = [iter(mine) for _ in model]
     rows, length = mine[0]["input_ids"].shape
     return get_forward_backward_func()(

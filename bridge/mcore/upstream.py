@@ -114,8 +114,11 @@ def _load_state_dict_with_own_steps(self: DistributedOptimizer, state_dict: dict
 
 
 def _set_states_except_step(self: DistributedOptimizer, model_param, tensors: dict) -> None:
-    """Load moments and weights; the step is not a saved tensor and has been set from the groups."""
-    _set_states(self, model_param, {"step": None} | tensors)
+    """Load moments and weights; the step has been set from the groups.
+
+    The format ``fully_reshardable`` gives no step here, ``dp_reshardable`` the one from before loading, 0.
+    """
+    _set_states(self, model_param, tensors | {"step": None})
 
 
 @contextmanager

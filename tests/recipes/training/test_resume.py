@@ -43,6 +43,7 @@ class Job:
     most_recent_k: int = -1
     exit_signal_handler: bool = False
     fully_reshardable: bool = True
+    precision: str | None = None
 
     @property
     def saved(self) -> Path:
@@ -70,6 +71,7 @@ class Job:
         config.checkpoint.dist_ckpt_optim_fully_reshardable = self.fully_reshardable
         config.train.exit_signal_handler = self.exit_signal_handler
         config.checkpoint.most_recent_k = self.most_recent_k
+        config.mixed_precision = self.precision
         train(config, callbacks=[Ledger(self.folder / "losses"), *callbacks])
 
 
@@ -133,6 +135,16 @@ def test_a_run_goes_on_at_another_layout_with_the_same_losses(before: Layout, af
     assert [step for step, _ in found] == [2, 3]
     # The second loss comes from weights that were updated with the loaded moments of Adam.
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected[2:]], rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", [None, "bf16_mixed"])
+@pytest.mark.parametrize("fully_reshardable", [False, True])
+def test_a_run_goes_on_in_both_formats_of_optimizer_states(precision: str | None, fully_reshardable: bool, job):
+    settings = {"layout": Layout(dp=2), "precision": precision, "fully_reshardable": fully_reshardable}
+    whole = job(**settings)
+    expected = whole.losses()
+    found = job(**settings, load=whole.saved / "iter_0000002", save_interval=STEPS).losses()
+    assert found == expected[2:]
 
 
 def run_as_megatron_core_has_it(job: Job, method: str, original: Callable) -> None:

@@ -1,0 +1,128 @@
+"""Megatron-Bridge's training loop in bf16 on digits: both back ends, killed and resumed."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from gpt_oss_vision.conversion.formats.torch_dist_reader import open_checkpoint
+from gpt_oss_vision.conversion.importing import import_checkpoint
+from gpt_oss_vision.recipes.quickstart import run as quickstart
+from gpt_oss_vision.recipes.quickstart.digits import DigitsSplit, all_texts, write_digits
+from gpt_oss_vision.recipes.quickstart.settings import Settings
+from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
+from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
+from gpt_oss_vision.recipes.training.train import train
+from gpu.ranks import has_cuda, on_ranks
+
+STEPS, SAVED, KILLED = (20, 10, 12) if has_cuda() else (4, 2, 3)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Checkpoints to start from, in a folder, and digits to train on."""
+
+    folder: Path
+    digits: DigitsSplit
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """The quickstart's, with heads of 64."""
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = train_tokenizer(all_texts(), vocab_size=quickstart.VOCABULARY)
+    fields = quickstart.tiny_config(tokenizer).to_dict() | {"head_dim": 64, "vocab_size": len(tokenizer)}
+    config = GPTOSSVisionConfig.from_dict(fields)
+    torch.manual_seed(0)
+    GPTOSSVisionForCausalLM(config).save_pretrained(folder / "hf_start")
+    GPTOSSVisionProcessor.from_config(config, tokenizer).save_pretrained(folder / "hf_start")
+    import_checkpoint(folder / "hf_start", folder / "megatron_start")
+    digits = write_digits(folder / "digits", 0)
+    few = digits.train_path.with_name("few.jsonl")
+    with digits.train_path.open() as rows:
+        few.write_text("".join(islice(rows, 64)))
+    return Start(folder, digits)
+
+
+@dataclass
+class Ledger(Callback):
+    """Writes the loss of each step into a file; ends the process without warning in a step."""
+
+    path: Path
+    kill_at: int | None
+
+    def on_train_step_start(self, context: CallbackContext) -> None:
+        if context.state.train_state.step == self.kill_at:
+            os._exit(9)
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{context.state.train_state.step} {float(context.loss_dict['lm loss'])}\n")
+
+
+def training(start: Start, folder: Path, backend: str, kill_at: int | None = None) -> None:
+    config = quickstart.training_config(start.folder, start.digits, Settings(steps=STEPS, batch_size=8))
+    config.model.backend = backend
+    config.mixed_precision = "bf16_mixed"
+    config.dataset.train_path = str(start.digits.train_path.with_name("few.jsonl"))
+    config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = True
+    config.logger.tensorboard_dir = None
+    config.checkpoint.save = config.checkpoint.load = str(folder / "saved")
+    config.checkpoint.save_interval = SAVED
+    train(config, callbacks=[Ledger(folder / "losses", kill_at)])
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [line.split() for line in (folder / "losses").read_text().splitlines()]
+    by_step = {int(step): float(loss) for step, loss in lines}  # of a step that ran twice, the later
+    assert [*by_step] == list(range(STEPS))
+    return [*by_step.values()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that trains on a back end once, and returns the folder."""
+    made: dict[str, Path] = {}
+
+    def folder(backend: str) -> Path:
+        if backend not in made:
+            made[backend] = tmp_path_factory.mktemp(backend)
+            on_ranks(1, training, start, made[backend], backend, fresh=True)
+        return made[backend]
+
+    return folder
+
+
+def test_the_loss_falls(backend: str, unbroken):
+    found = losses(unbroken(backend))
+    assert found[-1] < found[0] - (0.5 if has_cuda() else 0.1)
+
+
+@pytest.mark.skipif(not has_cuda(), reason="a CPU has one back end")
+def test_both_back_ends_have_the_same_losses(unbroken):
+    assert losses(unbroken("torch")) == pytest.approx(losses(unbroken("transformer_engine")), rel=0.02)
+
+
+def test_a_killed_run_goes_on_with_the_losses_of_an_unbroken_one(backend: str, start: Start, unbroken, tmp_path: Path):
+    with pytest.raises(RuntimeError):
+        on_ranks(1, training, start, tmp_path, backend, KILLED, fresh=True)
+    on_ranks(1, training, start, tmp_path, backend, fresh=True)
+    # Sums of atomics on a GPU differ from run to run.
+    assert losses(tmp_path) == pytest.approx(losses(unbroken(backend)), rel=0.02 if has_cuda() else 1e-6)
+
+
+def test_the_vision_bias_is_trained_in_fp32(backend: str, start: Start, unbroken):
+    checkpoint = open_checkpoint(unbroken(backend) / "saved")
+    key = "decoder.layers.mlp.router.vision_bias"
+    keys = [name for name in checkpoint.tensors if name.endswith("router.vision_bias")]
+    assert keys, key
+    assert {checkpoint.tensors[name].dtype for name in keys} == {torch.float32}
+    others = {checkpoint.tensors[name].dtype for name in checkpoint.tensors if name.endswith("linear_proj.weight")}
+    assert others == {torch.bfloat16}
