@@ -1,5 +1,6 @@
 """Settings of all tests: no access to the Hub, at most one worker per core, and the tests that are left out."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -41,6 +42,9 @@ VERSIONS_OF_UPSTREAM = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-megatron", action="store_true", help="fail where anything imports Megatron")
     parser.addoption("--cuda", action="store_true", help="use CUDA devices, which are hidden otherwise")
+    parser.addoption(
+        "--reports", type=Path, help="a file to which each test's result is added as a line of JSON, at once"
+    )
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -54,6 +58,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide CUDA devices unless asked for: forked ranks run on the CPU."""
     if not config.option.cuda:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if config.option.reports and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(Reports(config.option.reports))
+
+
+class Reports:
+    """Writes results while the tests run: a run that is killed has those until then."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            fields = {name: getattr(report, name) for name in ("nodeid", "when", "outcome", "duration")}
+            with self.path.open("a") as file:
+                file.write(json.dumps(fields | {"error": report.longreprtext}) + "\n")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

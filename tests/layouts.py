@@ -118,13 +118,12 @@ def _reference_loss(model: torch.nn.Module, microbatches: list[Microbatch]) -> t
 
 
 def start_communication() -> None:
-    """The default process group: gloo on CPUs, NCCL on a GPU, gloo through host memory for several ranks on a GPU."""
-    if not cpu.cuda_is_real():
-        torch.distributed.init_process_group("gloo")
-    elif os.environ["WORLD_SIZE"] == "1":
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl")
-    else:
+    """The default process group: gloo on CPUs, NCCL on a GPU; in tests/gpu, several ranks use gloo by host memory."""
+    if os.environ["WORLD_SIZE"] != "1" and "RANKS_SHARE_A_GPU" in os.environ:
+        host_group.register()
         torch.distributed.init_process_group(host_group.NAME)
+    else:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cpu.cuda_is_real() else "gloo")
 
 
 def megatron_run(path: Path, layout: Layout, steps: list[list[Microbatch]]) -> Run | None:

@@ -54,7 +54,10 @@ def transformer_engine_problem(expert_tensor_parallel_size: int) -> str | None:
 
 def cudnn_problem(least: int, feature: str) -> str | None:
     """Why the cuDNN that torch has loaded is too old for a feature of Transformer Engine; None if it is not."""
-    found = torch.backends.cudnn.version() or 0
+    try:
+        found = torch.backends.cudnn.version() or 0
+    except RuntimeError as error:  # of a version that torch was not compiled for, found before its own
+        return f"torch cannot use the cuDNN that was found ({error})"
     if found >= least:
         return None
     return f"it needs cuDNN {_spelled(least)} for {feature}, this is {_spelled(found)}; install a newer nvidia-cudnn"

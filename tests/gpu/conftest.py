@@ -75,8 +75,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True, scope="session")
 def ranks() -> Iterator[None]:
-    """Exact fp32 on a GPU, where cuBLAS may take TF32; the end of the ranks' processes."""
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    yield
+    """Exact fp32 on a GPU, where cuBLAS may take TF32; ranks that communicate alike on both; the end of the ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        patch.setenv("RANKS_SHARE_A_GPU", "1")
+        yield
     end_pools()

@@ -53,11 +53,30 @@ class HostGroup(ProcessGroup):
     def reduce(self, tensors: list, opts: Any = None) -> Work:
         return self._through_host(self.gloo.reduce, tensors, tensors, opts)
 
+    def scatter(self, outputs: list, inputs: list, opts: Any = None) -> Work:
+        """Every piece is broadcast; only the root has them, and the others receive into memory of the same size."""
+        (output,), root = outputs, opts.rootRank
+        for rank in range(self.size()):
+            piece = inputs[0][rank] if self.rank() == root else torch.empty_like(output)
+            self._broadcast_from(root, piece)
+            if rank == self.rank():
+                output.detach().copy_(piece)
+        return Done()
+
+    def gather(self, outputs: list, inputs: list, opts: Any = None) -> Work:
+        (mine,), root = inputs, opts.rootRank
+        pieces = [torch.empty_like(mine) for _ in range(self.size())]
+        self.allgather([pieces], [mine])
+        if self.rank() == root:
+            for output, piece in zip(outputs[0], pieces, strict=True):
+                output.detach().copy_(piece)
+        return Done()
+
     def allgather(self, outputs: list, inputs: list, opts: Any = None) -> Work:
         for pieces, mine in zip(outputs, inputs, strict=True):
             for rank, piece in enumerate(pieces):
                 if rank == self.rank():
-                    piece.copy_(mine)
+                    piece.detach().copy_(mine)
                 self._broadcast_from(rank, piece)
         return Done()
 
@@ -75,7 +94,7 @@ class HostGroup(ProcessGroup):
                 total = piece.detach().clone()
                 self.allreduce([total], self._reduction(opts))
                 if rank == self.rank():
-                    output.copy_(total)
+                    output.detach().copy_(total)
         return Done()
 
     def _reduce_scatter_base(self, output: torch.Tensor, whole: torch.Tensor, opts: Any = None) -> Work:
@@ -91,20 +110,20 @@ class HostGroup(ProcessGroup):
     ) -> Work:
         host = [output.detach().cpu(), mine.detach().cpu()]
         self.gloo.alltoall_base(*host, list(map(int, to_receive)), list(map(int, to_send))).wait()
-        output.copy_(host[0])
+        output.detach().copy_(host[0])
         return Done()
 
     def alltoall(self, outputs: list, inputs: list, opts: Any = None) -> Work:
         for sender in range(self.size()):
             for receiver in range(self.size()):
                 if self.rank() == sender == receiver:
-                    outputs[sender].copy_(inputs[receiver])
+                    outputs[sender].detach().copy_(inputs[receiver])
                 elif self.rank() == sender:
                     self.gloo.send([inputs[receiver].detach().cpu().contiguous()], receiver, 0).wait()
                 elif self.rank() == receiver:
                     host = outputs[sender].detach().cpu()
                     self.gloo.recv([host], sender, 0).wait()
-                    outputs[sender].copy_(host)
+                    outputs[sender].detach().copy_(host)
         return Done()
 
     def send(self, tensors: list, destination: int, tag: int) -> Work:
@@ -114,7 +133,7 @@ class HostGroup(ProcessGroup):
     def recv(self, tensors: list, source: int, tag: int) -> Work:
         host = tensors[0].detach().cpu().contiguous()
         self.gloo.recv([host], source, tag).wait()
-        tensors[0].copy_(host)
+        tensors[0].detach().copy_(host)
         return Done()
 
     def barrier(self, opts: Any = None) -> Work:

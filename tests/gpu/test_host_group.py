@@ -27,17 +27,22 @@ def results(backend: str) -> list[torch.Tensor]:
         distributed.recv(passed, 0)
     else:
         distributed.send(mine, 1)
+    received, collected = torch.empty(3, 2), [torch.empty(3, 2) for _ in range(size)] if rank else None
+    distributed.scatter(received, [mine, 3 * mine] if rank else None, src=1)
+    distributed.gather(mine, collected, dst=1)
     objects = [None] * size
     distributed.all_gather_object(objects, {"rank": rank})
     assert [found["rank"] for found in objects] == list(range(size))
     distributed.barrier()
-    return [summed, broadcast, gathered, *pieces, scattered, exchanged, passed]
+    return [summed, broadcast, gathered, *pieces, scattered, exchanged, passed, received, *(collected or [])]
 
 
 def test_the_results_are_those_of_gloo():
     from gpt_oss_vision.bridge.mcore import cpu
 
-    for found, expected in zip(cpu.run_ranks(2, results, host_group.NAME), cpu.run_ranks(2, results, "gloo"), strict=True):
+    for found, expected in zip(
+        cpu.run_ranks(2, results, host_group.NAME), cpu.run_ranks(2, results, "gloo"), strict=True
+    ):
         assert all(map(torch.equal, found, expected))
 
 

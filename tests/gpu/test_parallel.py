@@ -1,11 +1,14 @@
 """Two ranks against transformers; on one GPU they communicate through host memory."""
 
+from dataclasses import replace
+
 import pytest
 
+from gpu.cases import initial_means
 from gpu.conftest import Reference
 from gpu.ranks import has_cuda, on_ranks
 from gpu.test_model import HALF, check_bf16, check_fp32, run
-from layouts import Layout, build, start_communication
+from layouts import Layout, Run
 
 LAYOUTS = [Layout(tp=2), Layout(ep=2), Layout(pp=2), Layout(cp=2), Layout(dp=2), Layout(tp=2, ep=2)]
 
@@ -22,21 +25,12 @@ def test_two_ranks_compute_what_one_does(layout: Layout, backend: str, reference
 
 def doubled(reference: Reference) -> Reference:
     """Each microbatch twice, one for each of two data-parallel ranks: the same mean loss and gradients."""
-    from dataclasses import replace
 
-    def twice(run):
+    def twice(run: Run) -> Run:
         return replace(run, logits=[out for out in run.logits for _ in range(2)])
 
     steps = [[batch for batch in microbatches for _ in range(2)] for microbatches in reference.steps]
     return replace(reference, steps=steps, fp32=twice(reference.fp32), bf16=twice(reference.bf16))
-
-
-def initial_means(layout: Layout, reference_path) -> dict[str, float]:
-    from megatron.bridge import AutoBridge
-
-    start_communication()
-    (model,) = build(AutoBridge.from_hf_pretrained(reference_path), layout, load_weights=False)
-    return {name: float(parameter.detach().double().mean()) for name, parameter in model.named_parameters()}
 
 
 def test_ranks_start_with_different_experts(backend: str, reference: Reference):

@@ -1,8 +1,6 @@
 """Megatron-Bridge's training loop in bf16 on digits: both back ends, killed and resumed."""
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,22 +13,10 @@ from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProce
 from gpt_oss_vision.conversion.formats.torch_dist_reader import open_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.recipes.quickstart import run as quickstart
-from gpt_oss_vision.recipes.quickstart.digits import DigitsSplit, all_texts, write_digits
-from gpt_oss_vision.recipes.quickstart.settings import Settings
+from gpt_oss_vision.recipes.quickstart.digits import all_texts, write_digits
 from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
-from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
-from gpt_oss_vision.recipes.training.train import train
+from gpu.cases import KILLED, STEPS, Start, training
 from gpu.ranks import has_cuda, on_ranks
-
-STEPS, SAVED, KILLED = (20, 10, 12) if has_cuda() else (4, 2, 3)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Checkpoints to start from, in a folder, and digits to train on."""
-
-    folder: Path
-    digits: DigitsSplit
 
 
 @pytest.fixture(scope="module")
@@ -49,34 +35,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     with digits.train_path.open() as rows:
         few.write_text("".join(islice(rows, 64)))
     return Start(folder, digits)
-
-
-@dataclass
-class Ledger(Callback):
-    """Writes the loss of each step into a file; ends the process without warning in a step."""
-
-    path: Path
-    kill_at: int | None
-
-    def on_train_step_start(self, context: CallbackContext) -> None:
-        if context.state.train_state.step == self.kill_at:
-            os._exit(9)
-
-    def on_train_step_end(self, context: CallbackContext) -> None:
-        with self.path.open("a") as file:
-            file.write(f"{context.state.train_state.step} {float(context.loss_dict['lm loss'])}\n")
-
-
-def training(start: Start, folder: Path, backend: str, kill_at: int | None = None) -> None:
-    config = quickstart.training_config(start.folder, start.digits, Settings(steps=STEPS, batch_size=8))
-    config.model.backend = backend
-    config.mixed_precision = "bf16_mixed"
-    config.dataset.train_path = str(start.digits.train_path.with_name("few.jsonl"))
-    config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = True
-    config.logger.tensorboard_dir = None
-    config.checkpoint.save = config.checkpoint.load = str(folder / "saved")
-    config.checkpoint.save_interval = SAVED
-    train(config, callbacks=[Ledger(folder / "losses", kill_at)])
 
 
 def losses(folder: Path) -> list[float]:
@@ -118,11 +76,10 @@ def test_a_killed_run_goes_on_with_the_losses_of_an_unbroken_one(backend: str, s
     assert losses(tmp_path) == pytest.approx(losses(unbroken(backend)), rel=0.02 if has_cuda() else 1e-6)
 
 
-def test_the_vision_bias_is_trained_in_fp32(backend: str, start: Start, unbroken):
+def test_the_vision_bias_is_saved_in_fp32(backend: str, unbroken):
     checkpoint = open_checkpoint(unbroken(backend) / "saved")
-    key = "decoder.layers.mlp.router.vision_bias"
     keys = [name for name in checkpoint.tensors if name.endswith("router.vision_bias")]
-    assert keys, key
+    assert keys
     assert {checkpoint.tensors[name].dtype for name in keys} == {torch.float32}
     others = {checkpoint.tensors[name].dtype for name in checkpoint.tensors if name.endswith("linear_proj.weight")}
     assert others == {torch.bfloat16}

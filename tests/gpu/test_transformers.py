@@ -1,34 +1,17 @@
 """The transformers model on a GPU: generation with padding as on a CPU, attention kernels, `device_map`."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt_oss_vision.bridge import hf_attention
-from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
+from gpu.cases import generate
 from gpu.conftest import Reference
 from gpu.ranks import has_cuda, on_ranks
 from layouts import Microbatch
 
 DEVICE = "cuda" if has_cuda() else "cpu"
-GREEDY = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
-
-
-def generate(
-    path: Path, batch: Microbatch, device: str, dtype: torch.dtype, attention: str, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of greedy generation, and the logits of the first step."""
-    hf_attention.register_attention()
-    model = GPTOSSVisionForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, **options)
-    if not options:
-        model.to(device)
-    batch = {name: value.to(device) for name, value in batch.items()}
-    batch["pixel_values"] = batch["pixel_values"].to(dtype)
-    found = model.eval().generate(**batch, **GREEDY)
-    return found.sequences.cpu(), found.logits[0].float().cpu()
 
 
 def on_the_device(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:

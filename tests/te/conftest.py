@@ -12,9 +12,8 @@ with warnings.catch_warnings():
     # First: the package is hidden from Megatron unless it has been imported before (see NEEDS_CUDA in stand_ins.py).
     import transformer_engine.pytorch  # noqa: F401
 
-from mcore.conftest import path  # noqa: F401
-
 from gpt_oss_vision.bridge.mcore import backend, provider
+from mcore.conftest import path  # noqa: F401
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,6 +4,8 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -88,6 +90,7 @@ def import_megatron_bridge() -> None:
     Without a CUDA device, Transformer Engine and APEX count as missing, unless they have been imported before. The
     stand-ins are removed on return; later imports of the packages work or fail as usual.
     """
+    _let_transformer_engine_use_the_cudnn_of_torch()
     hidden = () if cuda_is_real() else [name for name in NEEDS_CUDA if name not in sys.modules]
     with warnings.catch_warnings(), _finders([_HidingFinder(finder, hidden) for finder in sys.meta_path]):
         # Dozens, of deprecated names and absent kernels; none is about anything that a user of ours has done.
@@ -97,6 +100,17 @@ def import_megatron_bridge() -> None:
         with _stand_ins(hidden):
             for name in BRIDGE_MODULES:
                 importlib.import_module(name)
+
+
+def _let_transformer_engine_use_the_cudnn_of_torch() -> None:
+    """Name the folder of the package nvidia-cudnn, where torch has its cuDNN from, unless the user has named another.
+
+    Transformer Engine 2.12 looks for cuDNN in the system first. With torch's beside it, attention fails in its first
+    call (CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED).
+    """
+    package = importlib.util.find_spec("nvidia.cudnn") if importlib.util.find_spec("nvidia") else None
+    if package is not None and package.submodule_search_locations and "CUDNN_HOME" not in os.environ:
+        os.environ.setdefault("CUDNN_PATH", next(iter(package.submodule_search_locations)))
 
 
 @contextlib.contextmanager
