@@ -18,9 +18,9 @@ quick *ARGS:
 upstream *ARGS:
     uv run pytest -m upstream {{ARGS}}
 
-# Only the tests that need a CUDA device
-test-gpu *ARGS:
-    uv run pytest -m gpu -n 0 {{ARGS}}
+# Everything that a GPU should answer, in parts of under ten minutes (tests/gpu/run.py); on a CPU at toy size
+gpu FOLDER *PARTS:
+    PYTHONPATH=tests uv run python tests/gpu/run.py {{FOLDER}} {{PARTS}}
 
 # The back end transformer_engine on a CPU, and ours with that package installed, in an environment of its own
 test-te *ARGS:

@@ -152,8 +152,9 @@ def _activations_per_token(provider, stage: int, microbatches: int) -> float:
     chunks = provider.virtual_pipeline_model_parallel_size or 1
     held = chunks_in_flight(provider, stage, microbatches) * layers / chunks * layer
     if stage == provider.pipeline_model_parallel_size - 1:
-        # The logits of one microbatch, and their fp32 copy in the loss.
-        held += provider.vocab_size * (1 + 4 / provider.params_dtype.itemsize)
+        # The logits of one microbatch, and their fp32 copy in the loss; Megatron-Core's fused loss makes a second one.
+        copies = 2 if provider.cross_entropy_loss_fusion else 1
+        held += provider.vocab_size * (1 + copies * 4 / provider.params_dtype.itemsize)
     return held
 
 

@@ -62,6 +62,7 @@ def initial_means(layout: Layout, reference_path) -> dict[str, float]:
     from megatron.bridge import AutoBridge
 
     start_communication()
+    torch.manual_seed(0)  # of the tower, which transformers initialises on the CPU
     (model,) = build(AutoBridge.from_hf_pretrained(reference_path), layout, load_weights=False)
     return {name: float(parameter.detach().double().mean()) for name, parameter in model.named_parameters()}
 

@@ -3,7 +3,6 @@
 On a CPU there is only the back end `torch`.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

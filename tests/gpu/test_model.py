@@ -50,10 +50,17 @@ def check_fp32(found: Run, expected: Run) -> None:
 
 
 def check_bf16(found: Run, reference: Reference) -> None:
-    """As near to fp32 as transformers' own bf16 is, with room for another order of rounding."""
+    """As near to fp32 as transformers' own bf16 is, with room for another order of rounding.
+
+    Rounding also lets a token near a tie choose another expert. The gradients of the vision biases come from 18 visual
+    tokens, and differ by a third where one of them does (seen on an H200).
+    """
     theirs = distances(reference.bf16, reference.fp32)
-    ours = distances(found, reference.fp32)
-    far = {name: (error, theirs[name]) for name, error in ours.items() if not error < 3 * theirs[name] + 0.05}
+    far = {
+        name: (error, theirs[name])
+        for name, error in distances(found, reference.fp32).items()
+        if not error < 3 * theirs[name] + (0.5 if name.endswith("vision_bias") else 0.05)
+    }
     assert far == {}
     assert found.losses[0] == pytest.approx(reference.fp32.losses[0], rel=0.02)
     assert found.norms[0] == pytest.approx(reference.fp32.norms[0], rel=0.1)

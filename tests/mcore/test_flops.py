@@ -193,6 +193,22 @@ def test_estimated_activations_are_those_that_autograd_keeps(dtype: torch.dtype)
     assert estimated == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("backend", "layers", "peak"),
+    # GiB at most allocated on an H200 in a forward and a backward pass (`just bench-gpu`, docs/gpu.md).
+    [("transformer_engine", 4, 33.68), ("transformer_engine", 8, 41.80), ("torch", 4, 30.95), ("torch", 8, 42.72)],
+)
+def test_the_estimate_is_near_the_peak_on_a_gpu(backend: str, layers: int, peak: float):
+    config = GPTOSSVisionConfig(num_hidden_layers=layers, num_local_experts=4, dtype="bfloat16")
+    provider = provider_from_config(config, seq_length=4096)
+    with cpu.runtime():
+        provider.finalize()
+    if backend == "transformer_engine":
+        provider.transformer_impl, provider.cross_entropy_loss_fusion = backend, True
+    memory = memory_per_rank(provider, world_size=1, micro_batch_size=2, microbatches=1)
+    assert (memory.total - memory.optimizer) / 2**30 == pytest.approx(peak, rel=0.06)
+
+
 def test_the_estimate_reads_as_a_sentence():
     memory = memory_per_rank(finalized(), world_size=1, micro_batch_size=1, microbatches=1)
     assert str(memory).startswith(f"{memory.total / 2**30:.2f} GiB (parameters ")
