@@ -1,4 +1,4 @@
-"""What a GPU is to show, on CPUs at the same size: `pytest tests/gpu` uses forked ranks, with `--cuda` the GPU.
+"""What a GPU is to show, and on CPUs with shorter rows: `pytest tests/gpu` uses forked ranks, with `--cuda` the GPU.
 
 On a CPU there is only the back end `torch`.
 """
@@ -16,6 +16,8 @@ from gpu.ranks import end_pools, has_cuda
 from layouts import Microbatch, Run, reference_run, with_labels
 from tiny import tiny_batch, tiny_config, tiny_model
 
+# Rows are longer than the window, and divisible by twice the context-parallel ranks.
+LENGTH, WINDOW = (320, 128) if has_cuda() else (48, 16)
 # Heads have gpt-oss's size, for which the fused kernels are made; other sizes are multiples of 16, which FP8 needs.
 CONFIG = tiny_config(
     head_dim=64,
@@ -23,10 +25,9 @@ CONFIG = tiny_config(
     intermediate_size=192,
     num_local_experts=8,
     num_experts_per_tok=4,
-    sliding_window=128,
+    sliding_window=WINDOW,
     max_position_embeddings=512,
 )
-LENGTH = 320  # longer than the window, and divisible by twice the context-parallel ranks
 IMAGES = [(0, 1), (0, 0), (2, 0)]  # per row of the microbatches of a step
 STEPS = 3
 
