@@ -22,7 +22,7 @@ upstream *ARGS:
 gpu FOLDER *PARTS:
     PYTHONPATH=tests uv run python tests/gpu/run.py {{FOLDER}} {{PARTS}}
 
-# The back end transformer_engine on a CPU, and ours with that package installed, in an environment of its own
+# The back end transformer_engine on a CPU, and ours where that package is installed, in an environment of its own
 test-te *ARGS:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -37,6 +37,10 @@ test-te *ARGS:
         exit 0
     fi
     uv run --no-sync pytest tests/te {{ARGS}}
+    # Of the whole suite, a few in one process. The first file imports PEFT, which imports Transformer Engine.
+    uv run --no-sync pytest -n 0 tests/conversion/formats/test_safetensors.py \
+        "tests/mcore/test_layouts.py::test_five_steps_equal_those_of_transformers[TP2]" \
+        tests/recipes/training/test_training.py::test_in_bf16_the_vision_bias_stays_fp32_and_learns
 
 # transformers' own common tests at the installed version, out of its source distribution, for tests/hf/common
 mixins:

@@ -32,7 +32,8 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
         callbacks: called by Megatron-Bridge at every step, before our own.
 
     Raises:
-        UserError: a checkpoint to start from is not there, or the run in ``checkpoint.save`` has another processor.
+        UserError: a checkpoint to start from is not there, the run in ``checkpoint.save`` has another processor, or
+            Megatron has an optimizer that needs CUDA where there is none.
     """
     check_start(config.checkpoint)
     cpu.adapt_config_for_cpu(config)

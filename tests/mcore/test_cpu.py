@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
-from gpt_oss_vision.bridge.mcore.cpu import ranks
+from gpt_oss_vision.bridge.mcore.cpu import ranks, stand_ins
 
 without_cuda = pytest.mark.skipif(cpu.cuda_is_real(), reason="has a CUDA device")
 
@@ -46,16 +46,23 @@ def test_the_runtime_is_undone_after_a_failure_too():
     assert not torch.cuda.is_available()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
-)
 def test_a_stand_in_is_gone_after_the_import_and_refuses_to_be_built():
     with pytest.raises(ImportError):
-        importlib.import_module("transformer_engine")
+        importlib.import_module("nvidia_resiliency_ext")
     from megatron.bridge.training.pretrain import CallWrapper
 
     with pytest.raises(ImportError, match="needs the package `nvidia_resiliency_ext`"):
         CallWrapper()
+
+
+def test_a_hidden_package_cannot_be_imported_and_is_the_same_afterwards():
+    import xml.dom.minidom as before
+
+    with stand_ins.hidden_packages(["xml"]):
+        for name in ("xml", "xml.dom.minidom"):
+            with pytest.raises(ModuleNotFoundError):
+                importlib.import_module(name)
+    assert importlib.import_module("xml.dom.minidom") is before
 
 
 @pytest.mark.upstream

@@ -9,8 +9,8 @@ import pytest
 os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as Megatron's users set it; Transformer Engine warns without it
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    # First: the package is hidden from Megatron unless it has been imported before (see NEEDS_CUDA in stand_ins.py).
-    import transformer_engine.pytorch  # noqa: F401
+    # First: without a CUDA device, `import_megatron_bridge` would hide Transformer Engine from Megatron.
+    import megatron.core  # noqa: F401
 
 from gpt_oss_vision.bridge.mcore import backend, provider
 from mcore.conftest import path  # noqa: F401

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ....errors import UserError
+
 CPU = torch.device("cpu")
+
+# Hidden while Megatron is imported without a CUDA device: Megatron-Core 0.19.2 uses their kernels wherever they can be
+# imported, for tensors on the CPU too (router, gradient clipping, Adam).
+NEEDS_CUDA = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 
 _is_cuda_available = torch.cuda.is_available
 
@@ -214,9 +220,13 @@ def adapt_config_for_cpu(config: Any) -> None:
 
     Args:
         config: Megatron-Bridge's ``ConfigContainer``. Precision is not changed: bf16 works, but is slow.
+
+    Raises:
+        UserError: Megatron was imported before this package and has an optimizer that needs CUDA.
     """
     if cuda_is_real():
         return
+    _check_optimizer()
     config.dist.distributed_backend = "gloo"
     config.dist.use_gloo_process_groups = True
     config.dataset.pin_memory = False
@@ -224,3 +234,14 @@ def adapt_config_for_cpu(config: Any) -> None:
     # Averaging is NCCL's only; the worker process of asynchronous saving uses CUDA.
     config.ddp.average_in_collective = False
     config.checkpoint.async_save = False
+
+
+def _check_optimizer() -> None:
+    from megatron.core.optimizer import Adam
+
+    package = Adam.__module__.partition(".")[0]
+    if package in NEEDS_CUDA:
+        raise UserError(
+            f"Megatron has taken its optimizer from `{package}`, which needs a CUDA device, and there is none here: "
+            "call gpt_oss_vision.register() before Megatron is imported, which hides that package from it."
+        )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-from .runtime import cuda_is_real
+from .runtime import NEEDS_CUDA, cuda_is_real
 
 # Names that Megatron-Bridge 0.6.2 imports unconditionally.
 STAND_INS: dict[str, tuple[str, ...]] = {
@@ -22,10 +22,6 @@ STAND_INS: dict[str, tuple[str, ...]] = {
     "nvidia_resiliency_ext": (),
     "nvidia_resiliency_ext.inprocess": ("CallWrapper",),
 }
-
-# Hidden while Megatron is imported without a CUDA device: Megatron-Core 0.19.2 uses their kernels wherever they can be
-# imported, for tensors on the CPU too (router, gradient clipping, Adam).
-NEEDS_CUDA = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 
 # Imported before the stand-ins: these modules record whether Transformer Engine and the resiliency extension are there.
 IMPORTED_FIRST = (
@@ -87,12 +83,13 @@ def _refusing_class(name: str, package: str) -> type:
 def import_megatron_bridge() -> None:
     """Import Megatron-Bridge, with stand-ins for Transformer Engine and the resiliency extension if they are missing.
 
-    Without a CUDA device, Transformer Engine and APEX count as missing, unless they have been imported before. The
+    Without a CUDA device, Transformer Engine and APEX count as missing, also where another library, such as PEFT, has
+    imported them before; where Megatron itself has been imported before, they don't (see `adapt_config_for_cpu`). The
     stand-ins are removed on return; later imports of the packages work or fail as usual.
     """
     _let_transformer_engine_use_the_cudnn_of_torch()
-    hidden = () if cuda_is_real() else [name for name in NEEDS_CUDA if name not in sys.modules]
-    with warnings.catch_warnings(), _finders([_HidingFinder(finder, hidden) for finder in sys.meta_path]):
+    hidden = () if cuda_is_real() or "megatron.core" in sys.modules else NEEDS_CUDA
+    with warnings.catch_warnings(), hidden_packages(hidden):
         # Dozens, of deprecated names and absent kernels; none is about anything that a user of ours has done.
         warnings.simplefilter("ignore")
         for name in IMPORTED_FIRST:
@@ -111,6 +108,17 @@ def _let_transformer_engine_use_the_cudnn_of_torch() -> None:
     package = importlib.util.find_spec("nvidia.cudnn") if importlib.util.find_spec("nvidia") else None
     if package is not None and package.submodule_search_locations and "CUDNN_HOME" not in os.environ:
         os.environ.setdefault("CUDNN_PATH", next(iter(package.submodule_search_locations)))
+
+
+@contextlib.contextmanager
+def hidden_packages(packages: Sequence[str]) -> Iterator[None]:
+    """Let every import of these packages fail, as if they were not installed; those imported before are put back."""
+    imported = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in packages}
+    try:
+        with _finders([_HidingFinder(finder, packages) for finder in sys.meta_path]):
+            yield
+    finally:
+        sys.modules.update(imported)
 
 
 @contextlib.contextmanager
