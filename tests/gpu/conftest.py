@@ -73,12 +73,16 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact fp32 on a GPU, where cuBLAS may take TF32; several ranks communicate alike on a CPU and on a GPU."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    monkeypatch.setenv("RANKS_SHARE_A_GPU", "1")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def ranks() -> Iterator[None]:
-    """Exact fp32 on a GPU, where cuBLAS may take TF32; ranks that communicate alike on both; the end of the ranks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NVIDIA_TF32_OVERRIDE", "0")
-        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        patch.setenv("RANKS_SHARE_A_GPU", "1")
-        yield
+    """End the ranks that are kept."""
+    yield
     end_pools()

@@ -47,7 +47,7 @@ class HostGroup(ProcessGroup):
 
     def allreduce_coalesced(self, tensors: list, opts: Any = None) -> Work:
         for tensor in tensors:
-            self.allreduce([tensor], opts)
+            self.allreduce([tensor], self._reduction(opts))
         return Done()
 
     def reduce(self, tensors: list, opts: Any = None) -> Work:

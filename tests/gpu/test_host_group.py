@@ -27,6 +27,9 @@ def results(backend: str) -> list[torch.Tensor]:
         distributed.recv(passed, 0)
     else:
         distributed.send(mine, 1)
+    with distributed._coalescing_manager():
+        distributed.all_reduce(coalesced := mine.clone())
+        distributed.all_reduce(other := 2 * mine)
     received, collected = torch.empty(3, 2), [torch.empty(3, 2) for _ in range(size)] if rank else None
     distributed.scatter(received, [mine, 3 * mine] if rank else None, src=1)
     distributed.gather(mine, collected, dst=1)
@@ -34,7 +37,19 @@ def results(backend: str) -> list[torch.Tensor]:
     distributed.all_gather_object(objects, {"rank": rank})
     assert [found["rank"] for found in objects] == list(range(size))
     distributed.barrier()
-    return [summed, broadcast, gathered, *pieces, scattered, exchanged, passed, received, *(collected or [])]
+    return [
+        summed,
+        broadcast,
+        gathered,
+        *pieces,
+        scattered,
+        exchanged,
+        passed,
+        received,
+        *(collected or []),
+        coalesced,
+        other,
+    ]
 
 
 def test_the_results_are_those_of_gloo():

@@ -28,7 +28,7 @@ def padded(tensor: torch.Tensor, value: int) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % PADDED_TO), value=value)
 
 
-def pack(apart: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+def pack(apart: list[dict[str, torch.Tensor]], device: str = "cpu") -> dict[str, Any]:
     """One row, each sample padded to a multiple of `PADDED_TO`, in the fields that Megatron-Bridge's steps fill."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -36,7 +36,7 @@ def pack(apart: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
     real = torch.tensor([sample["input_ids"].shape[1] for sample in apart])
     physical = torch.tensor([row.shape[1] for row in rows])
     starts, ends = (torch.cat([torch.zeros(1), counts.cumsum(0)]).int() for counts in (real, physical))
-    starts, ends = starts.cuda(), ends.cuda()
+    starts, ends = starts.to(device), ends.to(device)
     longest = int(physical.max())
     return {
         "input_ids": torch.cat(rows, dim=1),
@@ -80,7 +80,7 @@ def compare(path: Path, layout: Layout, tolerance: float = 1e-4) -> None:
         for sample in samples()
     ]
     expected, gradients = losses_and_gradients(model, apart)
-    found, packed_gradients = losses_and_gradients(model, [pack(samples())])
+    found, packed_gradients = losses_and_gradients(model, [pack(samples(), "cuda")])
     torch.testing.assert_close(found, expected, rtol=tolerance / 10, atol=tolerance / 10)
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
