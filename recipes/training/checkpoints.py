@@ -43,7 +43,13 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
     """
 
     def __init__(self, checkpoint_config: CheckpointConfig) -> None:
+        """Called on every rank before any looks for a checkpoint.
+
+        Raises:
+            UserError: the ranks have found different checkpoints.
+        """
         super().__init__(checkpoint_config)
+        _check_same_on_all_ranks(checkpoint_config.load)
         self._in_progress: list[Path] = []
         self._is_registered = False
 
@@ -64,10 +70,8 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
         """Load, without the random states where they were saved by another layout of ranks.
 
         Raises:
-            UserError: the optimizer's states are those of the other back end, or of other settings, or the ranks have
-                found different checkpoints.
+            UserError: the optimizer's states are those of the other back end, or of other settings.
         """
-        self._check_same_on_all_ranks()
         self._refuse_states_of_the_other_back_end(ctx)
         self._leave_foreign_random_states(ctx)
         try:
@@ -86,14 +90,6 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
         # to a checkpoint that this run has not reached yet.
         if self._in_progress:
             self._in_progress.pop(0).unlink()
-
-    def _check_same_on_all_ranks(self) -> None:
-        """Each rank has looked for the newest checkpoint by itself, and a network file system may show it late."""
-        found: list[str | None] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, self.checkpoint_config.load)
-        if len({*found}) > 1:
-            folders = ", ".join(sorted(str(folder) for folder in {*found}))
-            raise UserError(f"The ranks would continue from different checkpoints ({folders}); start the run again.")
 
     def _refuse_states_of_the_other_back_end(self, ctx: CheckpointLoadContext) -> None:
         """Refuse optimizer states that would be loaded into other parameters.
@@ -131,6 +127,16 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
         if mine.unique_key not in load_sharded_metadata(folder):
             print_rank_0(f"The random states in {folder} are of another layout of ranks; they start from the seed.")
             self.checkpoint_config.load_rng = False
+
+
+def _check_same_on_all_ranks(load: str | None) -> None:
+    """Each rank has looked for the newest checkpoint by itself, and a network file system may show it late."""
+    mine = load if load is not None and checkpoint_exists(load) else "none"
+    found = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    if len({*found}) > 1:
+        folders = ", ".join(sorted({*found}))
+        raise UserError(f"The ranks would continue from different checkpoints ({folders}); start the run again.")
 
 
 def _other_settings(folder: Path, config: Any) -> list[str]:

@@ -349,21 +349,28 @@ def test_optimizer_states_of_the_other_back_end_are_refused(job, unbroken):
 
 @dataclass(frozen=True, kw_only=True)
 class LateJob(Job):
-    """Its rank 1 does not see the newest checkpoint."""
+    """Continues in the folder where it saves. Its rank 1 sees another folder in its place."""
+
+    seen_by_rank_1: Path
 
     def run(self, *callbacks: Callback) -> None:
-        if os.environ["RANK"] == "1":
-            object.__setattr__(self, "load", self.load.parent / "iter_0000002")
+        folder = self.seen_by_rank_1 if os.environ["RANK"] == "1" else self.folder
+        replace(self, folder=folder, load=folder / "saved").run_here(*callbacks)
+
+    def run_here(self, *callbacks: Callback) -> None:
         super().run(*callbacks)
 
 
-def test_ranks_that_find_different_checkpoints_are_refused(job):
+@pytest.mark.parametrize("seen", ["iter_0000002", "none"])
+def test_ranks_that_find_different_checkpoints_are_refused(seen: str, job, tmp_path: Path):
     whole = job(layout=Layout(dp=2))
     whole.losses()
-    fields = {name: getattr(whole, name) for name in ("start", "digits", "rows", "layout")}
-    late = LateJob(**fields, folder=job().folder, load=whole.saved / f"iter_{STEPS:07d}")
-    with pytest.raises(ValueError, match=r"different checkpoints \(.*iter_0000002, .*iter_0000004\)"):
-        late.losses()
+    if seen != "none":
+        shutil.copytree(whole.saved / seen, tmp_path / "saved" / seen)
+    fields = {name: getattr(whole, name) for name in ("start", "digits", "rows", "layout", "folder")}
+    with pytest.raises(ValueError, match=r"different checkpoints \(.*iter_0000004.*\); start the run again") as caught:
+        LateJob(**fields, seen_by_rank_1=tmp_path).losses()
+    assert seen in str(caught.value)
 
 
 @pytest.mark.parametrize("field", ["pretrained_checkpoint", "load"])
