@@ -82,6 +82,8 @@ def _engine_problems() -> list[str]:
     problems = []
     if not _has_cuda():
         problems.append("torch sees no CUDA device: use a machine with an NVIDIA GPU and its driver")
+    elif _cudnn()[0] is None:
+        problems.append(f"torch cannot use cuDNN: {_cudnn()[1]}")
     if _installed("transformer-engine-torch") is None:
         problems.append("Transformer Engine is missing: run `uv sync --extra te` where the CUDA toolkit is installed")
     return problems
@@ -110,8 +112,19 @@ def _cuda() -> str:
     if not torch.cuda.is_available():
         return f"no device (torch is built for {torch.version.cuda or 'the CPU only'})"
     device = torch.cuda.get_device_properties(0)
-    count, cudnn = torch.cuda.device_count(), torch.backends.cudnn.version()
-    return f"{torch.version.cuda}, cuDNN {cudnn}, {count} × {device.name} with {_gib(device.total_memory)}"
+    cudnn, refusal = _cudnn()
+    names = f"{torch.cuda.device_count()} × {device.name} with {_gib(device.total_memory)}"
+    return f"{torch.version.cuda}, cuDNN {cudnn or refusal}, {names}"
+
+
+def _cudnn() -> tuple[int | None, str]:
+    """The version of the cuDNN that torch has loaded, or None and why torch refuses the one that it has found."""
+    import torch
+
+    try:
+        return torch.backends.cudnn.version(), "missing"
+    except RuntimeError as error:
+        return None, " ".join(str(error).split())
 
 
 def _memory_available() -> int | None:

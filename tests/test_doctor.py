@@ -1,9 +1,12 @@
 """The doctor lists what is installed, and ends with a verdict for each way to run."""
 
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpt_oss_vision import doctor
 
@@ -81,3 +84,23 @@ def test_a_missing_package_comes_with_its_fix(tmp_path: Path, monkeypatch: pytes
     assert not is_ready
     assert "no-such-package 1.0 is needed, none is here: run `uv sync`, or `pip install no-such-package==1.0`" in text
     assert "torch 2.11.0 is needed" not in text
+
+
+def test_a_cudnn_that_torch_refuses_is_a_problem_and_not_a_crash(monkeypatch: pytest.MonkeyPatch):
+    """As on a machine whose LD_LIBRARY_PATH has an older cuDNN than torch's own."""
+
+    def version() -> int:
+        raise RuntimeError("cuDNN version incompatibility: compiled against (9, 19, 0)\nbut found (9, 14, 0)")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    monkeypatch.setattr(doctor, "_has_cuda", lambda: True)
+    said = "cuDNN version incompatibility: compiled against (9, 19, 0) but found (9, 14, 0)"
+    assert doctor._cudnn() == (None, said)
+    assert f"torch cannot use cuDNN: {said}" in doctor._engine_problems()
+
+
+def test_nemo_run_is_importable_and_its_dependency_is_checked():
+    """nemo-run 0.11.1 imports modules of leptonai that 0.47, which its metadata allows, does not have."""
+    # In a process of its own: leptonai's own imports are deprecated ones.
+    subprocess.run([sys.executable, "-c", "from nemo_run import LocalExecutor, SlurmExecutor"], check=True)
+    assert "leptonai" in doctor._pins()
