@@ -23,6 +23,9 @@ from megatron.bridge.training.config import (
 
 from ..bridge.mcore.provider import GPTOSSVisionProvider
 
+WEIGHT_DECAY = 0.033
+"""Of matrices; the value of Megatron-Bridge's schedules."""
+
 
 def base_config(
     provider: GPTOSSVisionProvider,
@@ -50,8 +53,10 @@ def base_config(
         lr_decay_iters=steps,
         max_lr=learning_rate,
         min_lr=learning_rate / 100,
+        weight_decay=WEIGHT_DECAY,
         precision="32",
     )
+    scheduler.start_weight_decay = scheduler.end_weight_decay = WEIGHT_DECAY
     return ConfigContainer(
         model=provider,
         train=TrainingConfig(train_iters=steps, **batch_sizes),

@@ -279,6 +279,10 @@ def test_the_model_and_its_head_load_each_other(tmp_path):
     base, report = GPTOSSVisionModel.from_pretrained(tmp_path, output_loading_info=True)
     assert report["unexpected_keys"] == {"lm_head.weight"}
     assert same_weights(base, model.model)
+    base.save_pretrained(tmp_path / "base")
+    head, report = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert report["missing_keys"] == {"lm_head.weight"}
+    assert same_weights(head.model, model.model)
 
 
 def test_another_architecture_is_refused_by_name(tmp_path):

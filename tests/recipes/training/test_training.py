@@ -1,6 +1,6 @@
 """Megatron-Bridge's own loop on this model: the same losses at every layout as on one rank."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,42 @@ def test_in_bf16_the_vision_bias_stays_fp32_and_learns(start: Path, tmp_path: Pa
     for watch in cpu.run_ranks(2, train_in_bf16, copy_of(start, tmp_path), settings):
         assert (watch.dtype, watch.other_dtype) == (torch.float32, torch.bfloat16)
         assert watch.moved > 0
+
+
+@dataclass
+class WatchWeightDecay(Callback):
+    """Records the weight decay of every group of parameters after a step."""
+
+    found: set[float] = field(default_factory=set)
+
+    def on_train_step_end(self, context: CallbackContext) -> None:
+        self.found |= {group["weight_decay"] for group in context.optimizer.param_groups}
+
+
+def weight_decay(out: Path, of_optimizer: float | None, of_scheduler: float | None) -> set[float]:
+    config = training_config(out, write_digits(out / "digits", 0), Settings(steps=1, batch_size=8))
+    if of_optimizer is not None:
+        config.optimizer.weight_decay = of_optimizer
+        config.scheduler.start_weight_decay = config.scheduler.end_weight_decay = of_scheduler
+    watch = WatchWeightDecay()
+    train(config, callbacks=[watch])
+    return watch.found
+
+
+@pytest.mark.parametrize(
+    ("of_optimizer", "of_scheduler", "expected"), [(None, None, 0.033), (0.2, None, 0.2), (0.2, 0.2, 0.2)]
+)
+def test_the_weight_decay_is_the_one_that_is_set(
+    of_optimizer: float | None, of_scheduler: float | None, expected: float, start: Path, tmp_path: Path
+):
+    (found,) = cpu.run_ranks(1, weight_decay, copy_of(start, tmp_path), of_optimizer, of_scheduler)
+    assert found == {0.0, expected}  # none for biases and norms
+
+
+def test_a_weight_decay_without_effect_is_refused(start: Path, tmp_path: Path):
+    said = r"optimizer.weight_decay=0.2 has no effect: the scheduler sets scheduler.end_weight_decay=0.1; set both"
+    with pytest.raises(UserError, match=said):
+        cpu.run_ranks(1, weight_decay, copy_of(start, tmp_path), 0.2, 0.1)
 
 
 def train_in_bf16_without_our_order(out: Path, settings: Settings) -> None:
