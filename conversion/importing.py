@@ -14,6 +14,7 @@ from .dtypes import FLOATS, rounding_warnings
 from .engine.job import ConversionPlan, run_conversion
 from .engine.report import Digest
 from .engine.stream import Task, Worker, write_header_task
+from .formats.hf_config import check_json_files
 from .formats.hf_source import Source, open_source
 from .formats.megatron_metadata import ITERATION, run_config, write_metadata
 from .formats.torch_dist_reader import blocks_of
@@ -115,7 +116,9 @@ def find_assets(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: one of them is a link to nowhere.
+        ValueError: one is not JSON and should be.
     """
+    check_json_files(folder)
     found = [file for file in sorted(folder.iterdir()) if file.suffix in ASSET_SUFFIXES]
     found += sorted(folder.glob("additional_chat_templates/*.jinja"))
     lost = [file for file in found if file.is_symlink() and not file.exists()]

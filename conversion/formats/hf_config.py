@@ -21,6 +21,12 @@ ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTERS = "adapter_config.json"
 
+COPIED_JSON = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "processor_config.json"),
+)
+"""JSON files that conversions copy."""
+
 STORAGE_FIELDS = ("model_type", "architectures", "auto_map", "quantization_config")
 """Fields of a config that describe the checkpoint's files, not the model."""
 
@@ -132,6 +138,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file} holds {type(found).__name__} in place of an object {{...}}; copy it again")
     return found
+
+
+def check_json_files(folder: Path) -> None:
+    """Refuse a folder in which one of `COPIED_JSON` is damaged: it would be copied, and fail where the copy is used.
+
+    Raises:
+        ValueError: a file is not JSON.
+    """
+    for name in COPIED_JSON:
+        if (folder / name).is_file():
+            read_json(folder / name)
 
 
 def check_safetensors(file: Path) -> None:

@@ -22,7 +22,7 @@ from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...errors import UserError
 from ..parameters import packed_shapes
-from .hf_config import config_fields, read_json
+from .hf_config import check_json_files, config_fields, read_json
 from .safetensors import TensorSpec
 from .torch_dist_reader import TorchDistCheckpoint
 
@@ -46,9 +46,6 @@ CODE = tuple(f"{part}_gpt_oss_vision.py" for part in ("tokenization", "processin
 
 CONFIG_FILES = ("config.json", GENERATION)
 PROCESSOR_FILES = tuple(name for name in FILES if name not in CONFIG_FILES)
-
-CHECKED_FILES = ("config.json", GENERATION, "tokenizer_config.json", "processor_config.json")
-"""JSON files that are checked before anything is written."""
 
 PACKED = (".mlp.experts.gate_up_proj", ".mlp.experts.down_proj")
 """Suffixes of the names of the tensors that MXFP4 checkpoints pack."""
@@ -117,9 +114,7 @@ def reference_folder(checkpoint: TorchDistCheckpoint, hf: Path | None) -> Path:
         raise FileNotFoundError(
             f"{checkpoint.folder} has no config of its model; name the Hugging Face checkpoint it came from with --hf"
         )
-    for name in CHECKED_FILES:
-        if (folder / name).is_file():
-            read_json(folder / name)
+    check_json_files(folder)
     return folder
 
 

@@ -171,7 +171,7 @@ def _iteration_folder(path: Path) -> Path:
         raise FileNotFoundError(
             f"{path} holds neither {LATEST} nor .metadata; name the folder of a Megatron checkpoint"
         )
-    word = (path / LATEST).read_text().strip()
+    word = (path / LATEST).read_text(errors="replace").strip()
     folder = path / (f"iter_{int(word):07d}" if word.isdecimal() else word)
     if not (folder / ".metadata").is_file():
         raise FileNotFoundError(
