@@ -16,17 +16,8 @@ def remove(file: Path) -> None:
     file.unlink()
 
 
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
 def halve(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def replace_by_folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
 
 
 def link_to_nothing(file: Path) -> None:
@@ -41,7 +32,7 @@ def invert_middle(file: Path) -> None:
     file.write_bytes(data)
 
 
-DAMAGES = (remove, empty, halve, replace_by_folder, link_to_nothing, invert_middle)
+DAMAGES = (remove, halve, link_to_nothing, invert_middle)
 
 
 @pytest.fixture(scope="module")
