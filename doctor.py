@@ -82,8 +82,10 @@ def _engine_problems() -> list[str]:
     problems = []
     if not _has_cuda():
         problems.append("torch sees no CUDA device: use a machine with an NVIDIA GPU and its driver")
-    elif _cudnn()[0] is None:
-        problems.append(f"torch cannot use cuDNN: {_cudnn()[1]}")
+    else:
+        cudnn, refusal = _cudnn()
+        if cudnn is None:
+            problems.append(f"torch cannot use cuDNN: {refusal}")
     if _installed("transformer-engine-torch") is None:
         problems.append("Transformer Engine is missing: run `uv sync --extra te` where the CUDA toolkit is installed")
     return problems

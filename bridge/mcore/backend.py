@@ -53,7 +53,7 @@ def transformer_engine_problem(expert_tensor_parallel_size: int) -> str | None:
 
 
 def cudnn_problem(least: int, feature: str) -> str | None:
-    """Why the cuDNN that torch has loaded is too old for a feature of Transformer Engine; None if it is not."""
+    """Why the cuDNN that torch has found cannot be used for a feature of Transformer Engine; None if it can."""
     try:
         found = torch.backends.cudnn.version() or 0
     except RuntimeError as error:  # of a version that torch was not compiled for, found before its own

@@ -1,4 +1,4 @@
-"""Every input file of a conversion, damaged in every way: one sentence and no output, or nothing else is different."""
+"""Each input file of a conversion, damaged in four ways: refused without an output, or nothing else is different."""
 
 import shutil
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import save_tiny
+from checkpoints import files_of, save_tiny
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.errors import UserError
@@ -43,10 +43,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_checkpoint(folder / "hf", folder / "megatron")
     export_checkpoint(folder / "megatron", folder / "back")
     return folder
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def convert_damaged(whole: Path, source: str, file: Path, damage: Callable[[Path], None], folder: Path) -> None:

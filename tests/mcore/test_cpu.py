@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def test_a_stand_in_is_gone_after_the_import_and_refuses_to_be_built():
 
     with pytest.raises(ImportError, match="needs the package `nvidia_resiliency_ext`"):
         CallWrapper()
+
+
+def test_transformer_engine_is_given_the_cudnn_of_torch(monkeypatch):
+    monkeypatch.delenv("CUDNN_HOME", raising=False)
+    monkeypatch.delenv("CUDNN_PATH", raising=False)
+    stand_ins._let_transformer_engine_use_the_cudnn_of_torch()
+    assert list(Path(os.environ["CUDNN_PATH"]).glob("lib/libcudnn.so*"))
+    monkeypatch.setenv("CUDNN_PATH", "/mine")
+    stand_ins._let_transformer_engine_use_the_cudnn_of_torch()
+    assert os.environ["CUDNN_PATH"] == "/mine"
 
 
 def test_a_hidden_package_cannot_be_imported_and_is_the_same_afterwards():

@@ -132,3 +132,13 @@ def test_a_cudnn_that_would_drop_the_sinks_is_refused(version: int | None, probl
     row = pack(samples())
     with pytest.raises(ValueError, match=problem) if problem else nullcontext():
         packing.check_packing(row["input_ids"], row["packed_seq_params"], 1, "transformer_engine")
+
+
+def test_a_cudnn_that_torch_refuses_is_a_sentence(monkeypatch):
+    def version() -> int:
+        raise RuntimeError("compiled against (9, 19, 0) but found (9, 14, 0)")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    row = pack(samples())
+    with pytest.raises(ValueError, match=r"torch cannot use the cuDNN that was found \(compiled against"):
+        packing.check_packing(row["input_ids"], row["packed_seq_params"], 1, "transformer_engine")
