@@ -87,6 +87,14 @@ class Progress:
         self._bar.stop()
 
 
+_consoles: list[Console] = []
+
+
+def say(sentence: str) -> None:
+    """Print a sentence for the user, also inside `quiet`."""
+    (_consoles[-1] if _consoles else Console(soft_wrap=True, highlight=False)).print(sentence, markup=False)
+
+
 @contextmanager
 def quiet(log: Path) -> Iterator[Console]:
     """Append what this process and its libraries write to the terminal to `log`; yield a console that still shows.
@@ -99,9 +107,11 @@ def quiet(log: Path) -> Iterator[Console]:
     with log.open("a") as file, os.fdopen(os.dup(1), "w") as terminal:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        _consoles.append(Console(file=terminal, highlight=False, soft_wrap=True))
         try:
-            yield Console(file=terminal, highlight=False, soft_wrap=True)
+            yield _consoles[-1]
         finally:
+            _consoles.pop()
             sys.stdout.flush()
             sys.stderr.flush()
             os.dup2(shown, 1)

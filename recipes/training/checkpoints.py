@@ -1,13 +1,12 @@
 """Checkpoints of a run that may be killed at any moment: which of them are complete, and where to continue."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
 from megatron.bridge.training.callbacks import CallbackContext, CallbackManager
 from megatron.bridge.training.checkpointing import (
     CheckpointLoadContext,
@@ -22,17 +21,16 @@ from megatron.bridge.training.utils.checkpoint_utils import (
     read_run_config,
 )
 from megatron.bridge.training.utils.pg_utils import get_pg_collection
-from megatron.bridge.utils.common_utils import print_rank_0
+from megatron.bridge.utils.common_utils import get_rank_safe, print_rank_0
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from torch.distributed.checkpoint.api import CheckpointException
 
+from ...bridge.weight_map import PARAM_GROUPS
 from ...errors import UserError
+from ...terminal import say
+from .changes import as_mapping, changes
 
 IN_PROGRESS = "saving_{step}"
 """A file beside the checkpoints that exists while the checkpoint of that step is incomplete."""
-
-OPTIMIZER_SECTIONS = ("optimizer", "optimizer_config_override_provider", "peft")
-"""Sections of a configuration that decide the parameters and the groups of an optimizer."""
 
 
 class CrashSafeCheckpoints(DefaultCheckpointManager):
@@ -69,21 +67,23 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
     def load(self, ctx: CheckpointLoadContext) -> tuple[int, int]:
         """Load, without the random states where they were saved by another layout of ranks.
 
+        The settings of this run are applied where they differ from the checkpoint's, and are named.
+
         Raises:
             UserError: the optimizer's states are those of the other back end, or of other settings.
         """
         self._refuse_states_of_the_other_back_end(ctx)
         self._leave_foreign_random_states(ctx)
-        try:
+        folder = self._iteration_folder()
+        if folder is None or not self.checkpoint_config.load_optim or self.checkpoint_config.finetune:
             return super().load(ctx)
-        except (Exception, CheckpointException) as error:  # which is no Exception
-            folder = self._iteration_folder()
-            if folder is None or not (differing := _other_settings(Path(folder), ctx.state.cfg)):
-                raise
-            raise UserError(
-                f"{folder} cannot be continued, as {', '.join(differing)}; continue with its settings, or start a new "
-                "stage from its weights by checkpoint.pretrained_checkpoint in place of checkpoint.load"
-            ) from error
+        saved = read_run_config(str(Path(folder, "run_config.yaml")))
+        _check_changes(Path(folder), saved, ctx.state.cfg)
+        with _learning_rates_of(saved, ctx.optimizer, ctx.state.cfg):
+            loaded = super().load(ctx)
+        if ctx.opt_param_scheduler is not None:
+            ctx.opt_param_scheduler.step(increment=0)  # the learning rates of the next step, by this run's settings
+        return loaded
 
     def _complete(self, context: CallbackContext) -> None:
         # Checkpoints are completed in their order. Only files of this run are removed: one of an earlier run may belong
@@ -139,17 +139,61 @@ def _check_same_on_all_ranks(load: str | None) -> None:
         raise UserError(f"The ranks would continue from different checkpoints ({folders}); start the run again.")
 
 
-def _other_settings(folder: Path, config: Any) -> list[str]:
-    """What differs between a checkpoint and a run in the settings that its optimizer's states depend on."""
+def _check_changes(folder: Path, saved: dict[str, Any], config: Any) -> None:
+    """Name the settings that differ from those of a checkpoint.
+
+    Raises:
+        UserError: the run cannot be continued with one of them, or the checkpoint has no optimizer states.
+    """
+    found = changes(saved, config)
+    refused = [str(change) for change in found if change.is_refused]
     if not any("optimizer" in key for key in load_sharded_metadata(str(folder))):
-        return ["it has no optimizer states"]
-    with TemporaryDirectory() as written:
-        config.to_yaml(f"{written}/run_config.yaml")  # spelled as Megatron-Bridge spells it in a checkpoint
-        saved, mine = (yaml.safe_load(Path(place, "run_config.yaml").read_text()) for place in (folder, written))
-    names = [(section, name) for section in OPTIMIZER_SECTIONS for name in mine.get(section) or ()]
-    names += [("model", name) for name in mine["model"] if name.startswith("freeze_")]
-    values = {f"{part}.{name}": ((saved.get(part) or {}).get(name), mine[part][name]) for part, name in names}
-    return [f"{name} was {before!r} and is {now!r}" for name, (before, now) in values.items() if before != now]
+        refused = ["it has no optimizer states"]
+    if refused:
+        raise UserError(
+            f"{folder} cannot be continued, as {', '.join(refused)}; continue with its settings, or start another run "
+            "from its weights by checkpoint.pretrained_checkpoint in place of checkpoint.load"
+        )
+    if found and get_rank_safe() == 0:
+        say(f"Continuing with other settings: {'; '.join(map(str, found))}")
+
+
+@contextmanager
+def _learning_rates_of(saved: dict[str, Any], optimizer: Any, config: Any) -> Iterator[None]:
+    """Give the groups of an optimizer the learning rates of a checkpoint inside this context.
+
+    Megatron-Core 0.19.2 finds the saved group of a group by its rates, among others, and takes them over from it.
+
+    Raises:
+        UserError: with other factors the parameters would be in other groups.
+    """
+    mine, theirs = _rates(as_mapping(config)), _rates(saved)
+    there = {rates: theirs[group] for group, rates in mine.items()}
+    back = {rates: mine[group] for group, rates in theirs.items()}
+    if any(there[mine[group]] != theirs[group] or back[theirs[group]] != mine[group] for group in mine):
+        raise UserError(
+            f"The factors of the learning rate were {theirs} and are {mine}, which gives the optimizer other groups of "
+            "parameters; keep equal factors equal, or start another run from the checkpoint's weights"
+        )
+    _exchange_rates(optimizer, there)
+    yield
+    _exchange_rates(optimizer, back)
+
+
+def _rates(config: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Largest and least learning rate of each group that has a factor."""
+    rates, factors = config["optimizer"], config["optimizer_config_override_provider"] or {}
+    return {
+        group: (rates["lr"] * factors[group], (rates["min_lr"] or 0.0) * factors[group])
+        for group in PARAM_GROUPS
+        if group in factors
+    }
+
+
+def _exchange_rates(optimizer: Any, rates: dict[tuple[float, float], tuple[float, float]]) -> None:
+    for group in optimizer.param_groups:
+        if group.get("max_lr") is not None:
+            group["max_lr"], group["min_lr"] = rates[group["max_lr"], group["min_lr"]]
 
 
 def check_start(checkpoint: CheckpointConfig) -> None:

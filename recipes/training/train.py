@@ -17,12 +17,12 @@ from transformers.utils.hub import cached_file
 from ...atomic import naming_full_disk
 from ...bridge.mcore import cpu
 from ...conversion.formats.hf_files import keep_files
-from ...errors import UserError
 from .checkpoints import CrashSafeCheckpoints, check_start, resume
+from .derive import derive
 from .log import TrainingLog
 
 
-def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
+def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> bool:
     """Train from ``checkpoint.pretrained_checkpoint``, from random weights, or from where ``checkpoint.load`` ends.
 
     With ``checkpoint.load`` the same folder as ``checkpoint.save``, a run that was killed continues from its newest
@@ -32,12 +32,15 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
         config: complete; on a machine without CUDA its communication settings are adapted (`cpu.adapt_config_for_cpu`).
         callbacks: called by Megatron-Bridge at every step, before our own.
 
+    Returns:
+        Whether all steps are done; else the run was asked to end, is saved, and can be continued.
+
     Raises:
         UserError: a checkpoint to start from is not there, the run in ``checkpoint.save`` has another processor, or
             Megatron has an optimizer that needs CUDA where there is none, or two settings contradict.
     """
     check_start(config.checkpoint)
-    derive_weight_decay(config)
+    derive(config)
     cpu.adapt_config_for_cpu(config)
     config.checkpoint.custom_manager_class = f"{CrashSafeCheckpoints.__module__}.{CrashSafeCheckpoints.__qualname__}"
     # The queue of Megatron-Core's checkpoint writer is a process. Started here, it is a fork of this one; started by
@@ -48,27 +51,13 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = ()) -> None:
     _keep_files(config)
     folder = config.checkpoint.save
     with cpu.runtime(), naming_full_disk(Path(folder)) if folder else nullcontext():
-        pretrain(config, forward_step, callbacks=[*callbacks, TrainingLog()])
-
-
-def derive_weight_decay(config: ConfigContainer) -> None:
-    """Give the scheduler the optimizer's weight decay where it has none, and refuse another one.
-
-    Megatron's scheduler sets the weight decay in every step from its own fields; the optimizer's has no effect.
-
-    Raises:
-        UserError: with both fields.
-    """
-    scheduler, decay = config.scheduler, config.optimizer.weight_decay
-    if scheduler.end_weight_decay is None:
-        scheduler.end_weight_decay = decay
-    if scheduler.start_weight_decay is None:
-        scheduler.start_weight_decay = scheduler.end_weight_decay
-    if scheduler.end_weight_decay != decay:
-        raise UserError(
-            f"optimizer.weight_decay={decay} has no effect: the scheduler sets scheduler.end_weight_decay="
-            f"{scheduler.end_weight_decay}; set both to the same value, or the scheduler's to None"
-        )
+        try:
+            pretrain(config, forward_step, callbacks=[*callbacks, TrainingLog()])
+        except SystemExit as end:  # by a signal, a time limit or `train.exit_interval`
+            if end.code:
+                raise
+            return False
+    return True
 
 
 @contextmanager

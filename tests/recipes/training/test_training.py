@@ -153,9 +153,9 @@ def first_stage(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 NEW_STAGES = {
     "other frozen groups": ({}, r"model\.freeze_language_model was True and is False"),
-    "another learning rate": (
-        {"model.freeze_language_model": True, "optimizer.lr": 0.5},
-        r"optimizer\.lr was 0\.\d+ and is 0\.5",
+    "another optimizer": (
+        {"model.freeze_language_model": True, "optimizer.adam_beta2": 0.5},
+        r"optimizer\.adam_beta2 was 0\.95 and is 0\.5",
     ),
     "no optimizer states": ({"checkpoint.load": "import"}, "it has no optimizer states"),
 }

@@ -1,0 +1,90 @@
+"""Fields of a configuration that follow from others: set unless the user has set them, refused if they contradict."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+from megatron.bridge.training.config import ConfigContainer
+
+from ...errors import UserError
+
+
+def derive(config: ConfigContainer, given: Collection[str] = ()) -> None:
+    """Set, in place, what follows from other fields.
+
+    Args:
+        config: a recipe's, with the user's settings.
+        given: names of the fields that the user has set; these are not changed.
+
+    Raises:
+        UserError: two settings contradict each other.
+    """
+    derive_sequence_length(config, given)
+    derive_weight_decay(config, given)
+    config.tokenizer.vocab_size = config.model.vocab_size - 1  # Megatron-Bridge adds one for the end of a text
+    if config.model.calculate_per_token_loss:
+        config.ddp.average_in_collective = False  # the sum of gradients is divided by all tokens
+
+
+def derive_sequence_length(config: ConfigContainer, given: Collection[str]) -> None:
+    """Give model and data one sequence length: the one that the user has set, else the model's.
+
+    Raises:
+        UserError: both are set, to two values, or it is longer than the positions that the rotary embedding covers.
+    """
+    model, dataset = config.model, config.dataset
+    of_data, of_model = "dataset.seq_length" in given, "model.seq_length" in given
+    if of_data and of_model and dataset.seq_length != model.seq_length:
+        raise UserError(
+            f"model.seq_length={model.seq_length} and dataset.seq_length={dataset.seq_length} differ; set one of them, "
+            "and the other follows"
+        )
+    model.seq_length = dataset.seq_length = dataset.seq_length if of_data else model.seq_length
+    if model.position_embedding_type == "yarn":
+        positions = math.floor(model.yarn_rotary_scaling_factor * model.yarn_original_max_position_embeddings)
+        if model.seq_length > positions:
+            raise UserError(
+                f"model.seq_length={model.seq_length} is longer than the {positions} positions that YaRN covers "
+                f"({model.yarn_rotary_scaling_factor:g} · {model.yarn_original_max_position_embeddings})"
+            )
+
+
+def derive_weight_decay(config: ConfigContainer, given: Collection[str] = ()) -> None:
+    """Give optimizer and scheduler one weight decay: the one that the user has set, else the optimizer's.
+
+    Megatron's scheduler sets the weight decay in every step from its own fields; the optimizer's has no effect.
+
+    Raises:
+        UserError: both are set, to two values.
+    """
+    optimizer, scheduler = config.optimizer, config.scheduler
+    of_scheduler = {"scheduler.start_weight_decay", "scheduler.end_weight_decay"} & {*given}
+    if "optimizer.weight_decay" in given and not of_scheduler:
+        scheduler.start_weight_decay = scheduler.end_weight_decay = None
+    elif of_scheduler and "optimizer.weight_decay" not in given:
+        optimizer.weight_decay = scheduler.end_weight_decay
+    if scheduler.end_weight_decay is None:
+        scheduler.end_weight_decay = optimizer.weight_decay
+    if scheduler.start_weight_decay is None:
+        scheduler.start_weight_decay = scheduler.end_weight_decay
+    if scheduler.end_weight_decay != optimizer.weight_decay:
+        raise UserError(
+            f"optimizer.weight_decay={optimizer.weight_decay} has no effect: the scheduler sets "
+            f"scheduler.end_weight_decay={scheduler.end_weight_decay}; set both to the same value, or one of them"
+        )
+
+
+def steps_of(config: ConfigContainer, *, tokens: int | None, epochs: float | None, rows: int | None) -> int:
+    """Optimizer steps for a number of tokens or of epochs, rounded up.
+
+    Args:
+        config: has the batch size and the sequence length.
+        tokens: positions in all, padding included.
+        epochs: passes over the data.
+        rows: usable rows of the data; needed for `epochs`.
+    """
+    batch: Any = config.train.global_batch_size
+    if tokens is not None:
+        return math.ceil(tokens / (batch * config.model.seq_length))
+    assert epochs is not None and rows is not None
+    return math.ceil(epochs * rows / batch)

@@ -1,0 +1,92 @@
+"""Signals and a time limit that end a run early: the step is finished, a checkpoint is saved, the command exits 75."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from megatron.bridge.training.callbacks import Callback, CallbackContext
+
+EXIT_TO_BE_CONTINUED = 75
+"""EX_TEMPFAIL of sysexits.h: the run was saved, and the same command continues it."""
+
+STOPS_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
+SECONDS_OF_ONE_INTERRUPT = 1.0
+"""A terminal and `torchrun` each send SIGINT for one Ctrl-C."""
+
+
+class Stopped(BaseException):  # as KeyboardInterrupt: no `except Exception` may hold it up
+    """The run was asked to end before its first step; there is nothing to save."""
+
+
+@dataclass
+class StopRequests(Callback):
+    """Ends the run after the current step, saved, when this process receives SIGTERM, SIGUSR1, SIGINT or SIGALRM.
+
+    Each is passed on as SIGTERM to Megatron-Bridge's own handler (``train.exit_signal_handler``), by which the ranks
+    agree after every step. It is enough that one rank receives a signal. Child processes, such as the data loader's
+    workers, receive signals of the process group too, and ignore them.
+
+    Attributes:
+        terminal: file descriptor for a line about the first signal.
+    """
+
+    terminal: int
+    received: signal.Signals | None = None
+    _process: int = field(default_factory=os.getpid)
+    _interrupted: float | None = None
+    _save: Any = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler of all signals."""
+        if os.getpid() != self._process:
+            return
+        if number == signal.SIGINT:
+            self._leave_on_second_interrupt()
+        if self.received is None:
+            self.received = signal.Signals(number)
+            if self._save is None:
+                raise Stopped
+            os.write(self.terminal, self._announcement().encode())
+        self._save(signal.SIGTERM, frame)
+
+    def on_train_start(self, context: CallbackContext) -> None:
+        """Take SIGTERM over from Megatron-Bridge, which has set its handler by now."""
+        self._save = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, self.handle)
+
+    def _leave_on_second_interrupt(self) -> None:
+        now = time.monotonic()
+        if self._interrupted is None:
+            self._interrupted = now
+        elif now - self._interrupted > SECONDS_OF_ONE_INTERRUPT:
+            os._exit(128 + signal.SIGINT)
+
+    def _announcement(self) -> str:
+        assert self.received is not None
+        reason = "the time limit" if self.received is signal.SIGALRM else self.received.name
+        second = "; Ctrl-C once more leaves at once" if self.received is signal.SIGINT else ""
+        return f"Stopped by {reason}: saving after this step{second}\n"
+
+
+@contextmanager
+def stop_requests(terminal: int, seconds: float | None = None) -> Iterator[StopRequests]:
+    """Handle the signals inside this context.
+
+    Args:
+        terminal: file descriptor for a line about the first signal.
+        seconds: time limit from now on; None for no limit.
+    """
+    requests = StopRequests(terminal)
+    handlers = {number: signal.signal(number, requests.handle) for number in STOPS_BY}
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
+    try:
+        yield requests
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
