@@ -21,6 +21,8 @@ from .samples import Sample, collate
 
 logger = logging.getLogger(__name__)
 
+PROCESSOR = "a folder with tokenizer and image processor with data.processor_path=DIR"
+
 
 class ChatBatches(ShuffledEpochs):
     """Shuffled epochs of a chat file, with the `collate_fn` that Megatron-Bridge's loaders look for on a dataset."""
@@ -46,11 +48,12 @@ class ChatDatasetProvider(DatasetProvider):
     headers, which takes as long as decoding every image once.
 
     Every epoch has its own order, by `seed`; all samples are the same in every parallel layout and after a resume.
-    Batches are `seq_length` long, which must be the model's. `processor_path` is a folder or a name on the Hub.
+    Batches are `seq_length` long, which must be the model's. `processor_path` is a folder or a name on the Hub. A recipe
+    leaves `path` and `processor_path` None: only the user knows them.
     """
 
-    train_path: str
-    processor_path: str
+    path: str | None = None
+    processor_path: str | None = None
     seq_length: int
     valid_path: str | None = None
     test_path: str | None = None
@@ -60,12 +63,13 @@ class ChatDatasetProvider(DatasetProvider):
     dataloader_type: Literal["single"] | None = "single"
 
     def finalize(self) -> None:
-        """Refuse the loaders that would change what is trained on.
+        """Refuse a dataset without data or processor, and the loaders that would change what is trained on.
 
         Raises:
-            UserError: `dataloader_type` is not "single".
+            UserError: a path is not set, or `dataloader_type` is not "single".
         """
         super().finalize()
+        self._check_paths()
         if self.dataloader_type != "single":
             # 'cyclic' orders by a seed of its own and by the number of data-parallel ranks; 'batch' cuts a global batch
             # into micro-batches and gives each of them the images of all.
@@ -73,13 +77,19 @@ class ChatDatasetProvider(DatasetProvider):
                 f"dataloader_type={self.dataloader_type!r}: chat data is shuffled by its dataset and read with 'single'"
             )
 
+    def _check_paths(self) -> None:
+        for field, what in (("path", "the data with data.path=FILE"), ("processor_path", PROCESSOR)):
+            if getattr(self, field) is None:
+                raise UserError(f"dataset.{field} is not set; name {what}")
+
     def build_datasets(
         self, context: DatasetBuildContext
     ) -> tuple[ChatBatches | None, ChatBatches | None, ChatBatches | None]:
         """The three datasets, None for those without a path. Called on every rank: the ranks share the check."""
+        self._check_paths()
         processor = GPTOSSVisionProcessor.from_pretrained(self.processor_path)
         return (
-            self._split(self.train_path, context.train_samples, processor),
+            self._split(self.path, context.train_samples, processor),
             self._split(self.valid_path, context.valid_samples, processor),
             self._split(self.test_path, context.test_samples, processor),
         )

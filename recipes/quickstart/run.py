@@ -155,7 +155,7 @@ def provider_for(checkpoint: Path, settings: Settings) -> GPTOSSVisionProvider:
 def training_config(out: Path, digits: DigitsSplit, settings: Settings) -> ConfigContainer:
     """Megatron-Bridge's configuration of the run, in fp32."""
     dataset = ChatDatasetProvider(
-        train_path=str(digits.train_path),
+        path=str(digits.train_path),
         processor_path=str(out / "hf_start"),
         seq_length=settings.seq_length,
         seed=settings.seed,

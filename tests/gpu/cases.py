@@ -109,7 +109,7 @@ def training(start: Start, folder: Path, backend: str, kill_at: int | None = Non
     config = quickstart.training_config(start.folder, start.digits, Settings(steps=STEPS, batch_size=8))
     config.model.backend = backend
     config.mixed_precision = "bf16_mixed"
-    config.dataset.train_path = str(start.digits.train_path.with_name("few.jsonl"))
+    config.dataset.path = str(start.digits.train_path.with_name("few.jsonl"))
     config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = True
     config.logger.tensorboard_dir = None
     config.checkpoint.save = config.checkpoint.load = str(folder / "saved")

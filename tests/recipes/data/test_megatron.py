@@ -26,6 +26,7 @@ from megatron.bridge.training.config import (
 from megatron.bridge.training.vlm_step import get_batch_from_iterator
 
 from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data import megatron
 from gpt_oss_vision.recipes.data.megatron import ChatBatches, ChatDatasetProvider
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX
@@ -47,7 +48,7 @@ def fields(folder, processor) -> dict[str, Any]:
     (folder / "train.jsonl").write_text("\n".join(rows))
     processor.save_pretrained(folder / "processor")
     return {
-        "train_path": str(folder / "train.jsonl"),
+        "path": str(folder / "train.jsonl"),
         "processor_path": str(folder / "processor"),
         "seq_length": SEQ_LENGTH,
         "max_skipped": 0.5,
@@ -167,12 +168,12 @@ def _skipped_on_this_rank(fields: dict[str, Any]) -> list[int]:
 def _lost_on_rank_1(fields: dict[str, Any]) -> None:
     torch.distributed.init_process_group("gloo")
     if torch.distributed.get_rank() == 1:
-        fields["train_path"] = str(Path(fields["train_path"]).with_name("nowhere.jsonl"))
+        fields["path"] = str(Path(fields["path"]).with_name("nowhere.jsonl"))
     train_set(fields)
 
 
 def test_validation_and_test_files_become_datasets(fields):
-    provider = ChatDatasetProvider(**fields, valid_path=fields["train_path"], test_path=fields["train_path"])
+    provider = ChatDatasetProvider(**fields, valid_path=fields["path"], test_path=fields["path"])
     _, valid, test = provider.build_datasets(DatasetBuildContext(train_samples=0, valid_samples=8, test_samples=0))
     assert len(valid) > 8
     assert test is None
@@ -198,3 +199,18 @@ def test_the_configuration_survives_yaml(fields, tmp_path):
 def test_other_loaders_are_refused(fields, dataloader_type):
     with pytest.raises(ValueError, match="'single'"):
         ChatDatasetProvider(**fields, dataloader_type=dataloader_type).finalize()
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("path", "dataset.path is not set; name the data with data.path=FILE"),
+        ("processor_path", "dataset.processor_path is not set; name a folder with tokenizer and image processor"),
+    ],
+)
+def test_a_path_that_is_not_set_is_refused_before_and_when_datasets_are_built(fields, field: str, said: str):
+    provider = ChatDatasetProvider(**fields | {field: None})
+    context = DatasetBuildContext(train_samples=4, valid_samples=0, test_samples=0)
+    for refuse in (provider.finalize, lambda: provider.build_datasets(context)):
+        with pytest.raises(UserError, match=said):
+            refuse()

@@ -148,7 +148,7 @@ def evaluated_run(out: Path, settings: Settings) -> float:
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
     config.checkpoint.save = None
     config.logger.log_interval = 2
-    config.dataset.valid_path = config.dataset.train_path
+    config.dataset.valid_path = config.dataset.path
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
     log.time = clock = FakeClock()
     train(config, callbacks=[clock])
