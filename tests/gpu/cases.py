@@ -11,8 +11,8 @@ import torch
 from gpt_oss_vision.bridge import hf_attention
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.recipes.data.digits import DigitsSplit
 from gpt_oss_vision.recipes.quickstart import run as quickstart
-from gpt_oss_vision.recipes.quickstart.digits import DigitsSplit
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
 from gpt_oss_vision.recipes.training.train import train

@@ -14,7 +14,7 @@ import pytest
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
 from gpt_oss_vision.recipes.base import CheckpointConfig
-from gpt_oss_vision.recipes.quickstart.digits import DigitsSplit, write_digits
+from gpt_oss_vision.recipes.data.digits import DigitsSplit, write_digits
 from gpt_oss_vision.recipes.quickstart.run import training_config
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.checkpoints import check_start, resume

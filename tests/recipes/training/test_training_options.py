@@ -15,7 +15,7 @@ from gpt_oss_vision.bridge.mcore.flops import decoder_flops, image_flops
 from gpt_oss_vision.bridge.mcore.param_groups import LearningRateFactors
 from gpt_oss_vision.bridge.weight_map import PARAM_GROUPS, group_of
 from gpt_oss_vision.recipes.base import ConfigContainer
-from gpt_oss_vision.recipes.quickstart.digits import write_digits
+from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import training_config
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training import log
