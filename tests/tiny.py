@@ -9,7 +9,7 @@ from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionCo
 from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
+from gpt_oss_vision.recipes.data.tokenizer import train_tokenizer
 
 
 def tiny_config(**overrides: Any) -> GPTOSSVisionConfig:

@@ -5,21 +5,27 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 # isort: split
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from megatron.bridge.data import DatasetBuildContext, DatasetProvider
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
+from megatron.bridge.utils.common_utils import get_rank_safe
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .dataset import ChatDataset, ShuffledEpochs, find_unusable
+from .digits import write_digits
 from .rows import Skipped, describe_skipped
 from .samples import Sample, collate
+from .tiny import write_processor
 
 logger = logging.getLogger(__name__)
+
+PROCESSOR = "a folder with tokenizer and image processor with data.processor_path=DIR"
 
 
 class ChatBatches(ShuffledEpochs):
@@ -46,11 +52,12 @@ class ChatDatasetProvider(DatasetProvider):
     headers, which takes as long as decoding every image once.
 
     Every epoch has its own order, by `seed`; all samples are the same in every parallel layout and after a resume.
-    Batches are `seq_length` long, which must be the model's. `processor_path` is a folder or a name on the Hub.
+    Batches are `seq_length` long, which must be the model's. `processor_path` is a folder or a name on the Hub. In a
+    recipe `path` and `processor_path` are None: only the user knows them.
     """
 
-    train_path: str
-    processor_path: str
+    path: str | None = None
+    processor_path: str | None = None
     seq_length: int
     valid_path: str | None = None
     test_path: str | None = None
@@ -60,12 +67,13 @@ class ChatDatasetProvider(DatasetProvider):
     dataloader_type: Literal["single"] | None = "single"
 
     def finalize(self) -> None:
-        """Refuse the loaders that would change what is trained on.
+        """Refuse a dataset without data or processor, and the loaders that would change what is trained on.
 
         Raises:
-            UserError: `dataloader_type` is not "single".
+            UserError: a path is not set, or `dataloader_type` is not "single".
         """
         super().finalize()
+        self._check_paths()
         if self.dataloader_type != "single":
             # 'cyclic' orders by a seed of its own and by the number of data-parallel ranks; 'batch' cuts a global batch
             # into micro-batches and gives each of them the images of all.
@@ -73,13 +81,19 @@ class ChatDatasetProvider(DatasetProvider):
                 f"dataloader_type={self.dataloader_type!r}: chat data is shuffled by its dataset and read with 'single'"
             )
 
+    def _check_paths(self) -> None:
+        for field, what in (("path", "the data with data.path=FILE"), ("processor_path", PROCESSOR)):
+            if getattr(self, field) is None:
+                raise UserError(f"dataset.{field} is not set; name {what}")
+
     def build_datasets(
         self, context: DatasetBuildContext
     ) -> tuple[ChatBatches | None, ChatBatches | None, ChatBatches | None]:
         """The three datasets, None for those without a path. Called on every rank: the ranks share the check."""
+        self._check_paths()
         processor = GPTOSSVisionProcessor.from_pretrained(self.processor_path)
         return (
-            self._split(self.train_path, context.train_samples, processor),
+            self._split(self.path, context.train_samples, processor),
             self._split(self.valid_path, context.valid_samples, processor),
             self._split(self.test_path, context.test_samples, processor),
         )
@@ -92,6 +106,73 @@ class ChatDatasetProvider(DatasetProvider):
         if skipped and _rank() == 0:
             logger.warning("Skipped: %s", describe_skipped(path, skipped, len(dataset) + len(skipped)))
         return ChatBatches(dataset, num_samples, self.seed)
+
+
+@dataclass(kw_only=True)
+class DigitsDatasetProvider(ChatDatasetProvider):
+    """The handwritten digits and the processor of the tiny model, both written into a folder before they are read.
+
+    `folder` is a folder of their own, or None in a recipe. Of the other paths, those that are None become files in it:
+    `path` the training rows, with them `valid_path` the rows that are held out, and `processor_path` the processor,
+    with the config of the tiny model. Which rows are held out depends on `seed`, as the order of the others does.
+    """
+
+    folder: str | None = None
+
+    def finalize(self) -> None:
+        """Set the paths that are None.
+
+        Raises:
+            UserError: `folder` is not set and needed, or as of `ChatDatasetProvider.finalize`.
+        """
+        if self.path is None:
+            self.path, self.valid_path = self._within("train.jsonl"), self.valid_path or self._within("test.jsonl")
+        if self.processor_path is None:
+            self.processor_path = self._within("processor")
+        super().finalize()
+
+    def prepare(self) -> None:
+        """Write what is read and not there yet. Called on every rank: rank 0 writes, the others wait.
+
+        Raises:
+            UserError: as of `finalize`.
+            OSError: on every rank, when rank 0 cannot write.
+        """
+        self.finalize()
+        _on_rank_0(self._write)
+
+    def build_datasets(
+        self, context: DatasetBuildContext
+    ) -> tuple[ChatBatches | None, ChatBatches | None, ChatBatches | None]:
+        """Write the files, then as `ChatDatasetProvider.build_datasets`."""
+        self.prepare()
+        return super().build_datasets(context)
+
+    def _within(self, name: str) -> str:
+        if self.folder is None:
+            raise UserError("dataset.folder is not set; name a folder for the digits with data.folder=DIR")
+        return str(Path(self.folder, name))
+
+    def _write(self) -> None:
+        paths = {self.path, self.valid_path, self.test_path, self.processor_path}
+        if self.folder is not None and any(path and Path(path).parent == Path(self.folder) for path in paths):
+            write_digits(self.folder, self.seed)
+            write_processor(Path(self.folder, "processor"))
+
+
+def _on_rank_0(write: Callable[[], None]) -> None:
+    """Call on rank 0, which in a process without communication is told by the environment; raise its error on all."""
+    error: Exception | None = None
+    if get_rank_safe() == 0:
+        try:
+            write()
+        except Exception as found:  # noqa: BLE001 - raised below on all ranks; alone, it would leave the others waiting
+            error = found
+    found = [error]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise found[0]
 
 
 def _find_unusable_together(

@@ -11,8 +11,8 @@ from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...conversion.comparison.logits import megatron_model
 from ...terminal import Progress
+from ..data.digits import EvaluationRow
 from ..inference.generate import Chat, Sampling, answers_to, inputs_of
-from .digits import EvaluationRow
 
 ASKED_AT_ONCE = 99
 

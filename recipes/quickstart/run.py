@@ -21,23 +21,21 @@ from rich.console import Console
 
 from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from ...bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN, GPTOSSVisionTokenizer
 from ...bridge.mcore import cpu
 from ...bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
 from ...conversion.exporting import export_checkpoint
 from ...conversion.importing import import_checkpoint
 from ...terminal import Progress, quiet
 from ..base import ConfigContainer, base_config
+from ..data.digits import DigitsSplit, EvaluationRow, evaluation_rows, write_digits
 from ..data.megatron import ChatDatasetProvider
+from ..data.tiny import tiny_config, tiny_processor
 from ..inference.generate import load
 from ..training.log import LossHistory
 from ..training.train import train
 from . import figures
-from .digits import DigitsSplit, EvaluationRow, all_texts, evaluation_rows, write_digits
 from .evaluate import ASKED_AT_ONCE, accuracy, ask, expert_shares, largest_difference
-from .settings import EXPERTS, KEY_VALUE_HEADS, LAYERS, VOCABULARY, Settings
-from .tokenizer import train_tokenizer
+from .settings import Settings
 
 VERSIONS = ("torch", "transformers", "megatron-core", "megatron-bridge", "gpt-oss-vision")
 
@@ -82,53 +80,14 @@ def run(out: str | Path, *, settings: Settings | None = None) -> dict[str, Any]:
 
 def write_checkpoint(folder: Path, settings: Settings) -> None:
     """A tiny random checkpoint in Hugging Face format with everything on, and a tokenizer made for the digits."""
-    tokenizer = train_tokenizer(all_texts(), vocab_size=VOCABULARY)
+    processor = tiny_processor()
     torch.manual_seed(settings.seed)
-    config = tiny_config(tokenizer)
-    model = GPTOSSVisionForCausalLM(config)
-    model.generation_config = tokenizer.generation_config()
+    model = GPTOSSVisionForCausalLM(tiny_config(processor.tokenizer))
+    model.generation_config = processor.tokenizer.generation_config()
     model.save_pretrained(folder)
     # safetensors 0.8.0 lets only the owner read its files, whatever the umask.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
-    GPTOSSVisionProcessor.from_config(config, tokenizer).save_pretrained(folder)
-
-
-def tiny_config(tokenizer: GPTOSSVisionTokenizer) -> GPTOSSVisionConfig:
-    """gpt-oss's architecture at a size that trains in minutes on two cores: MoE, sinks, window, YaRN, NoPE, ViT."""
-    return GPTOSSVisionConfig(
-        num_hidden_layers=LAYERS,
-        hidden_size=64,
-        intermediate_size=96,
-        head_dim=16,
-        num_attention_heads=4,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
-        sliding_window=16,
-        max_position_embeddings=512,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 150000.0,
-            "factor": 32.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 16,
-        },
-        use_nope=True,
-        nope_stride=4,
-        vision_embed_dim=64,
-        vision_patch_size=8,
-        vision_num_layers=2,
-        vision_num_heads=4,
-        vision_image_size=16,
-        vocab_size=len(tokenizer),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.05,
-    )
+    processor.save_pretrained(folder)
 
 
 def fine_tune(out: Path, digits: DigitsSplit, settings: Settings, console: Console) -> list[float]:
@@ -155,7 +114,7 @@ def provider_for(checkpoint: Path, settings: Settings) -> GPTOSSVisionProvider:
 def training_config(out: Path, digits: DigitsSplit, settings: Settings) -> ConfigContainer:
     """Megatron-Bridge's configuration of the run, in fp32."""
     dataset = ChatDatasetProvider(
-        train_path=str(digits.train_path),
+        path=str(digits.train_path),
         processor_path=str(out / "hf_start"),
         seq_length=settings.seq_length,
         seed=settings.seed,

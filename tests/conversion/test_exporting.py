@@ -41,7 +41,7 @@ from gpt_oss_vision.conversion.dtypes import FLOATS, dtype_name
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.verify import verify
-from gpt_oss_vision.recipes.quickstart.digits import write_digits
+from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import training_config, write_checkpoint
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.train import train

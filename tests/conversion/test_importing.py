@@ -277,7 +277,7 @@ def test_a_dry_run_writes_nothing_and_reports_sizes(both: Path, tmp_path: Path, 
 
 def losses(out: Path, start: Path, checkpoint: Path) -> list[float]:
     """The losses of two training steps at TP2·EP2 from an imported checkpoint, on the last rank."""
-    from gpt_oss_vision.recipes.quickstart.digits import write_digits
+    from gpt_oss_vision.recipes.data.digits import write_digits
     from gpt_oss_vision.recipes.quickstart.run import fine_tune
     from gpt_oss_vision.recipes.quickstart.settings import Settings
 

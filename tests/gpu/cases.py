@@ -11,8 +11,8 @@ import torch
 from gpt_oss_vision.bridge import hf_attention
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.recipes.data.digits import DigitsSplit
 from gpt_oss_vision.recipes.quickstart import run as quickstart
-from gpt_oss_vision.recipes.quickstart.digits import DigitsSplit
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
 from gpt_oss_vision.recipes.training.train import train
@@ -109,7 +109,7 @@ def training(start: Start, folder: Path, backend: str, kill_at: int | None = Non
     config = quickstart.training_config(start.folder, start.digits, Settings(steps=STEPS, batch_size=8))
     config.model.backend = backend
     config.mixed_precision = "bf16_mixed"
-    config.dataset.train_path = str(start.digits.train_path.with_name("few.jsonl"))
+    config.dataset.path = str(start.digits.train_path.with_name("few.jsonl"))
     config.ddp.overlap_grad_reduce = config.ddp.overlap_param_gather = True
     config.logger.tensorboard_dir = None
     config.checkpoint.save = config.checkpoint.load = str(folder / "saved")

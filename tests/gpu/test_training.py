@@ -9,12 +9,10 @@ import torch
 
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
-from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from gpt_oss_vision.conversion.formats.torch_dist_reader import open_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
-from gpt_oss_vision.recipes.quickstart import run as quickstart
-from gpt_oss_vision.recipes.quickstart.digits import all_texts, write_digits
-from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
+from gpt_oss_vision.recipes.data.digits import write_digits
+from gpt_oss_vision.recipes.data.tiny import tiny_config, tiny_processor
 from gpu.cases import KILLED, STEPS, Start, training
 from gpu.ranks import has_cuda, on_ranks
 
@@ -23,12 +21,11 @@ from gpu.ranks import has_cuda, on_ranks
 def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """The quickstart's, with heads of 64."""
     folder = tmp_path_factory.mktemp("start")
-    tokenizer = train_tokenizer(all_texts(), vocab_size=quickstart.VOCABULARY)
-    fields = quickstart.tiny_config(tokenizer).to_dict() | {"head_dim": 64, "vocab_size": len(tokenizer)}
-    config = GPTOSSVisionConfig.from_dict(fields)
+    processor = tiny_processor()
+    config = GPTOSSVisionConfig.from_dict(tiny_config(processor.tokenizer).to_dict() | {"head_dim": 64})
     torch.manual_seed(0)
     GPTOSSVisionForCausalLM(config).save_pretrained(folder / "hf_start")
-    GPTOSSVisionProcessor.from_config(config, tokenizer).save_pretrained(folder / "hf_start")
+    processor.save_pretrained(folder / "hf_start")
     import_checkpoint(folder / "hf_start", folder / "megatron_start")
     digits = write_digits(folder / "digits", 0)
     few = digits.train_path.with_name("few.jsonl")

@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
-from gpt_oss_vision.recipes.quickstart.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from gpt_oss_vision.recipes.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 TEXTS = ["Which digit is this? It is a seven.", "What's in there? The picture shows a handwritten three."] * 3
 GPT_OSS_IDS = {

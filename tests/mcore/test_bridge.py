@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from gpt_oss_vision.bridge import hf, mcore
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.mcore import cpu
-from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
+from gpt_oss_vision.recipes.data.tokenizer import train_tokenizer
 from layouts import Layout, build, fork_checkpoint_queue
 from tiny import tiny_checkpoint, tiny_config, tiny_model
 

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from gpt_oss_vision.recipes.quickstart.digits import all_texts
-from gpt_oss_vision.recipes.quickstart.tokenizer import train_tokenizer
+from gpt_oss_vision.recipes.data.digits import all_texts
+from gpt_oss_vision.recipes.data.tokenizer import train_tokenizer
 from tiny import tiny_config
 
 
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the digits and the two checkpoints that the quickstart trains from."""
     from gpt_oss_vision.conversion.importing import import_checkpoint
-    from gpt_oss_vision.recipes.quickstart.digits import write_digits
+    from gpt_oss_vision.recipes.data.digits import write_digits
     from gpt_oss_vision.recipes.quickstart.run import write_checkpoint
     from gpt_oss_vision.recipes.quickstart.settings import Settings
 

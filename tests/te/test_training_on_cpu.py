@@ -10,7 +10,7 @@ from rich.console import Console
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.errors import UserError
-from gpt_oss_vision.recipes.quickstart.digits import write_digits
+from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import fine_tune, write_checkpoint
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 

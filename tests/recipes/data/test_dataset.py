@@ -13,9 +13,9 @@ from PIL import Image
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.dataset import ChatDataset, ShuffledEpochs, find_unusable
+from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.data.rows import Skipped, UnusableRow, parse_row, resolve_image
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate, encode_row, loss_mask_of
-from gpt_oss_vision.recipes.quickstart.digits import write_digits
 
 SEQ_LENGTH = 64
 

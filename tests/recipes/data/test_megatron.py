@@ -5,6 +5,7 @@ from gpt_oss_vision.bridge import mcore  # first: it makes Megatron-Bridge impor
 # isort: split
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from megatron.bridge.training.config import (
 from megatron.bridge.training.vlm_step import get_batch_from_iterator
 
 from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data import megatron
-from gpt_oss_vision.recipes.data.megatron import ChatBatches, ChatDatasetProvider
+from gpt_oss_vision.recipes.data.megatron import ChatBatches, ChatDatasetProvider, DigitsDatasetProvider
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX
 
 SEQ_LENGTH = 40
@@ -47,7 +49,7 @@ def fields(folder, processor) -> dict[str, Any]:
     (folder / "train.jsonl").write_text("\n".join(rows))
     processor.save_pretrained(folder / "processor")
     return {
-        "train_path": str(folder / "train.jsonl"),
+        "path": str(folder / "train.jsonl"),
         "processor_path": str(folder / "processor"),
         "seq_length": SEQ_LENGTH,
         "max_skipped": 0.5,
@@ -167,12 +169,12 @@ def _skipped_on_this_rank(fields: dict[str, Any]) -> list[int]:
 def _lost_on_rank_1(fields: dict[str, Any]) -> None:
     torch.distributed.init_process_group("gloo")
     if torch.distributed.get_rank() == 1:
-        fields["train_path"] = str(Path(fields["train_path"]).with_name("nowhere.jsonl"))
+        fields["path"] = str(Path(fields["path"]).with_name("nowhere.jsonl"))
     train_set(fields)
 
 
 def test_validation_and_test_files_become_datasets(fields):
-    provider = ChatDatasetProvider(**fields, valid_path=fields["train_path"], test_path=fields["train_path"])
+    provider = ChatDatasetProvider(**fields, valid_path=fields["path"], test_path=fields["path"])
     _, valid, test = provider.build_datasets(DatasetBuildContext(train_samples=0, valid_samples=8, test_samples=0))
     assert len(valid) > 8
     assert test is None
@@ -198,3 +200,69 @@ def test_the_configuration_survives_yaml(fields, tmp_path):
 def test_other_loaders_are_refused(fields, dataloader_type):
     with pytest.raises(ValueError, match="'single'"):
         ChatDatasetProvider(**fields, dataloader_type=dataloader_type).finalize()
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("path", "dataset.path is not set; name the data with data.path=FILE"),
+        ("processor_path", "dataset.processor_path is not set; name a folder with tokenizer and image processor"),
+    ],
+)
+def test_a_path_that_is_not_set_is_refused_before_and_when_datasets_are_built(fields, field: str, said: str):
+    provider = ChatDatasetProvider(**fields | {field: None})
+    context = DatasetBuildContext(train_samples=4, valid_samples=0, test_samples=0)
+    for refuse in (provider.finalize, lambda: provider.build_datasets(context)):
+        with pytest.raises(UserError, match=said):
+            refuse()
+
+
+# --- the digits --------------------------------------------------------------------------------------------------
+
+
+def built_digits(provider: DigitsDatasetProvider) -> tuple[int, int, list[int]]:
+    """Numbers of rows for training and validation, and the first tokens; on two ranks, or in this process."""
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    context = DatasetBuildContext(train_samples=4, valid_samples=4, test_samples=0)
+    train, valid, test = provider.build_datasets(context)
+    assert test is None
+    return len(train.dataset), len(valid.dataset), train[0]["input_ids"].tolist()
+
+
+def test_digits_are_written_by_one_rank_and_read_by_all(tmp_path: Path):
+    provider = DigitsDatasetProvider(folder=str(tmp_path / "digits"), seq_length=32)
+    first, second = cpu.run_ranks(2, built_digits, provider)
+    assert first == second
+    assert first[:2] == (1630, 297)
+    alone = DigitsDatasetProvider(folder=str(tmp_path / "alone"), seq_length=32)
+    assert built_digits(alone) == first
+    assert {file.name for file in tmp_path.iterdir()} == {"digits", "alone"}
+
+
+def test_a_rank_that_cannot_write_the_digits_stops_all(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    provider = DigitsDatasetProvider(folder=str(tmp_path), seq_length=32)
+    found = cpu.run_ranks(2, _refusal, provider, timeout=60)
+    assert found == [f"{tmp_path} holds other files; name an empty or a new folder for the digits"] * 2
+
+
+def _refusal(provider: DigitsDatasetProvider) -> str:
+    with pytest.raises(FileExistsError) as caught:
+        built_digits(provider)
+    return str(caught.value)
+
+
+def test_own_rows_are_read_with_the_processor_of_the_digits(fields, tmp_path: Path):
+    del fields["processor_path"]
+    provider = DigitsDatasetProvider(**fields | {"folder": str(tmp_path / "digits"), "seq_length": 128})
+    train, valid, _ = provider.build_datasets(DatasetBuildContext(train_samples=4, valid_samples=0, test_samples=0))
+    assert len(train.dataset) == ROWS
+    assert valid is None
+
+
+def test_digits_without_a_folder_are_refused():
+    with pytest.raises(
+        UserError, match=r"dataset\.folder is not set; name a folder for the digits with data\.folder=DIR"
+    ):
+        DigitsDatasetProvider(seq_length=32).finalize()

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from gpt_oss_vision.errors import UserError
-from gpt_oss_vision.recipes.quickstart.digits import NO_IMAGE, WORDS
+from gpt_oss_vision.recipes.data.digits import NO_IMAGE, WORDS
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
 from gpt_oss_vision.recipes.base import CheckpointConfig
-from gpt_oss_vision.recipes.quickstart.digits import DigitsSplit, write_digits
+from gpt_oss_vision.recipes.data.digits import DigitsSplit, write_digits
 from gpt_oss_vision.recipes.quickstart.run import training_config
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.checkpoints import check_start, resume
@@ -64,7 +64,7 @@ class Job:
         self.layout.apply(config.model)
         config.model.hidden_dropout = self.dropout
         config.train.micro_batch_size = 2
-        config.dataset.train_path = str(self.rows)
+        config.dataset.path = str(self.rows)
         config.logger.tensorboard_dir = None
         config.checkpoint.save, config.checkpoint.save_interval = str(self.saved), self.save_interval
         config.checkpoint.load = str(self.load) if self.load else None

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
 from gpt_oss_vision.errors import UserError
-from gpt_oss_vision.recipes.quickstart.digits import write_digits
+from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import fine_tune, training_config
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.log import Callback, CallbackContext

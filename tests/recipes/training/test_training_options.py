@@ -15,7 +15,7 @@ from gpt_oss_vision.bridge.mcore.flops import decoder_flops, image_flops
 from gpt_oss_vision.bridge.mcore.param_groups import LearningRateFactors
 from gpt_oss_vision.bridge.weight_map import PARAM_GROUPS, group_of
 from gpt_oss_vision.recipes.base import ConfigContainer
-from gpt_oss_vision.recipes.quickstart.digits import write_digits
+from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import training_config
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training import log
@@ -148,7 +148,7 @@ def evaluated_run(out: Path, settings: Settings) -> float:
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
     config.checkpoint.save = None
     config.logger.log_interval = 2
-    config.dataset.valid_path = config.dataset.train_path
+    config.dataset.valid_path = config.dataset.path
     config.validation.eval_interval, config.validation.eval_iters = 3, 1
     log.time = clock = FakeClock()
     train(config, callbacks=[clock])

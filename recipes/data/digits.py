@@ -1,4 +1,4 @@
-"""The data of the quickstart: 1,797 handwritten digits as a chat dataset, and the questions of its evaluation.
+"""1,797 handwritten digits as a chat dataset, and the questions of its evaluation: quickstart and tiny recipes.
 
 The scans ship inside scikit-learn, so nothing is downloaded. They are 8x8 pixels in 17 shades, from the UCI collection
 "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, CC BY 4.0).

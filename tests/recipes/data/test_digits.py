@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from gpt_oss_vision.recipes.quickstart.digits import (
+from gpt_oss_vision.recipes.data.digits import (
     NO_IMAGE,
     QUESTIONS,
     WORDS,

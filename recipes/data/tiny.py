@@ -1,0 +1,81 @@
+"""The tiny model of the quickstart and of the tiny recipes: its config, and a processor made for the digits.
+
+At module level the standard library only: the quickstart's command checks its sizes before it imports torch.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...atomic import atomic_folder
+
+if TYPE_CHECKING:
+    from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+    from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+    from ...bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
+
+VOCABULARY = 448
+LAYERS = 4
+KEY_VALUE_HEADS = 2
+EXPERTS = 8
+
+
+def tiny_config(tokenizer: "GPTOSSVisionTokenizer") -> "GPTOSSVisionConfig":
+    """gpt-oss's architecture at a size that trains in minutes on two cores: MoE, sinks, window, YaRN, NoPE, ViT."""
+    from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+    from ...bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN
+
+    return GPTOSSVisionConfig(
+        num_hidden_layers=LAYERS,
+        hidden_size=64,
+        intermediate_size=96,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=KEY_VALUE_HEADS,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        sliding_window=16,
+        max_position_embeddings=512,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+        use_nope=True,
+        nope_stride=4,
+        vision_embed_dim=64,
+        vision_patch_size=8,
+        vision_num_layers=2,
+        vision_num_heads=4,
+        vision_image_size=16,
+        vocab_size=len(tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,
+    )
+
+
+def tiny_processor() -> "GPTOSSVisionProcessor":
+    """The processor of the tiny model, with a tokenizer trained on the texts of the digits. Always the same."""
+    from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+    from .digits import all_texts
+    from .tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(all_texts(), vocab_size=VOCABULARY)
+    return GPTOSSVisionProcessor.from_config(tiny_config(tokenizer), tokenizer)
+
+
+def write_processor(folder: Path) -> None:
+    """Write the files of a checkpoint of the tiny model apart from weights, unless the folder has them."""
+    if (folder / "config.json").is_file():
+        return
+    processor = tiny_processor()
+    with atomic_folder(folder, overwrite=True) as partial:
+        processor.save_pretrained(partial)
+        processor.tokenizer.generation_config().save_pretrained(partial)
+        tiny_config(processor.tokenizer).save_pretrained(partial)
