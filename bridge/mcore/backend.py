@@ -1,5 +1,7 @@
 """Which back end runs the decoder layers: `transformer_engine` where it can run, else `torch`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -15,6 +17,20 @@ Backend = Literal["auto", "transformer_engine", "torch"]
 # The first releases whose fused attention supports learnable sinks, by cudnn.version(): 9.13.1 and 9.18.
 CUDNN_WITH_SINKS = 91301
 CUDNN_WITH_PACKED_SINKS = 91800
+
+
+_is_planned = False
+
+
+@contextmanager
+def planned_for_gpu() -> Iterator[None]:
+    """Resolve the back end as on a machine with a GPU and Transformer Engine, for a plan of a run on such a machine."""
+    global _is_planned
+    _is_planned = True
+    try:
+        yield
+    finally:
+        _is_planned = False
 
 
 def resolve_backend(provider: Any) -> str:
@@ -36,6 +52,17 @@ def resolve_backend(provider: Any) -> str:
 
 def transformer_engine_problem(expert_tensor_parallel_size: int) -> str | None:
     """Why the layers cannot run on Transformer Engine here; None if they can."""
+    if not _is_planned and (problem := _machine_problem()):
+        return problem
+    if expert_tensor_parallel_size > 1:
+        return (
+            f"with expert_tensor_parallel_size={expert_tensor_parallel_size} each rank would add the experts' whole "
+            "biases"
+        )
+    return None
+
+
+def _machine_problem() -> str | None:
     if not cpu.cuda_is_real():
         return "it needs a CUDA device"
     if find_spec("transformer_engine") is None:
@@ -43,11 +70,6 @@ def transformer_engine_problem(expert_tensor_parallel_size: int) -> str | None:
     if not HAVE_TE:
         return (
             "the package is installed and cannot be imported (python -c 'import transformer_engine.pytorch' says why)"
-        )
-    if expert_tensor_parallel_size > 1:
-        return (
-            f"with expert_tensor_parallel_size={expert_tensor_parallel_size} each rank would add the experts' whole "
-            "biases"
         )
     return cudnn_problem(CUDNN_WITH_SINKS, "learnable sinks")
 

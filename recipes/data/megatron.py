@@ -6,8 +6,9 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -98,14 +99,28 @@ class ChatDatasetProvider(DatasetProvider):
             self._split(self.test_path, context.test_samples, processor),
         )
 
+    def count(self) -> tuple[int, int]:
+        """Usable and skipped rows of the training data. Called on every rank: the ranks share the check.
+
+        Raises:
+            UserError: the data cannot be used, or too many rows cannot.
+        """
+        self._check_paths()
+        dataset = self._open(str(self.path), GPTOSSVisionProcessor.from_pretrained(self.processor_path))
+        return len(dataset), len(dataset.skipped)
+
     def _split(self, path: str | None, num_samples: int, processor: GPTOSSVisionProcessor) -> ChatBatches | None:
         if path is None or num_samples == 0:
             return None
-        skipped = _find_unusable_together(path, processor, self.seq_length, self.decode_images)
-        dataset = ChatDataset(path, processor, self.seq_length, max_skipped=self.max_skipped, skipped=skipped)
-        if skipped and _rank() == 0:
-            logger.warning("Skipped: %s", describe_skipped(path, skipped, len(dataset) + len(skipped)))
+        dataset = self._open(path, processor)
+        if dataset.skipped and _rank() == 0:
+            rows = len(dataset) + len(dataset.skipped)
+            logger.warning("Skipped: %s", describe_skipped(path, dataset.skipped, rows))
         return ChatBatches(dataset, num_samples, self.seed)
+
+    def _open(self, path: str, processor: GPTOSSVisionProcessor) -> ChatDataset:
+        skipped = _find_unusable_together(path, processor, self.seq_length, self.decode_images)
+        return ChatDataset(path, processor, self.seq_length, max_skipped=self.max_skipped, skipped=skipped)
 
 
 @dataclass(kw_only=True)
@@ -147,6 +162,14 @@ class DigitsDatasetProvider(ChatDatasetProvider):
         """Write the files, then as `ChatDatasetProvider.build_datasets`."""
         self.prepare()
         return super().build_datasets(context)
+
+    def count(self) -> tuple[int, int]:
+        """As of `ChatDatasetProvider`, of digits in a temporary folder of each rank."""
+        with TemporaryDirectory() as folder:
+            digits = replace(self, folder=folder)
+            digits.finalize()
+            digits._write()
+            return ChatDatasetProvider.count(digits)
 
     def _within(self, name: str) -> str:
         if self.folder is None:

@@ -223,17 +223,23 @@ def resume(checkpoint: CheckpointConfig) -> None:
     if checkpoint.load is None or checkpoint.ckpt_step is not None:
         return
     folder = Path(checkpoint.load)
+    newest = newest_complete(folder)
+    if newest is not None:
+        step, checkpoint.load = newest[0], str(newest[1])
+        print_rank_0(f"Continuing after step {step}, from {checkpoint.load}")
+    elif any(folder.glob(IN_PROGRESS.format(step="*"))):
+        print_rank_0(f"No checkpoint in {folder} is complete; starting at step 0.")
+        checkpoint.load = None
+
+
+def newest_complete(folder: Path) -> tuple[int, Path] | None:
+    """Step and folder of the newest complete checkpoint in a folder of checkpoints; None if there is none."""
     unfinished = _by_step(folder.glob(IN_PROGRESS.format(step="*")), IN_PROGRESS.format(step=r"(\d+)")).keys()
     # The run's configuration is the last file that is written.
     written = (file.parent for file in folder.glob("iter_*/run_config.yaml"))
     saved = _by_step(written, r"iter_(\d{7})")  # not a copy, such as iter_0000100_best
     complete = saved.keys() - unfinished
-    if complete:
-        checkpoint.load = str(saved[max(complete)])
-        print_rank_0(f"Continuing after step {max(complete)}, from {checkpoint.load}")
-    elif unfinished:
-        print_rank_0(f"No checkpoint in {folder} is complete; starting at step 0.")
-        checkpoint.load = None
+    return (max(complete), saved[max(complete)]) if complete else None
 
 
 def _by_step(paths: Iterable[Path], pattern: str) -> dict[int, Path]:

@@ -1,0 +1,204 @@
+"""What a run would do, found by the run's own checks: layout, memory, data, steps, disk. Needs no GPU and no network."""
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.bridge.training.config import ConfigContainer, runtime_config_update
+
+from ...bridge.mcore import cpu
+from ...bridge.mcore.backend import planned_for_gpu
+from ...bridge.mcore.flops import decoder_flops
+from ...bridge.mcore.memory import GIB, MemoryEstimate, memory_per_rank, parameters_of_stage
+from ...errors import UserError
+from .derive import steps_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """Where a run would run.
+
+    Attributes:
+        ranks: one per GPU, or per process on a CPU.
+        gpu: name of the GPU; None for a CPU.
+        memory: GiB that a process may allocate on it; None without a limit.
+    """
+
+    ranks: int
+    gpu: str | None = None
+    memory: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A run in numbers. Sizes in bytes; tokens count padding."""
+
+    hardware: Hardware
+    memory: MemoryEstimate
+    steps: int
+    tokens_per_step: int
+    flops_per_token: float
+    parameters: int
+    checkpoint_size: float
+    checkpoints: int
+    free_disk: float | None
+    rows: int | None
+    skipped: int | None
+    batch: int
+
+    def problems(self) -> list[str]:
+        """Why the run would fail, a sentence each; none where it would not."""
+        found = []
+        limit = self.hardware.memory
+        if limit is not None and self.memory.total / GIB > limit:
+            found.append(
+                f"The rank that needs most needs {self.memory}, and an {self.hardware.gpu} gives {limit:.0f} GiB: use more "
+                "expert, tensor or pipeline parallelism, recomputation, or a shorter sequence"
+            )
+        needed = self.checkpoint_size * self.checkpoints
+        if self.free_disk is not None and needed > self.free_disk:
+            found.append(
+                f"{self.checkpoints} checkpoints of {self.checkpoint_size / GIB:.1f} GiB do not fit the "
+                f"{self.free_disk / GIB:.1f} GiB that are free: keep fewer by checkpoint.most_recent_k, or name another "
+                "disk by out=DIR"
+            )
+        return found
+
+    def lines(self) -> Iterator[str]:
+        """The plan for a reader."""
+        where = f"{self.hardware.ranks} {self.hardware.gpu or 'CPU processes'}"
+        limit = f" of {self.hardware.memory:.0f}" if self.hardware.memory else ""
+        yield f"ranks        {where}, {self.parameters / 1e9:.2f}B parameters"
+        yield f"memory       {self.memory}{limit}, the rank that needs most"
+        if self.rows is not None:
+            used = self.steps * self.batch / self.rows
+            yield f"data         {self.rows:,} rows, {self.skipped} more are skipped; {used:.2f} epochs"
+        yield f"steps        {self.steps:,} of {self.batch} rows, {self.tokens_per_step:,} tokens a step"
+        total = self.steps * self.tokens_per_step
+        yield f"tokens       {total:,}, {self.flops_per_token:.2e} FLOPs each, {total * self.flops_per_token:.2e} in all"
+        free = f", {self.free_disk / GIB:.0f} GiB are free" if self.free_disk is not None else ""
+        yield f"checkpoints  {self.checkpoints} of {self.checkpoint_size / GIB:.2f} GiB{free}"
+
+
+def validate(config: ConfigContainer, hardware: Hardware) -> ConfigContainer:
+    """Return a copy of a configuration as Megatron-Bridge completes and checks it before it trains.
+
+    Raises:
+        UserError: with what Megatron-Bridge, or this package, refuses.
+    """
+    checked = copy.deepcopy(config)
+    is_elsewhere = hardware.gpu is not None and not cpu.cuda_is_real()
+    if not is_elsewhere:
+        cpu.adapt_config_for_cpu(checked)
+    with planned_for_gpu() if is_elsewhere else nullcontext(), _world_of(hardware.ranks):
+        try:
+            runtime_config_update(checked)
+        except UserError:
+            raise
+        except (AssertionError, ValueError) as error:
+            raise UserError(f"Megatron-Bridge refuses this configuration: {' '.join(str(error).split())}") from error
+    return checked
+
+
+def plan(config: ConfigContainer, hardware: Hardware, folder: Path | None) -> Plan:
+    """Check a run and count what it would do.
+
+    Args:
+        config: complete.
+        hardware: where it would run.
+        folder: of the run; None leaves out data and disk.
+
+    Raises:
+        UserError: the configuration or the data cannot be used.
+    """
+    rows = skipped = None
+    if folder is not None:
+        rows, skipped = config.dataset.count()
+    checked = validate(config, hardware)
+    train, model = checked.train, checked.model
+    is_trained = {group: group not in model.frozen_groups for group in ("language_model", "vision_model")}
+    tokens = train.global_batch_size * model.seq_length
+    flops = decoder_flops(model, tokens).training(weight_gradients=is_trained["language_model"] and not checked.peft)
+    return Plan(
+        hardware=hardware,
+        memory=estimate(checked, hardware.ranks),
+        steps=train.train_iters,
+        tokens_per_step=tokens,
+        flops_per_token=flops / tokens,
+        parameters=_parameters(model),
+        checkpoint_size=_checkpoint_size(checked),
+        checkpoints=_checkpoints(checked),
+        free_disk=shutil.disk_usage(_existing(folder)).free if folder is not None else None,
+        rows=rows,
+        skipped=skipped,
+        batch=train.global_batch_size,
+    )
+
+
+def estimate(config: ConfigContainer, ranks: int) -> MemoryEstimate:
+    """Memory of the rank that needs most; the configuration is validated."""
+    model, train = config.model, config.train
+    shared = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    return memory_per_rank(
+        model,
+        world_size=ranks,
+        micro_batch_size=train.micro_batch_size,
+        microbatches=train.global_batch_size // (train.micro_batch_size * (ranks // shared)),
+        is_distributed=config.ddp.use_distributed_optimizer,
+        is_adapted=config.peft is not None,
+    )
+
+
+def complete_steps(config: ConfigContainer, tokens: int | None, epochs: float | None) -> None:
+    """Set the number of steps from a number of tokens or of epochs, in place; with neither it stays."""
+    if tokens is None and epochs is None:
+        return
+    rows = config.dataset.count()[0] if epochs is not None else None
+    config.train.train_iters = steps_of(config, tokens=tokens, epochs=epochs, rows=rows)
+
+
+@contextmanager
+def _world_of(ranks: int) -> Iterator[None]:
+    """Let Megatron-Bridge find a number of ranks in the environment."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(ranks)
+    try:
+        yield
+    finally:
+        os.environ.pop("WORLD_SIZE")
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
+
+
+def _parameters(model: Any) -> int:
+    whole = copy.copy(model)
+    whole.tensor_model_parallel_size = whole.pipeline_model_parallel_size = whole.expert_model_parallel_size = 1
+    whole.expert_tensor_parallel_size, whole.virtual_pipeline_model_parallel_size = 1, None
+    whole.pipeline_model_parallel_layout = None
+    return sum(part.count for part in parameters_of_stage(whole, 0))
+
+
+def _checkpoint_size(config: ConfigContainer) -> float:
+    """Weights, and of those that are trained Adam's two moments and the fp32 copy; of adapters nothing is counted."""
+    width = config.model.params_dtype.itemsize
+    states = 8 + (4 if width < 4 else 0)
+    if config.peft is not None:
+        return 0.0
+    total = _parameters(config.model)
+    return total * (width + (states if config.checkpoint.save_optim else 0))
+
+
+def _checkpoints(config: ConfigContainer) -> int:
+    """How many are kept at most at once; one more than are kept while the next is written."""
+    steps, interval, kept = config.train.train_iters, config.checkpoint.save_interval, config.checkpoint.most_recent_k
+    saved = -(-steps // interval) if interval else 1
+    return min(saved, kept + 1) if kept > 0 else saved
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.exists())

@@ -1,0 +1,194 @@
+"""A run: one stage or several, each from the last one's weights, in a folder of its own, continued by the same command."""
+
+import copy
+import datetime
+import fcntl
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.utils.common_utils import get_master_addr_safe, get_master_port_safe
+
+from ...bridge.mcore import cpu
+from ...errors import UserError
+from ...terminal import quiet, say
+from . import ranks
+from .checkpoints import newest_complete
+from .derive import derive
+from .failures import first_failure
+from .plan import Hardware, Plan, complete_steps, plan, validate
+from .stopping import EXIT_TO_BE_CONTINUED, Stopped, StopRequests, stop_requests
+from .train import train
+from .weights import start_from
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A recipe with the user's settings.
+
+    Attributes:
+        name: of its folder, where a run has several.
+        config: of the recipe, settings applied.
+        given: names of the fields that the user has set.
+        needs_weights: whether it may not start from random weights.
+        tokens: length of the stage in tokens, or None.
+        epochs: length in passes over the data, or None.
+        hardware: what the recipe is for.
+    """
+
+    name: str
+    config: ConfigContainer
+    given: frozenset[str]
+    needs_weights: bool
+    tokens: int | None = None
+    epochs: float | None = None
+    hardware: Hardware
+
+
+def run(stages: Sequence[Stage], out: Path, *, weights: Path | None = None, seconds: float | None = None) -> int:
+    """Train the stages that are not finished.
+
+    Args:
+        stages: one after the other; each starts from the weights of the one before.
+        out: folder of the run. Started again with the same folder, it continues.
+        weights: Megatron checkpoint that the first stage starts from; None for random weights.
+        seconds: time limit, after which the run is saved and ends.
+
+    Returns:
+        0 when all stages are finished, `EXIT_TO_BE_CONTINUED` when the run was asked to end and is saved.
+
+    Raises:
+        UserError: a configuration, the data, the weights or the folder cannot be used.
+    """
+    with first_failure(out), ExitStack() as stack:
+        stack.enter_context(_locked(out))
+        terminal = stack.enter_context(_logged(out))
+        stops = stack.enter_context(stop_requests(terminal, seconds))
+        try:
+            stack.enter_context(_process_group(stages[0].config))
+            for stage, folder in zip(stages, folders_of(stages, out), strict=True):
+                if not _train_stage(stage, folder, out, weights, stops):
+                    _say(f"{out} is saved; the same command continues it")
+                    return EXIT_TO_BE_CONTINUED
+                weights = folder / CHECKPOINTS
+        except Stopped:
+            _say(f"Stopped before the first step; the same command continues {out}")
+            return EXIT_TO_BE_CONTINUED
+    return 0
+
+
+def dry_run(stages: Sequence[Stage], out: Path, *, weights: Path | None = None) -> Iterator[tuple[str, Plan]]:
+    """Check all stages as `run` does before it trains; yield name and plan of each.
+
+    Raises:
+        UserError: as of `run`.
+    """
+    for stage, folder in zip(stages, folders_of(stages, out), strict=True):
+        config = copy.deepcopy(stage.config)
+        complete(config, stage, folder, out, weights if stage is stages[0] else None)
+        yield stage.name, plan(config, stage.hardware, out)
+
+
+def folders_of(stages: Sequence[Stage], out: Path) -> list[Path]:
+    """The folder of each stage: that of the run, or in it one with the name of the stage."""
+    return [out] if len(stages) == 1 else [out / stage.name for stage in stages]
+
+
+def complete(config: ConfigContainer, stage: Stage, folder: Path, out: Path, weights: Path | None) -> None:
+    """Set, in place, what a recipe leaves open: paths, what starts it, its length, and what follows from all of these.
+
+    Raises:
+        UserError: weights are needed or cannot be used, or two settings contradict each other.
+    """
+    if weights is not None:
+        start_from(config, weights)
+    config.checkpoint.save = config.checkpoint.load = str(folder / CHECKPOINTS)
+    config.logger.tensorboard_dir = str(folder / "tensorboard")
+    if getattr(config.dataset, "folder", "") is None:
+        config.dataset.folder = str(out / "digits")
+    derive(config, stage.given)
+    complete_steps(config, stage.tokens, stage.epochs)
+
+
+def _train_stage(stage: Stage, folder: Path, out: Path, weights: Path | None, stops: StopRequests) -> bool:
+    if weights is None and stage.needs_weights:
+        raise UserError(
+            f"{stage.name} starts from weights: name a Megatron checkpoint with weights=DIR (made by `gpt-oss-vision "
+            "convert import`), or a stage before it, as in `train align,sft`"
+        )
+    config = stage.config
+    complete(config, stage, folder, out, weights)
+    validate(config, Hardware(ranks=ranks.world_size()))
+    done, steps = newest_complete(Path(config.checkpoint.save)), config.train.train_iters
+    if done is not None and done[0] >= steps:
+        _say(f"{folder} is finished: {steps} steps are done; train longer with train.train_iters=N")
+        return True
+    config.train.exit_signal_handler = config.train.exit_signal_handler_for_dataloader = True
+    start = f"after step {done[0]}" if done else f"from {weights}" if weights else "from random weights"
+    _say(f"Training {stage.name} to step {steps}, {start}")
+    return train(config, callbacks=[stops])
+
+
+def _say(sentence: str) -> None:
+    if ranks.rank() == 0:
+        say(sentence)
+
+
+@contextmanager
+def _logged(out: Path) -> Iterator[int]:
+    """Write what libraries print into a file per rank, and yield the file descriptor of the terminal."""
+    logs = out / "logs"
+    logs.mkdir(exist_ok=True)
+    terminal = os.dup(1)
+    try:
+        with quiet(logs / f"rank-{ranks.rank()}.txt"):
+            yield terminal
+    finally:
+        os.close(terminal)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep other runs out of a folder.
+
+    Raises:
+        UserError: another run is in it.
+    """
+    if ranks.rank():
+        yield
+        return
+    with (out / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{out} is in use by {file.read()}; wait for it, or name another folder with out=DIR"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _process_group(config: ConfigContainer) -> Iterator[None]:
+    """One process group for all stages: a second one would meet in the store where the first one has left its addresses."""
+    backend = "nccl" if cpu.cuda_is_real() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    os.environ.setdefault("MASTER_ADDR", get_master_addr_safe())
+    os.environ.setdefault("MASTER_PORT", str(get_master_port_safe()))
+    minutes = datetime.timedelta(minutes=config.dist.distributed_timeout_minutes)
+    torch.distributed.init_process_group(backend, timeout=minutes)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
