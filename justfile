@@ -70,6 +70,10 @@ bench-gpu FOLDER *ARGS:
 run-config-defaults:
     PYTHONPATH=tests uv run python tests/conversion/test_megatron_metadata.py
 
+# The names and types of all settings, after a change of Megatron-Bridge's version or of our classes
+schema:
+    uv run python -m gpt_oss_vision.recipes.training.schema_generator
+
 # The user pages, into docs/_build; any warning is an error
 docs:
     uv run sphinx-build --fail-on-warning --nitpicky --builder html docs docs/_build

@@ -73,6 +73,14 @@ RULES = {
     ),
     "recipes/data": Rule(("bridge", "errors", "atomic", "terminal")),
     "recipes/inference": Rule(("recipes.data", "bridge", "errors", "atomic", "terminal")),
+    "recipes/training/schema.py": Rule((), frozenset()),
+    "recipes/training/values.py": Rule(("recipes.training.schema", "errors"), frozenset({"hydra", "omegaconf"})),
+    "recipes/training/settings_file.py": Rule(
+        ("recipes.training.schema", "recipes.training.values", "errors"), frozenset({"yaml"})
+    ),
+    "recipes/training/overrides.py": Rule(
+        (*(f"recipes.training.{name}" for name in ("schema", "settings_file", "values")), "errors"), frozenset()
+    ),
     "recipes/training": Rule(
         ("recipes.data", "recipes.inference", "conversion.formats.hf_files", "bridge", "errors", "atomic", "terminal")
     ),

@@ -1,3 +1,1 @@
-"""Megatron-Bridge's own training loop with our checkpoints and log."""
-
-from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+"""Training runs: their settings, and Megatron-Bridge's own training loop with our checkpoints and log."""

@@ -1,5 +1,9 @@
 """Checkpoints of a run that may be killed at any moment: which of them are complete, and where to continue."""
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

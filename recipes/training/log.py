@@ -1,5 +1,9 @@
 """What a training run logs beyond Megatron-Bridge: estimated memory at the start, then speed and routing."""
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 import time
 from dataclasses import dataclass, field
 from typing import Any

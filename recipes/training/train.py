@@ -1,5 +1,9 @@
 """The training entry: Megatron-Bridge's own loop, with CUDA or on a CPU."""
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 import os
 import signal
 from collections.abc import Iterator, Sequence
