@@ -45,7 +45,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: the entry point of the installed script."""
-    arguments = vars(parser().parse_args(argv))
+    line = parser()
+    options, rest = line.parse_known_args(argv)
+    arguments = vars(options)
+    if rest and "settings" not in arguments:
+        line.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest:  # settings behind an option, or misspelt ones, which are explained where they are parsed
+        arguments["settings"] += rest
     run, debug = arguments.pop("run"), arguments.pop("debug")
     _name_the_user()
     # torchao 0.17, which transformers imports where it is installed, has a wrong escape that Python warns about.

@@ -95,6 +95,11 @@ def say(sentence: str) -> None:
     (_consoles[-1] if _consoles else Console(soft_wrap=True, highlight=False)).print(sentence, markup=False)
 
 
+def terminal_descriptor() -> int:
+    """The file descriptor of the terminal, also inside `quiet`: for signal handlers, which may not print."""
+    return _consoles[-1].file.fileno() if _consoles else 1
+
+
 @contextmanager
 def quiet(log: Path) -> Iterator[Console]:
     """Append what this process and its libraries write to the terminal to `log`; yield a console that still shows.

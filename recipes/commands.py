@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from ..errors import UsageError, UserError
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add `quickstart` and `generate` to the command line."""
+    """Add `train`, `quickstart` and `generate` to the command line."""
+    add = add_command(commands, train).add_argument
+    add("recipe", metavar="RECIPE[,RECIPE...]", help="a recipe, or stages that run one after the other")
+    add("settings", nargs="*", metavar="KEY=VALUE", help="a setting of the run, or @FILE with several")
+    add("--dry-run", action="store_true", help="check everything and print the plan, without training")
+
     add = add_command(commands, quickstart).add_argument
     add("--out", type=Path, default="out", metavar="DIR", help="folder for checkpoints, plots and report (%(default)s)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same result (%(default)s)")
@@ -37,6 +43,81 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("--temperature", type=at_least(0.0), default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same answer (%(default)s)")
     add("--int8", action="store_true", help="hold the weights in 8 bits")
+
+
+def train(recipe: str, settings: Sequence[str], dry_run: bool) -> int:
+    """Train by a recipe, or by several, each from the weights of the one before.
+
+    The same command continues a run that has ended. SIGTERM, SIGUSR1, Ctrl-C and a time limit (time=4h) end it after
+    the current step; it is saved then, and the exit code is 75.
+    """
+    from .catalog import find
+    from .training import overrides, ranks
+
+    ranks.name_ranks()
+    with ranks.usage_errors_of_one_rank():
+        recipes = [find(name) for name in recipe.split(",")]
+        found = overrides.parse(settings)
+    options = {override.key: override.value for override in found}
+    out = Path(options.get("out") or Path("runs", recipe.replace(",", "+"))).absolute()
+    if dry_run:
+        return _dry_run(recipes, found, options, out)
+    with ranks.log_of_rank(out / "logs"):
+        from .training.run import run
+
+        return run(_stages(recipes, found, options), out, weights=_weights(options), seconds=options.get("time"))
+
+
+def _dry_run(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any], out: Path) -> int:
+    from ..terminal import quiet, say
+
+    problems: list[str] = []
+    with quiet(Path(os.devnull)):
+        from .training.run import dry_run
+
+        for name, plan in dry_run(_stages(recipes, found, options), out, weights=_weights(options)):
+            say("\n".join([f"{name}:", *(f"  {line}" for line in plan.lines())]))
+            problems += plan.problems()
+    if problems:
+        raise UserError("; ".join(problems))
+    return 0
+
+
+def _weights(options: dict[str, Any]) -> Path | None:
+    return Path(options["weights"]).absolute() if options.get("weights") else None
+
+
+def _stages(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any]) -> list[Any]:
+    """The stages of a run: each a recipe with the settings that are for it."""
+    from .catalog import GPUS, load
+    from .training import overrides
+    from .training.run import Hardware, Stage
+
+    stages = []
+    for number, recipe in enumerate(recipes, start=1):
+        config, mine = load(recipe), overrides.for_stage(found, (recipe.task, recipe.name, recipe.stem))
+        overrides.apply(config, mine)
+        own = {override.key: override.value for override in mine}
+        if options.get("weights") or number > 1:
+            overrides.refuse_architecture(mine)
+        gpu = GPUS.get(options.get("gpu") or recipe.gpu or "")
+        hardware = Hardware(
+            ranks=options.get("gpus") or recipe.gpus, gpu=gpu and gpu.name, memory=gpu and gpu.usable_gib
+        )
+        stages.append(
+            Stage(
+                name=recipe.task
+                if [each.task for each in recipes].count(recipe.task) == 1
+                else f"{number}-{recipe.task}",
+                config=config,
+                given=frozenset(own),
+                needs_weights=recipe.size != "tiny" and recipe.task != "pretrain",
+                tokens=own.get("train.tokens"),
+                epochs=own.get("train.epochs"),
+                hardware=hardware,
+            )
+        )
+    return stages
 
 
 def quickstart(out: Path, overwrite: bool, **options: int | None) -> int:

@@ -2,13 +2,19 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...errors import UsageError
+from ...terminal import quiet
 
 
 def name_ranks() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, unless `torchrun` has set them.
 
-    A task of `srun` takes its own from SLURM; address and port are then found by Megatron-Bridge, from the job's list of
-    nodes and its number. Any other process is alone, also in a batch script of a job with many tasks.
+    A task of `srun` takes its own from SLURM; address and port are then found by Megatron-Bridge, from the list of nodes
+    and the number of the job. Any other process is alone, also in a batch script of a job with many tasks.
     """
     if "RANK" in os.environ:
         return
@@ -29,6 +35,25 @@ def rank() -> int:
 def world_size() -> int:
     """Number of ranks."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def usage_errors_of_one_rank() -> Iterator[None]:
+    """Let a wrong command line be reported by rank 0 alone: all ranks have the same one."""
+    try:
+        yield
+    except UsageError as error:
+        if rank():
+            raise SystemExit(2) from error
+        raise
+
+
+@contextmanager
+def log_of_rank(folder: Path) -> Iterator[None]:
+    """Write what this process prints into a file of its rank; `terminal.say` still reaches the terminal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet(folder / f"rank-{rank()}.txt"):
+        yield
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""A run: one stage or several, each from the last one's weights, in a folder of its own, continued by the same command."""
+"""A run: one stage or several, each from the weights of the one before, in a folder from which the run continues."""
 
 import copy
 import datetime
@@ -16,7 +16,7 @@ from megatron.bridge.utils.common_utils import get_master_addr_safe, get_master_
 
 from ...bridge.mcore import cpu
 from ...errors import UserError
-from ...terminal import quiet, say
+from ...terminal import say
 from . import ranks
 from .checkpoints import newest_complete
 from .derive import derive
@@ -69,8 +69,7 @@ def run(stages: Sequence[Stage], out: Path, *, weights: Path | None = None, seco
     """
     with first_failure(out), ExitStack() as stack:
         stack.enter_context(_locked(out))
-        terminal = stack.enter_context(_logged(out))
-        stops = stack.enter_context(stop_requests(terminal, seconds))
+        stops = stack.enter_context(stop_requests(seconds))
         try:
             stack.enter_context(_process_group(stages[0].config))
             for stage, folder in zip(stages, folders_of(stages, out), strict=True):
@@ -142,19 +141,6 @@ def _say(sentence: str) -> None:
 
 
 @contextmanager
-def _logged(out: Path) -> Iterator[int]:
-    """Write what libraries print into a file per rank, and yield the file descriptor of the terminal."""
-    logs = out / "logs"
-    logs.mkdir(exist_ok=True)
-    terminal = os.dup(1)
-    try:
-        with quiet(logs / f"rank-{ranks.rank()}.txt"):
-            yield terminal
-    finally:
-        os.close(terminal)
-
-
-@contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Keep other runs out of a folder.
 
@@ -180,7 +166,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _process_group(config: ConfigContainer) -> Iterator[None]:
-    """One process group for all stages: a second one would meet in the store where the first one has left its addresses."""
+    """One process group for all stages: a second one would find the addresses of the first in `torchrun`'s store."""
     backend = "nccl" if cpu.cuda_is_real() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

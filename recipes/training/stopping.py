@@ -11,6 +11,8 @@ from typing import Any
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
+from ...terminal import terminal_descriptor
+
 EXIT_TO_BE_CONTINUED = 75
 """EX_TEMPFAIL of sysexits.h: the run was saved, and the same command continues it."""
 
@@ -31,11 +33,8 @@ class StopRequests(Callback):
     agree after every step. It is enough that one rank receives a signal. Child processes, such as the data loader's
     workers, receive signals of the process group too, and ignore them.
 
-    Attributes:
-        terminal: file descriptor for a line about the first signal.
     """
 
-    terminal: int
     received: signal.Signals | None = None
     _process: int = field(default_factory=os.getpid)
     _interrupted: float | None = None
@@ -51,7 +50,7 @@ class StopRequests(Callback):
             self.received = signal.Signals(number)
             if self._save is None:
                 raise Stopped
-            os.write(self.terminal, self._announcement().encode())
+            os.write(terminal_descriptor(), self._announcement().encode())
         self._save(signal.SIGTERM, frame)
 
     def on_train_start(self, context: CallbackContext) -> None:
@@ -74,14 +73,13 @@ class StopRequests(Callback):
 
 
 @contextmanager
-def stop_requests(terminal: int, seconds: float | None = None) -> Iterator[StopRequests]:
+def stop_requests(seconds: float | None = None) -> Iterator[StopRequests]:
     """Handle the signals inside this context.
 
     Args:
-        terminal: file descriptor for a line about the first signal.
         seconds: time limit from now on; None for no limit.
     """
-    requests = StopRequests(terminal)
+    requests = StopRequests()
     handlers = {number: signal.signal(number, requests.handle) for number in STOPS_BY}
     signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
     try:

@@ -253,7 +253,11 @@ def _to_duration(field: Field, node: Node) -> float:
     """Numbers with units, the longest unit first: ``1d12h``, ``4h``, ``90m``, ``3600s``. In seconds."""
     text = _text(node)
     parts = DURATION.fullmatch(text)
-    seconds = sum(float(part or 0) * size for part, size in zip(parts.groups(), UNITS.values(), strict=True)) if parts else 0.0
+    seconds = (
+        sum(float(part or 0) * size for part, size in zip(parts.groups(), UNITS.values(), strict=True))
+        if parts
+        else 0.0
+    )
     if not seconds:
         raise WrongTypeError("a number needs its unit, as in 3600s" if INT.fullmatch(text) else "")
     return seconds

@@ -1,0 +1,84 @@
+"""A configuration as a YAML file of settings, which `@FILE` reads: every setting that is not its class's default."""
+
+import dataclasses
+import enum
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import yaml
+from megatron.bridge.training.config import ConfigContainer
+
+from . import schema
+
+MISSING = dataclasses.MISSING
+
+
+def settings_of(config: ConfigContainer) -> dict[str, Any]:
+    """The settings, by key, whose values are not the defaults of their classes, as plain values of YAML.
+
+    Those that belong to the weights are left out: a recipe fixes them, or the weights do.
+    """
+    found = {}
+    for key, field in schema.load().fields.items():
+        section, _, name = key.partition(".")
+        holder = getattr(config, section, None) if name else config
+        if field.refused or field.architecture or key in schema.OWN or not dataclasses.is_dataclass(holder):
+            continue
+        value, default = getattr(holder, name or section, MISSING), _default(holder, name or section)
+        if value is not MISSING and not dataclasses.is_dataclass(value) and value != default:
+            found[key] = _plain(value)
+    return found
+
+
+def text_of(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """Settings as YAML, a section after the other; behind each that differs from the recipe's is what the recipe has."""
+    lines, section = [], ""
+    for key in sorted({*settings, *recipe}, key=lambda key: (key.partition(".")[0], key)):
+        head, _, name = key.partition(".")
+        if name and head != section:
+            lines.append(f"{head}:")
+        section = head
+        lines.append(("  " if name else "") + _line(name or head, key, settings, recipe))
+    return "\n".join(lines) + "\n"
+
+
+def _line(name: str, key: str, settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    if key not in settings:
+        return f"# {name} is the default, in the recipe {_written(recipe[key])}"
+    line = f"{name}: {_written(settings[key])}"
+    if key not in recipe:
+        return f"{line}  # not in the recipe"
+    return line if settings[key] == recipe[key] else f"{line}  # in the recipe {_written(recipe[key])}"
+
+
+def _written(value: Any) -> str:
+    """A value in one line of YAML."""
+    written = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return written.removesuffix("\n").removesuffix("\n...")
+
+
+def _default(holder: Any, name: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(holder)}
+    if name not in fields:
+        return MISSING
+    factory = fields[name].default_factory
+    return fields[name].default if factory is MISSING else factory()
+
+
+def _plain(value: Any) -> Any:
+    """A value without classes of Python."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    return value
+
+
+def differences(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> Iterator[str]:
+    """The keys whose values differ."""
+    return (key for key in sorted({*settings, *recipe}) if settings.get(key, MISSING) != recipe.get(key, MISSING))
