@@ -33,6 +33,11 @@ def planned_for_gpu() -> Iterator[None]:
         _is_planned = False
 
 
+def is_planned() -> bool:
+    """Whether this is inside `planned_for_gpu`."""
+    return _is_planned
+
+
 def resolve_backend(provider: Any) -> str:
     """The back end of a provider: `TORCH` or `ENGINE`; ``auto`` is Transformer Engine unless there is a problem.
 

@@ -1,6 +1,7 @@
 """Provider fields that follow from other fields: set where the user has not set them, refused where they contradict."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -86,6 +87,26 @@ DERIVED = (
         may_be_off=True,
     ),
 )
+
+
+ENGINE_SETTINGS = {"transformer_impl": "local", "moe_grouped_gemm": False}
+
+
+@contextmanager
+def without_kernels(provider: Any) -> Iterator[None]:
+    """Take the settings of Transformer Engine and APEX back inside this context.
+
+    Megatron-Core refuses them where the packages are missing, as where a run on another machine is planned.
+    """
+    off = {rule.field: False for rule in DERIVED if rule.may_be_off} | ENGINE_SETTINGS
+    before = {field: getattr(provider, field) for field in off}
+    for field, value in off.items():
+        setattr(provider, field, value)
+    try:
+        yield
+    finally:
+        for field, value in before.items():
+            setattr(provider, field, value)
 
 
 def derive(provider: Any, backend: str) -> None:

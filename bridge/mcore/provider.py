@@ -1,6 +1,7 @@
 """The Megatron-Bridge provider: a `TransformerConfig` made from a GPT-OSS-Vision config, which builds the model."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,8 @@ from ..config_map import PER_MODALITY, load_balancing_fields, megatron_fields
 from ..hf.configuration_gpt_oss_vision import TOWERS, GPTOSSVisionConfig, tower_config, tower_tokens
 from ..weight_map import PARAM_GROUPS
 from . import upstream
-from .backend import Backend, resolve_backend, transformer_engine_problem
-from .derived import derive
+from .backend import Backend, is_planned, resolve_backend, transformer_engine_problem
+from .derived import derive, without_kernels
 from .flops import decoder_flops
 from .layer_spec import block_spec
 from .model import MCoreGPTOSSVisionModel
@@ -110,7 +111,7 @@ class GPTOSSVisionProvider(GPTModelProvider):
             raise UserError(f"ffn_hidden_size={self.ffn_hidden_size} has no effect; set moe_ffn_hidden_size.")
         # Megatron-Core requires the dense FFN size although every layer is a mixture of experts.
         self.ffn_hidden_size = self.moe_ffn_hidden_size
-        with upstream.allow_biased_experts(self):
+        with upstream.allow_biased_experts(self), without_kernels(self) if is_planned() else nullcontext():
             super().finalize()
 
     def provide(

@@ -4,6 +4,10 @@ Applied differences are named, among them the learning rate, the number of steps
 Refused are those by which the optimizer's states or the order of the samples would be those of another run.
 """
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,5 +1,9 @@
 """Fields of a configuration that follow from others: set unless the user has set them, refused if they contradict."""
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 import math
 from collections.abc import Collection
 from typing import Any

@@ -1,5 +1,9 @@
 """What a run would do, found by the run's own checks: layout, memory, data, steps, disk. Needs no GPU and no network."""
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 import copy
 import os
 import shutil
@@ -103,6 +107,27 @@ def validate(config: ConfigContainer, hardware: Hardware) -> ConfigContainer:
         except (AssertionError, ValueError) as error:
             raise UserError(f"Megatron-Bridge refuses this configuration: {' '.join(str(error).split())}") from error
     return checked
+
+
+def check_processor(config: ConfigContainer) -> None:
+    """Check that the processor of the data is one for this model.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    dataset, model = config.dataset, config.model
+    processor = dataset.processor()
+    placeholders = (processor.image_token_id, processor.num_image_tokens)
+    if len(processor.tokenizer) > model.vocab_size:
+        raise UserError(
+            f"The tokenizer in {dataset.processor_path} has {len(processor.tokenizer)} entries, the model's vocabulary "
+            f"{model.vocab_size}; take the processor of the weights"
+        )
+    if model.use_vision and placeholders != (model.image_token_id, model.num_image_tokens):
+        raise UserError(
+            f"The processor in {dataset.processor_path} writes an image as {placeholders[1]} tokens {placeholders[0]}, "
+            f"the model reads {model.num_image_tokens} tokens {model.image_token_id}; take the processor of the weights"
+        )
 
 
 def plan(config: ConfigContainer, hardware: Hardware, folder: Path | None) -> Plan:

@@ -1,5 +1,9 @@
 """A run: one stage or several, each from the weights of the one before, in a folder from which the run continues."""
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 import copy
 import datetime
 import fcntl

@@ -13,7 +13,6 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training import config
 from megatron.bridge.training.mixed_precision import (
     MIXED_PRECISION_RECIPES,
@@ -25,17 +24,15 @@ from ...bridge.config_map import TRAINING_ONLY, megatron_fields
 from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from ...bridge.mcore.param_groups import LearningRateFactors
 from ...bridge.mcore.provider import GPTOSSVisionProvider
-from ..data.megatron import ChatDatasetProvider
+from ..data.megatron import DigitsDatasetProvider
+from .peft import GPTOSSVisionLoRA
 from .schema import FILE
-
-PEFT = LoRA
-"""The class of the section `peft`: ours once there is one."""
 
 CLASSES = {
     "model": GPTOSSVisionProvider,
-    "dataset": ChatDatasetProvider,
+    "dataset": DigitsDatasetProvider,  # with the settings of `ChatDatasetProvider`
     "optimizer_config_override_provider": LearningRateFactors,
-    "peft": PEFT,
+    "peft": GPTOSSVisionLoRA,
     "mixed_precision": MixedPrecisionConfig,
 }
 """The classes of sections for which Megatron-Bridge permits several."""

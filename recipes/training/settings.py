@@ -1,5 +1,9 @@
 """A configuration as a YAML file of settings, which `@FILE` reads: every setting that is not its class's default."""
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 import dataclasses
 import enum
 from collections.abc import Iterator, Mapping

@@ -1,5 +1,9 @@
 """Signals and a time limit that end a run early: the step is finished, a checkpoint is saved, the command exits 75."""
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 import os
 import signal
 import time

@@ -1,5 +1,9 @@
 """The weights that a run starts from: their architecture replaces the recipe's, their processor is the default."""
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 from pathlib import Path
 from typing import Any
 
