@@ -35,6 +35,7 @@ class Rule:
     others: frozenset[str] | None = None
 
 
+RECIPE_FILES = ("pretrain", "align", "sft", "lora", "long_context")
 TASKS = ("importing", "exporting", "assemble", "verify")
 BELOW_FORMATS = (
     *(f"conversion.{name}" for name in ("engine", "parameters", "messages", "dtypes")),
@@ -85,9 +86,13 @@ RULES = {
         ("recipes.data", "recipes.inference", "conversion.formats.hf_files", "bridge", "errors", "atomic", "terminal")
     ),
     "recipes/base.py": Rule(("recipes.data", "recipes.training", "bridge", "errors")),
+    **{f"recipes/{task}.py": Rule(("recipes.base", "recipes.training.peft"), frozenset()) for task in RECIPE_FILES},
+    "recipes/tiny.py": Rule(("recipes.base", "recipes.training.peft", "recipes.data", "bridge"), frozenset()),
+    "recipes/catalog.py": Rule(("recipes.base", "errors"), frozenset()),
+    "recipes/sources.py": Rule((), frozenset()),
     "recipes/quickstart": Rule(
         (
-            *("recipes.data", "recipes.inference", "recipes.training", "recipes.base"),
+            *("recipes.data", "recipes.inference", "recipes.training", "recipes.base", "recipes.tiny"),
             *("conversion", "bridge", "errors", "atomic", "terminal"),
         )
     ),

@@ -1,6 +1,6 @@
 """Memory of a training step per rank: exact for parameters, gradients and optimizer state, about for activations."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -99,6 +99,7 @@ def memory_of_stage(
     microbatches: int,
     is_distributed: bool = True,
     is_adapted: bool = False,
+    full_weights: Collection[str] = (),
 ) -> MemoryEstimate:
     """Bytes on a rank of a pipeline stage in training with Adam.
 
@@ -112,7 +113,8 @@ def memory_of_stage(
         micro_batch_size: rows of a microbatch.
         microbatches: of a step on a data-parallel rank.
         is_distributed: whether the optimizer is.
-        is_adapted: whether only adapters (LoRA) are trained; they themselves, about 1 %, are left out.
+        is_adapted: whether adapters (LoRA) are trained in place of weights; they themselves, about 1 %, are left out.
+        full_weights: groups of parameters that are trained beside adapters.
     """
     width = provider.params_dtype.itemsize
     pp, tp = provider.pipeline_model_parallel_size, provider.tensor_model_parallel_size
@@ -120,7 +122,7 @@ def memory_of_stage(
     parameters = gradients = optimizer = 0.0
     for part in parameters_of_stage(provider, stage):
         parameters += part.count * width
-        if part.group not in provider.frozen_groups and not is_adapted:
+        if part.group not in provider.frozen_groups and (not is_adapted or part.group in full_weights):
             ranks = world_size // pp // (expert_ranks if part.is_expert else tp)
             gradients += part.count * 4
             optimizer += part.count * (8 + (4 if width < 4 else 0)) / (ranks if is_distributed else 1)

@@ -8,11 +8,13 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import megatron.bridge.peft.lora as bridge_lora
 import megatron.bridge.peft.utils as bridge_peft
 import megatron.bridge.training.initialize as bridge_initialize
 import torch
+from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 from megatron.core.datasets import utils as core_dataset_utils
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -39,6 +41,11 @@ def apply() -> None:
     DistributedOptimizer.state_dict = _state_dict_with_initial_state
     DistributedOptimizer.load_state_dict = _load_state_dict_with_own_steps
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_except_step
+
+
+def as_config_value(value: Any) -> Any:
+    """A value as `ConfigContainer.to_yaml` writes it."""
+    return ConfigContainer._convert_value_to_dict(value)
 
 
 adapter_attributes = bridge_peft.get_adapter_attributes_from_linear

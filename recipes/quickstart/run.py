@@ -26,11 +26,11 @@ from ...bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
 from ...conversion.exporting import export_checkpoint
 from ...conversion.importing import import_checkpoint
 from ...terminal import Progress, quiet
-from ..base import ConfigContainer, base_config
+from ..base import ConfigContainer, set_learning_rate
 from ..data.digits import DigitsSplit, EvaluationRow, evaluation_rows, write_digits
-from ..data.megatron import ChatDatasetProvider
 from ..data.tiny import tiny_config, tiny_processor
 from ..inference.generate import load
+from ..tiny import gpt_oss_vision_tiny_sft_1cpu_fp32_config
 from ..training.log import LossHistory
 from ..training.train import train
 from . import figures
@@ -112,25 +112,19 @@ def provider_for(checkpoint: Path, settings: Settings) -> GPTOSSVisionProvider:
 
 
 def training_config(out: Path, digits: DigitsSplit, settings: Settings) -> ConfigContainer:
-    """Megatron-Bridge's configuration of the run, in fp32."""
-    dataset = ChatDatasetProvider(
-        path=str(digits.train_path),
-        processor_path=str(out / "hf_start"),
-        seq_length=settings.seq_length,
-        seed=settings.seed,
-        num_workers=0,
-        persistent_workers=False,
-    )
-    config = base_config(
-        provider_for(out / "hf_start", settings),
-        dataset,
-        out,
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        seed=settings.seed + 1,
-        global_batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-    )
+    """The tiny recipe for fine-tuning with the settings and the folders of the run."""
+    config = gpt_oss_vision_tiny_sft_1cpu_fp32_config()
+    config.model = provider_for(out / "hf_start", settings)
+    config.dataset.path, config.dataset.processor_path = str(digits.train_path), str(out / "hf_start")
+    config.dataset.seq_length, config.dataset.seed = settings.seq_length, settings.seed
+    config.train.train_iters, config.train.global_batch_size = settings.steps, settings.batch_size
+    config.train.micro_batch_size = settings.micro_batch_size
+    config.validation.eval_interval, config.validation.eval_iters = None, 0
+    set_learning_rate(config, settings.learning_rate, lowest=settings.learning_rate / 100)
+    config.scheduler.lr_warmup_fraction, config.scheduler.lr_warmup_iters = None, settings.steps // 10
+    config.rng.seed = settings.seed + 1
+    config.logger.tensorboard_dir = str(out / "tensorboard")
+    config.checkpoint.save, config.checkpoint.save_interval = str(out / "megatron"), settings.steps
     config.checkpoint.pretrained_checkpoint = str(out / "megatron_start")
     return config
 

@@ -60,6 +60,7 @@ class TrainingLog(Callback):
             microbatches=get_num_microbatches(),
             is_distributed=config.ddp.use_distributed_optimizer,
             is_adapted=config.peft is not None,
+            full_weights=getattr(config.peft, "full_weights", ()),
         )
         print_rank_0(f"Estimated memory of the rank that needs most, without what libraries take: {memory}")
 
