@@ -6,9 +6,8 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -91,13 +90,21 @@ class ChatDatasetProvider(DatasetProvider):
         self, context: DatasetBuildContext
     ) -> tuple[ChatBatches | None, ChatBatches | None, ChatBatches | None]:
         """The three datasets, None for those without a path. Called on every rank: the ranks share the check."""
-        self._check_paths()
-        processor = GPTOSSVisionProcessor.from_pretrained(self.processor_path)
+        processor = self.processor()
         return (
             self._split(self.path, context.train_samples, processor),
             self._split(self.valid_path, context.valid_samples, processor),
             self._split(self.test_path, context.test_samples, processor),
         )
+
+    def prepare(self) -> None:
+        """Make the files that are read, where the provider makes any. Called on every rank."""
+        self.finalize()
+
+    def processor(self) -> GPTOSSVisionProcessor:
+        """The processor of all rows."""
+        self._check_paths()
+        return GPTOSSVisionProcessor.from_pretrained(self.processor_path)
 
     def count(self) -> tuple[int, int]:
         """Usable and skipped rows of the training data. Called on every rank: the ranks share the check.
@@ -105,8 +112,7 @@ class ChatDatasetProvider(DatasetProvider):
         Raises:
             UserError: the data cannot be used, or too many rows cannot.
         """
-        self._check_paths()
-        dataset = self._open(str(self.path), GPTOSSVisionProcessor.from_pretrained(self.processor_path))
+        dataset = self._open(str(self.path), self.processor())
         return len(dataset), len(dataset.skipped)
 
     def _split(self, path: str | None, num_samples: int, processor: GPTOSSVisionProcessor) -> ChatBatches | None:
@@ -162,14 +168,6 @@ class DigitsDatasetProvider(ChatDatasetProvider):
         """Write the files, then as `ChatDatasetProvider.build_datasets`."""
         self.prepare()
         return super().build_datasets(context)
-
-    def count(self) -> tuple[int, int]:
-        """As of `ChatDatasetProvider`, of digits in a temporary folder of each rank."""
-        with TemporaryDirectory() as folder:
-            digits = replace(self, folder=folder)
-            digits.finalize()
-            digits._write()
-            return ChatDatasetProvider.count(digits)
 
     def _within(self, name: str) -> str:
         if self.folder is None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from . import ranks
 
 FAILURE = "failure.json"
@@ -16,8 +18,8 @@ FAILURE = "failure.json"
 def first_failure(folder: Path) -> Iterator[None]:
     """Let an exception through on the rank that fails first, and exit with 1 on the others.
 
-    A rank that fails leaves the others waiting, and they fail a moment later with a lost connection, which says nothing.
-    The first creates a file in the run's folder, which is shared by all ranks.
+    A rank that fails leaves the others waiting; they fail a moment later with a lost connection, which says nothing. The
+    first creates a file in the folder of the run, which all ranks share.
 
     Args:
         folder: of the run; made here.
@@ -27,13 +29,23 @@ def first_failure(folder: Path) -> Iterator[None]:
     if ranks.rank() == 0:
         file.unlink(missing_ok=True)
     try:
-        yield
+        with _as_exception(CheckpointException):
+            yield
     except Exception as error:
         if ranks.world_size() > 1:
             if not _is_first(file, error):
                 raise SystemExit(1) from error
             error.add_note(f"on rank {ranks.rank()} of {ranks.world_size()}, {socket.gethostname()}")
         raise
+
+
+@contextmanager
+def _as_exception(kind: type[BaseException]) -> Iterator[None]:
+    """Raise a RuntimeError in place of an exception that is no `Exception`."""
+    try:
+        yield
+    except kind as error:
+        raise RuntimeError(str(error)) from error
 
 
 def _is_first(file: Path, error: Exception) -> bool:

@@ -12,12 +12,11 @@ import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.common_utils import print_rank_0, print_rank_last
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from ...bridge.mcore.flops import decoder_flops, image_flops
-from ...bridge.mcore.memory import memory_per_rank
 from ...bridge.mcore.router_statistics import pop_expert_counts, write_router_statistics
 from ...terminal import Progress
+from .plan import estimate
 
 
 @dataclass
@@ -53,15 +52,7 @@ class TrainingLog(Callback):
         """Print the memory that the most loaded rank will need."""
         config = context.state.cfg
         assert config is not None
-        memory = memory_per_rank(
-            config.model,
-            world_size=torch.distributed.get_world_size(),
-            micro_batch_size=config.train.micro_batch_size,
-            microbatches=get_num_microbatches(),
-            is_distributed=config.ddp.use_distributed_optimizer,
-            is_adapted=config.peft is not None,
-            full_weights=getattr(config.peft, "full_weights", ()),
-        )
+        memory = estimate(config, torch.distributed.get_world_size())
         print_rank_0(f"Estimated memory of the rank that needs most, without what libraries take: {memory}")
 
     def on_train_step_start(self, context: CallbackContext) -> None:

@@ -1,4 +1,4 @@
-"""What a run would do, found by the run's own checks: layout, memory, data, steps, disk. Needs no GPU and no network."""
+"""What a run would do, found by the checks of the run itself: layout, memory, data, steps, disk. Needs no GPU."""
 
 from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
@@ -50,9 +50,9 @@ class Plan:
     parameters: int
     checkpoint_size: float
     checkpoints: int
-    free_disk: float | None
-    rows: int | None
-    skipped: int | None
+    free_disk: float
+    rows: int
+    skipped: int
     batch: int
 
     def problems(self) -> list[str]:
@@ -61,15 +61,15 @@ class Plan:
         limit = self.hardware.memory
         if limit is not None and self.memory.total / GIB > limit:
             found.append(
-                f"The rank that needs most needs {self.memory}, and an {self.hardware.gpu} gives {limit:.0f} GiB: use more "
-                "expert, tensor or pipeline parallelism, recomputation, or a shorter sequence"
+                f"The rank that needs most needs {self.memory}, and an {self.hardware.gpu} gives {limit:.0f} GiB: use "
+                "more expert, tensor or pipeline parallelism, recomputation, or a shorter sequence"
             )
         needed = self.checkpoint_size * self.checkpoints
-        if self.free_disk is not None and needed > self.free_disk:
+        if needed > self.free_disk:
             found.append(
                 f"{self.checkpoints} checkpoints of {self.checkpoint_size / GIB:.1f} GiB do not fit the "
-                f"{self.free_disk / GIB:.1f} GiB that are free: keep fewer by checkpoint.most_recent_k, or name another "
-                "disk by out=DIR"
+                f"{self.free_disk / GIB:.1f} GiB that are free: keep fewer by checkpoint.most_recent_k, or name "
+                "another disk by out=DIR"
             )
         return found
 
@@ -79,14 +79,13 @@ class Plan:
         limit = f" of {self.hardware.memory:.0f}" if self.hardware.memory else ""
         yield f"ranks        {where}, {self.parameters / 1e9:.2f}B parameters"
         yield f"memory       {self.memory}{limit}, the rank that needs most"
-        if self.rows is not None:
-            used = self.steps * self.batch / self.rows
-            yield f"data         {self.rows:,} rows, {self.skipped} more are skipped; {used:.2f} epochs"
+        epochs = self.steps * self.batch / self.rows
+        yield f"data         {self.rows:,} rows, {self.skipped} more are skipped; {epochs:.2f} epochs"
         yield f"steps        {self.steps:,} of {self.batch} rows, {self.tokens_per_step:,} tokens a step"
         total = self.steps * self.tokens_per_step
         yield f"tokens       {total:,}, {self.flops_per_token:.2e} FLOPs each, {total * self.flops_per_token:.2e} in all"
-        free = f", {self.free_disk / GIB:.0f} GiB are free" if self.free_disk is not None else ""
-        yield f"checkpoints  {self.checkpoints} of {self.checkpoint_size / GIB:.2f} GiB{free}"
+        free = f"{self.free_disk / GIB:.0f} GiB are free"
+        yield f"checkpoints  {self.checkpoints} of {self.checkpoint_size / GIB:.2f} GiB; {free}"
 
 
 def validate(config: ConfigContainer, hardware: Hardware) -> ConfigContainer:
@@ -130,20 +129,18 @@ def check_processor(config: ConfigContainer) -> None:
         )
 
 
-def plan(config: ConfigContainer, hardware: Hardware, folder: Path | None) -> Plan:
+def plan(config: ConfigContainer, hardware: Hardware, folder: Path) -> Plan:
     """Check a run and count what it would do.
 
     Args:
         config: complete.
         hardware: where it would run.
-        folder: of the run; None leaves out data and disk.
+        folder: of the run.
 
     Raises:
         UserError: the configuration or the data cannot be used.
     """
-    rows = skipped = None
-    if folder is not None:
-        rows, skipped = config.dataset.count()
+    rows, skipped = config.dataset.count()
     checked = validate(config, hardware)
     train, model = checked.train, checked.model
     is_trained = {group: group not in model.frozen_groups for group in ("language_model", "vision_model")}
@@ -155,10 +152,10 @@ def plan(config: ConfigContainer, hardware: Hardware, folder: Path | None) -> Pl
         steps=train.train_iters,
         tokens_per_step=tokens,
         flops_per_token=flops / tokens,
-        parameters=_parameters(model),
+        parameters=sum(part.count for part in parameters_of_stage(_on_one_rank(model), 0)),
         checkpoint_size=_checkpoint_size(checked),
         checkpoints=_checkpoints(checked),
-        free_disk=shutil.disk_usage(_existing(folder)).free if folder is not None else None,
+        free_disk=shutil.disk_usage(_existing(folder)).free,
         rows=rows,
         skipped=skipped,
         batch=train.global_batch_size,
@@ -176,6 +173,7 @@ def estimate(config: ConfigContainer, ranks: int) -> MemoryEstimate:
         microbatches=train.global_batch_size // (train.micro_batch_size * (ranks // shared)),
         is_distributed=config.ddp.use_distributed_optimizer,
         is_adapted=config.peft is not None,
+        full_weights=config.peft.full_weights if config.peft else (),
     )
 
 
@@ -200,22 +198,24 @@ def _world_of(ranks: int) -> Iterator[None]:
             os.environ["WORLD_SIZE"] = before
 
 
-def _parameters(model: Any) -> int:
+def _on_one_rank(model: Any) -> Any:
     whole = copy.copy(model)
     whole.tensor_model_parallel_size = whole.pipeline_model_parallel_size = whole.expert_model_parallel_size = 1
     whole.expert_tensor_parallel_size, whole.virtual_pipeline_model_parallel_size = 1, None
     whole.pipeline_model_parallel_layout = None
-    return sum(part.count for part in parameters_of_stage(whole, 0))
+    return whole
 
 
 def _checkpoint_size(config: ConfigContainer) -> float:
-    """Weights, and of those that are trained Adam's two moments and the fp32 copy; of adapters nothing is counted."""
-    width = config.model.params_dtype.itemsize
-    states = 8 + (4 if width < 4 else 0)
-    if config.peft is not None:
-        return 0.0
-    total = _parameters(config.model)
-    return total * (width + (states if config.checkpoint.save_optim else 0))
+    """Bytes of weights, and for those that are trained of Adam's moments and the fp32 copy; adapters are not counted."""
+    model, peft = config.model, config.peft
+    width = model.params_dtype.itemsize
+    states = (8 + (4 if width < 4 else 0)) if config.checkpoint.save_optim else 0
+    total = 0.0
+    for part in parameters_of_stage(_on_one_rank(model), 0):
+        is_trained = part.group not in model.frozen_groups and (peft is None or part.group in peft.full_weights)
+        total += part.count * ((width if peft is None or is_trained else 0) + (states if is_trained else 0))
+    return total
 
 
 def _checkpoints(config: ConfigContainer) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from megatron.bridge.training.config import ConfigContainer
@@ -25,7 +26,7 @@ from . import ranks
 from .checkpoints import newest_complete
 from .derive import derive
 from .failures import first_failure
-from .plan import Hardware, Plan, complete_steps, plan, validate
+from .plan import Hardware, Plan, check_processor, complete_steps, plan, validate
 from .stopping import EXIT_TO_BE_CONTINUED, Stopped, StopRequests, stop_requests
 from .train import train
 from .weights import start_from
@@ -93,10 +94,15 @@ def dry_run(stages: Sequence[Stage], out: Path, *, weights: Path | None = None) 
     Raises:
         UserError: as of `run`.
     """
-    for stage, folder in zip(stages, folders_of(stages, out), strict=True):
-        config = copy.deepcopy(stage.config)
-        complete(config, stage, folder, out, weights if stage is stages[0] else None)
-        yield stage.name, plan(config, stage.hardware, out)
+    with TemporaryDirectory() as digits:
+        for stage, folder in zip(stages, folders_of(stages, out), strict=True):
+            config, start = copy.deepcopy(stage.config), weights if stage is stages[0] else folder
+            _check_weights(stage, start)
+            complete(config, stage, folder, Path(digits), weights if stage is stages[0] else None)
+            check_processor(config)
+            if start is not None:
+                config.checkpoint.pretrained_checkpoint = str(start)
+            yield stage.name, plan(config, stage.hardware, out)
 
 
 def folders_of(stages: Sequence[Stage], out: Path) -> list[Path]:
@@ -104,39 +110,56 @@ def folders_of(stages: Sequence[Stage], out: Path) -> list[Path]:
     return [out] if len(stages) == 1 else [out / stage.name for stage in stages]
 
 
-def complete(config: ConfigContainer, stage: Stage, folder: Path, out: Path, weights: Path | None) -> None:
-    """Set, in place, what a recipe leaves open: paths, what starts it, its length, and what follows from all of these.
+def complete(config: ConfigContainer, stage: Stage, folder: Path, digits: Path, weights: Path | None) -> None:
+    """Set, in place, what a recipe leaves open: paths, weights to start from, length, and what follows from these.
+
+    Args:
+        config: of the stage.
+        stage: with the user's settings.
+        folder: of the stage.
+        digits: where the digits are written, if they are the data.
+        weights: Megatron checkpoint, or None.
 
     Raises:
-        UserError: weights are needed or cannot be used, or two settings contradict each other.
+        UserError: weights or data cannot be used, or two settings contradict each other.
     """
     if weights is not None:
         start_from(config, weights)
     config.checkpoint.save = config.checkpoint.load = str(folder / CHECKPOINTS)
     config.logger.tensorboard_dir = str(folder / "tensorboard")
     if getattr(config.dataset, "folder", "") is None:
-        config.dataset.folder = str(out / "digits")
+        config.dataset.folder = str(digits)
     derive(config, stage.given)
+    config.dataset.prepare()
     complete_steps(config, stage.tokens, stage.epochs)
 
 
-def _train_stage(stage: Stage, folder: Path, out: Path, weights: Path | None, stops: StopRequests) -> bool:
-    if weights is None and stage.needs_weights:
+def _check_weights(stage: Stage, weights: Path | None) -> None:
+    if weights is None and (stage.needs_weights or stage.config.peft is not None):
         raise UserError(
-            f"{stage.name} starts from weights: name a Megatron checkpoint with weights=DIR (made by `gpt-oss-vision "
-            "convert import`), or a stage before it, as in `train align,sft`"
+            f"{stage.name} starts from weights: name a Megatron checkpoint with weights=DIR (`gpt-oss-vision convert "
+            "import` makes one), or a stage before it, as in `train RECIPE,RECIPE`"
         )
+
+
+def _train_stage(stage: Stage, folder: Path, out: Path, weights: Path | None, stops: StopRequests) -> bool:
+    """Train a stage unless it is finished; return whether it is."""
+    _check_weights(stage, weights)
     config = stage.config
-    complete(config, stage, folder, out, weights)
+    complete(config, stage, folder, out / "digits", weights)
+    check_processor(config)
     validate(config, Hardware(ranks=ranks.world_size()))
     done, steps = newest_complete(Path(config.checkpoint.save)), config.train.train_iters
     if done is not None and done[0] >= steps:
-        _say(f"{folder} is finished: {steps} steps are done; train longer with train.train_iters=N")
+        _say(f"{stage.name} is finished: {done[0]} steps are in {done[1]}; train longer with train.train_iters=N")
         return True
     config.train.exit_signal_handler = config.train.exit_signal_handler_for_dataloader = True
     start = f"after step {done[0]}" if done else f"from {weights}" if weights else "from random weights"
-    _say(f"Training {stage.name} to step {steps}, {start}")
-    return train(config, callbacks=[stops])
+    _say(f"Training {stage.name} to step {steps}, {start}, in {folder}")
+    is_finished = train(config, callbacks=[stops])
+    if is_finished:
+        _say(f"{stage.name} is finished: {steps} steps are in {folder / CHECKPOINTS}")
+    return is_finished
 
 
 def _say(sentence: str) -> None:
