@@ -9,6 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from ...errors import UserError
+from .batch_statistics import BatchStatistics, after_image
 from .context_parallel import slice_for_context_parallel
 from .packing import check_packing
 from .vision import VisionStage
@@ -31,6 +32,7 @@ class MCoreGPTOSSVisionModel(GPTModel):
                 parameter.allreduce = False
         has_vision = self.pre_process and config.use_vision
         self.vision_adapter = VisionStage(config, self.pg_collection) if has_vision else None
+        self.batch_statistics = BatchStatistics()
 
     def forward(
         self,
@@ -87,6 +89,9 @@ class MCoreGPTOSSVisionModel(GPTModel):
             **kwargs,
         )
         is_loss = self.post_process and labels is not None and loss_mask is not None
+        if is_loss and self.training:
+            follows = slice_for_context_parallel(after_image(is_visual, packed_seq_params), 1, cp_group)
+            self.batch_statistics.add_losses(output, loss_mask, follows)
         return (output, loss_mask) if is_loss and cp_group.size() > 1 else output
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -122,6 +127,8 @@ class MCoreGPTOSSVisionModel(GPTModel):
     ) -> torch.Tensor:
         """Replace the placeholders of ``[s, b, h]`` embeddings by image tokens."""
         images = 0 if pixel_values is None else len(pixel_values)
+        if self.training:
+            self.batch_statistics.images += images
         features = self.vision_adapter(pixel_values)
         check_placeholders(is_visual, images, features.shape[1])
         image_tokens = features.flatten(0, 1).to(embeddings.dtype)

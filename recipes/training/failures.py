@@ -18,8 +18,8 @@ FAILURE = "failure.json"
 def first_failure(folder: Path) -> Iterator[None]:
     """Let an exception through on the rank that fails first, and exit with 1 on the others.
 
-    A rank that fails leaves the others waiting; they fail a moment later with a lost connection, which says nothing. The
-    first creates a file in the folder of the run, which all ranks share.
+    A rank that fails leaves the others waiting; they fail a moment later with a lost connection, which says nothing.
+    The first creates a file in the folder of the run, which all ranks share.
 
     Args:
         folder: of the run; made here.

@@ -82,8 +82,9 @@ class Plan:
         epochs = self.steps * self.batch / self.rows
         yield f"data         {self.rows:,} rows, {self.skipped} more are skipped; {epochs:.2f} epochs"
         yield f"steps        {self.steps:,} of {self.batch} rows, {self.tokens_per_step:,} tokens a step"
-        total = self.steps * self.tokens_per_step
-        yield f"tokens       {total:,}, {self.flops_per_token:.2e} FLOPs each, {total * self.flops_per_token:.2e} in all"
+        tokens = self.steps * self.tokens_per_step
+        flops = self.flops_per_token
+        yield f"tokens       {tokens:,}, {flops:.2e} FLOPs each, {tokens * flops:.2e} in all"
         free = f"{self.free_disk / GIB:.0f} GiB are free"
         yield f"checkpoints  {self.checkpoints} of {self.checkpoint_size / GIB:.2f} GiB; {free}"
 
@@ -207,7 +208,7 @@ def _on_one_rank(model: Any) -> Any:
 
 
 def _checkpoint_size(config: ConfigContainer) -> float:
-    """Bytes of weights, and for those that are trained of Adam's moments and the fp32 copy; adapters are not counted."""
+    """Bytes of weights and, for those that are trained, of Adam's moments and the fp32 copy; without adapters."""
     model, peft = config.model, config.peft
     width = model.params_dtype.itemsize
     states = (8 + (4 if width < 4 else 0)) if config.checkpoint.save_optim else 0

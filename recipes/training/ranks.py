@@ -13,8 +13,8 @@ from ...terminal import quiet
 def name_ranks() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, unless `torchrun` has set them.
 
-    A task of `srun` takes its own from SLURM; address and port are then found by Megatron-Bridge, from the list of nodes
-    and the number of the job. Any other process is alone, also in a batch script of a job with many tasks.
+    A task of `srun` takes its own from SLURM; address and port are then found by Megatron-Bridge, from the list of
+    nodes and the number of the job. Any other process is alone, also in a batch script of a job with many tasks.
     """
     if "RANK" in os.environ:
         return

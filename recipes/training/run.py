@@ -156,7 +156,7 @@ def _train_stage(stage: Stage, folder: Path, out: Path, weights: Path | None, st
     config.train.exit_signal_handler = config.train.exit_signal_handler_for_dataloader = True
     start = f"after step {done[0]}" if done else f"from {weights}" if weights else "from random weights"
     _say(f"Training {stage.name} to step {steps}, {start}, in {folder}")
-    is_finished = train(config, callbacks=[stops])
+    is_finished = train(config, callbacks=[stops], log=folder)
     if is_finished:
         _say(f"{stage.name} is finished: {steps} steps are in {folder / CHECKPOINTS}")
     return is_finished
@@ -179,8 +179,8 @@ def _locked(out: Path) -> Iterator[None]:
         return
     with (out / "lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of its children
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(
                 f"{out} is in use by {file.read()}; wait for it, or name another folder with out=DIR"

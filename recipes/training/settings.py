@@ -36,7 +36,7 @@ def settings_of(config: ConfigContainer) -> dict[str, Any]:
 
 
 def text_of(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    """Settings as YAML, a section after the other; behind each that differs from the recipe's is what the recipe has."""
+    """Settings as YAML by sections; behind each that differs from the recipe's is what the recipe has."""
     lines, section = [], ""
     for key in sorted({*settings, *recipe}, key=lambda key: (key.partition(".")[0], key)):
         head, _, name = key.partition(".")

@@ -52,15 +52,18 @@ class StopRequests(Callback):
             self._leave_on_second_interrupt()
         if self.received is None:
             self.received = signal.Signals(number)
-            if self._save is None:
+            if self._save is None and number != signal.SIGALRM:
                 raise Stopped
             os.write(terminal_descriptor(), self._announcement().encode())
-        self._save(signal.SIGTERM, frame)
+        if self._save is not None:
+            self._save(signal.SIGTERM, frame)
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Take SIGTERM over from Megatron-Bridge, which has set its handler by now."""
         self._save = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, self.handle)
+        if self.received is not None:  # the time limit was over before the first step, which is done all the same
+            self._save(signal.SIGTERM, None)
 
     def _leave_on_second_interrupt(self) -> None:
         now = time.monotonic()
@@ -81,7 +84,7 @@ def stop_requests(seconds: float | None = None) -> Iterator[StopRequests]:
     """Handle the signals inside this context.
 
     Args:
-        seconds: time limit from now on; None for no limit.
+        seconds: time limit from now on; None for no limit. At least one step is done, so that a run goes on.
     """
     requests = StopRequests()
     handlers = {number: signal.signal(number, requests.handle) for number in STOPS_BY}

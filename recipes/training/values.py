@@ -269,7 +269,7 @@ DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in UNITS),
 
 DTYPES = {
     **{name: name for name in ("bfloat16", "float16", "float32")},
-    **{"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"},
+    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32",
 }
 
 
