@@ -76,6 +76,17 @@ def for_stage(overrides: Iterable[Override], names: Collection[str]) -> list[Ove
     return _left_by(own, [override for override in overrides if override.stage is None]) + own
 
 
+def refuse_other_stages(overrides: Iterable[Override], names: Collection[str]) -> None:
+    """Refuse overrides for a stage that a run does not have.
+
+    Raises:
+        UsageError: with the names (tasks, recipes) of the stages that it has.
+    """
+    if others := [override for override in overrides if override.stage and override.stage not in names]:
+        written, stage = " and ".join(map(_written, others)), others[0].stage
+        raise UsageError(f"{written}: this run has no stage {stage}; it has {', '.join(names)}")
+
+
 def refuse_architecture(overrides: Iterable[Override]) -> None:
     """Refuse overrides of fields that belong to the weights.
 

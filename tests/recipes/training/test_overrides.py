@@ -18,8 +18,15 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from gpt_oss_vision.errors import UsageError
+from gpt_oss_vision.recipes.catalog import find, load
 from gpt_oss_vision.recipes.training import schema, values
-from gpt_oss_vision.recipes.training.overrides import apply, for_stage, parse, refuse_architecture
+from gpt_oss_vision.recipes.training.overrides import (
+    apply,
+    for_stage,
+    parse,
+    refuse_architecture,
+    refuse_other_stages,
+)
 
 settings.register_profile("here", database=None, deadline=None, derandomize=True)
 settings.load_profile("here")
@@ -340,6 +347,16 @@ def test_two_names_of_one_stage_cannot_differ():
         for_stage(found, ["sft", "gpt_oss_vision_20b_sft"])
 
 
+def test_a_stage_that_the_run_does_not_have_is_refused():
+    found = parse(["align.optimizer.lr=1", "sft.optimizer.lr=2", "train.tokens=2B"])
+    refuse_other_stages(found, ["align", "sft"])
+    with pytest.raises(UsageError) as caught:
+        refuse_other_stages(found, ["align", "gpt_oss_vision_20b_align"])
+    assert str(caught.value) == (
+        "sft.optimizer.lr=2: this run has no stage sft; it has align, gpt_oss_vision_20b_align"
+    )
+
+
 def test_the_architecture_is_that_of_the_weights():
     refuse_architecture(parse(["model.seq_length=4096", "model.freeze_vision_model=true"]))
     with pytest.raises(UsageError) as caught:
@@ -562,16 +579,8 @@ def test_a_value_without_special_characters_is_read_as_hydra_reads_it(text: str)
 
 @pytest.fixture
 def config() -> Any:
-    """A real configuration of the tiny model."""
-    from gpt_oss_vision.bridge.mcore.provider import provider_from_config
-    from gpt_oss_vision.recipes.base import base_config
-    from gpt_oss_vision.recipes.data.megatron import ChatDatasetProvider
-    from tiny import tiny_config
-
-    provider = provider_from_config(tiny_config())
-    sizes = {"global_batch_size": 8, "micro_batch_size": 1}
-    dataset = ChatDatasetProvider(seq_length=provider.seq_length)
-    return base_config(provider, dataset, Path("out"), steps=10, learning_rate=1e-3, seed=1, **sizes)
+    """The configuration of a recipe."""
+    return load(find("gpt_oss_vision_tiny_sft"))
 
 
 def test_fields_are_set_with_their_types(config: Any):
