@@ -76,6 +76,17 @@ def for_stage(overrides: Iterable[Override], names: Collection[str]) -> list[Ove
     return _left_by(own, [override for override in overrides if override.stage is None]) + own
 
 
+def refuse_other_stages(overrides: Iterable[Override], names: Collection[str]) -> None:
+    """Refuse overrides for a stage that a run does not have.
+
+    Raises:
+        UsageError: with the names (tasks, recipes) of the stages that it has.
+    """
+    if others := [override for override in overrides if override.stage and override.stage not in names]:
+        written, stage = " and ".join(map(_written, others)), others[0].stage
+        raise UsageError(f"{written}: this run has no stage {stage}; it has {', '.join(names)}")
+
+
 def refuse_architecture(overrides: Iterable[Override]) -> None:
     """Refuse overrides of fields that belong to the weights.
 
@@ -349,11 +360,11 @@ def _apply_to_section(config: Any, section: str, overrides: Sequence[Override]) 
 
 
 def _opened(config: Any, section: str, overrides: Sequence[Override]) -> Any:
-    """The dataclass of a section; a new one where it is None or a name."""
+    """The dataclass of a section; a new one where there is None, a name, or a base class without fields."""
     current, description = getattr(config, section), schema.load().sections[section]
     if isinstance(current, str) and description.from_name:
         return _load(description.from_name)(current)
-    if current is not None:
+    if current is not None and dataclasses.fields(current):
         return current
     given = {override.key.partition(".")[2]: _native(override) for override in overrides}
     if missing := [f"{section}.{name}" for name in description.required if name not in given]:
@@ -377,7 +388,8 @@ def _merged(old: Any, items: Sequence[str], value: Any) -> Any:
     """A new value of a field; mappings keep their other items."""
     known = old if isinstance(old, dict) else {}
     if items:
-        return {**known, items[0]: _merged(known.get(items[0]), items[1:], value)}
+        name = next((key for key in known if str(key) == items[0]), items[0])  # a key may be a number
+        return {**known, name: _merged(known.get(name), items[1:], value)}
     return {**known, **value} if isinstance(value, dict) else value
 
 

@@ -1,5 +1,9 @@
 """LoRA beside which some groups of parameters are trained as full weights, such as the projector of a vision model."""
 
+from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
+
+# isort: split
+
 from dataclasses import dataclass, field, fields
 from typing import Any
 

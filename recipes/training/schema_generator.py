@@ -46,6 +46,9 @@ REFUSED = {
 FIXED = "is fixed by gpt-oss"
 SET_BY_MEGATRON = "is set by Megatron-Bridge itself"
 
+HELD = {"model.rotary_base": float}
+"""Types of fields that hold another type than Megatron-Core annotates: the base is that of transformers."""
+
 PLAIN = {bool: "bool", int: "int", float: "float", str: "str", torch.dtype: "dtype", Any: "any", dict: "dict[any]"}
 CONTAINERS = {list: "list", tuple: "tuple", set: "set"}
 STRICTEST_FIRST = ("choice", "bool", "int", "float", "dtype", "list", "tuple", "set", "dict", "str", "any")
@@ -106,7 +109,7 @@ def _entry(section: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
         default = _default(field)
         fixed = f"{FIXED}: {getattr(default, '__name__', default)}"
         return {"refused": fixed if cls is GPTOSSVisionProvider else SET_BY_MEGATRON}
-    entry = _described(_hint(cls, field.name), field)
+    entry = _described(HELD.get(key) or _hint(cls, field.name), field)
     return entry | {"architecture": True} if section == "model" and field.name in _architecture() else entry
 
 

@@ -1,6 +1,7 @@
 """Settings in files: a YAML file of sections, and a file that holds one value."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,20 +34,26 @@ def settings(file: str, is_group: Callable[[str], bool]) -> Iterator[Setting]:
     """
     root = _compose(_text(file), file)
     if root is not None:
-        yield from _settings(root, "", file, is_group)
+        with _refusing_loops(file):
+            yield from _settings(root, "", file, is_group)
 
 
 def _settings(node: Any, prefix: str, file: str, is_group: Callable[[str], bool]) -> Iterator[Setting]:
     if node.id != "mapping":
         raise UsageError(f"{file}, line {_line(node)}: a mapping of settings is expected here, such as `lr: 1e-4`")
-    for name, value in node.value:
-        key = f"{prefix}{name.value}"
-        if value.id == "mapping" and value.value and is_group(key):
+    for name, value in _items(node, file):
+        key = f"{prefix}{name}"
+        if value.id == "mapping" and is_group(key):
             yield from _settings(value, f"{key}.", file, is_group)
-        elif value.id == "mapping" and not value.value and is_group(key):
-            continue
         else:
             yield Setting(key, _node(value, file), _line(value))
+
+
+def _items(node: Any, file: str) -> Iterator[tuple[str, Any]]:
+    for name, value in node.value:
+        if name.id != "scalar":
+            raise UsageError(f"{file}, line {_line(name)}: a name is expected in place of a list or a mapping")
+        yield name.value, value
 
 
 def value_of(field: Field, file: str) -> Node:
@@ -58,7 +65,8 @@ def value_of(field: Field, file: str) -> Node:
     text = _text(file).strip()
     if any("[" in name or name in {"group", "item"} for name in field.types):
         root = _compose(text, file)
-        return scalar("") if root is None else _node(root, file)
+        with _refusing_loops(file):
+            return scalar("") if root is None else _node(root, file)
     return text if "str" in field.types else scalar(text)
 
 
@@ -82,6 +90,14 @@ def _compose(text: str, file: str) -> Any:
         raise UsageError(f"{file}{where}: not valid YAML ({getattr(error, 'problem', error)})") from error
 
 
+@contextmanager
+def _refusing_loops(file: str) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as error:
+        raise UsageError(f"{file}: an alias in it stands for what it is in") from error
+
+
 def _line(node: Any) -> int:
     return node.start_mark.line + 1
 
@@ -93,7 +109,7 @@ def _node(node: Any, file: str) -> Node:
     if node.id == "sequence":
         return [_node(item, file) for item in node.value]
     if node.id == "mapping":
-        return {name.value: _node(value, file) for name, value in node.value}
+        return {name: _node(value, file) for name, value in _items(node, file)}
     if node.style:  # quotes, or a block of text
         return node.value
     if node.value in {"", "~"}:

@@ -1,6 +1,6 @@
 """Values of settings: read as Hydra's grammar reads them, then converted to the type of a field.
 
-Hydra is imported only for a text that has more in it than a number, a word or a path, as that takes longer than all else.
+Hydra is imported only for a text that is more than a number, a word or a path, as that takes longer than all else.
 """
 
 import difflib
@@ -24,7 +24,7 @@ INT = re.compile(rf"[+-]?{UNSIGNED}", re.ASCII)
 FLOAT = re.compile(rf"[+-]?(?:{POINT}|(?:{UNSIGNED}|{POINT})e[+-]?\d(?:_?\d)*|inf|nan)", re.ASCII | re.IGNORECASE)
 WORDS = {"null": None, "true": True, "false": False}
 
-# `$NAME` and `${NAME}`, which a shell would have replaced; Hydra's own interpolations have a resolver: `${oc.env:NAME}`.
+# `$NAME` and `${NAME}`, which a shell would have replaced; Hydra's interpolations have a resolver: `${oc.env:NAME}`.
 SHELL_VARIABLE = re.compile(r"(?<!\\)\$(?:[A-Za-z_]\w*|\{[^}:]*\})")
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 
@@ -269,7 +269,9 @@ DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in UNITS),
 
 DTYPES = {
     **{name: name for name in ("bfloat16", "float16", "float32")},
-    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
 }
 
 
