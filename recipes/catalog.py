@@ -37,6 +37,10 @@ GPUS = {
     "h200": Gpu(name="H200 SXM 141 GB", memory_gib=139.8, bf16_tflops=989),
 }
 
+ASSUMED_TFLOPS = 300.0
+"""Operations per second of a GPU, in 10^12, by which GPU-hours are stated. Slices of the 20B on an H200 did 310 and 331
+(docs/gpu.md), without the communication of a whole run."""
+
 RESERVED_GIB = 6.0
 """Memory that is left for what the estimate does not count: the CUDA context, NCCL's buffers for each group of ranks,
 workspaces of cuBLAS and of attention, buckets of gathered parameters, fragments that the allocator cannot use, and the

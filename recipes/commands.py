@@ -15,7 +15,12 @@ from ..errors import UsageError, UserError
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add `train`, `quickstart` and `generate` to the command line."""
+    """Add `recipes`, `train`, `quickstart` and `generate` to the command line."""
+    add = add_command(commands, list_recipes, "recipes").add_argument
+    add("recipe", nargs="?", metavar="RECIPE", help="show this one")
+    add("settings", nargs="*", metavar="KEY=VALUE", help="settings of it, as for `train`")
+    add("--why", action="store_true", help="the source of each number")
+
     add = add_command(commands, train).add_argument
     add("recipe", metavar="RECIPE[,RECIPE...]", help="a recipe, or stages that run one after the other")
     add("settings", nargs="*", metavar="KEY=VALUE", help="a setting of the run, or @FILE with several")
@@ -76,11 +81,55 @@ def _dry_run(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, An
         from .training.run import dry_run
 
         for name, plan in dry_run(_stages(recipes, found, options), out, weights=_weights(options)):
-            say("\n".join([f"{name}:", *(f"  {line}" for line in plan.lines())]))
+            say(_table(name, plan))
             problems += plan.problems()
     if problems:
         raise UserError("; ".join(problems))
     return 0
+
+
+def _table(title: str, plan: Any) -> str:
+    return "\n".join([title, *(f"  {name:<12}  {value}" for name, value in plan.lines())])
+
+
+def list_recipes(recipe: str | None, settings: Sequence[str], why: bool) -> int:
+    """List the recipes; or show one with its settings as a file that `train` reads, and what it costs.
+
+    Without a name: purpose, GPUs, memory of the rank that needs most, and tokens per step of each.
+    """
+    from .catalog import RECIPES, find
+
+    if recipe is None:
+        width = max(len(each.name) for each in RECIPES)
+        print(f"{'recipe':<{width}}  {'GPUs':>8}  {'GiB':>6}  {'tokens/step':>11}  trains")
+        for each in RECIPES:
+            gpus = f"{each.gpus} {each.gpu or 'cpu'}"
+            print(
+                f"{each.name:<{width}}  {gpus:>8}  {each.memory_gib:>6.2f}  {each.tokens_per_step:>11,}  {each.purpose}"
+            )
+        return 0
+    from .training import overrides
+
+    chosen, found = find(recipe), overrides.parse(settings)
+    options = {override.key: override.value for override in found}
+    from ..terminal import quiet, say
+
+    with quiet(Path(os.devnull)):
+        from .catalog import load
+        from .training.plan import cost_without_data
+        from .training.run import derived
+        from .training.settings import settings_of, text_of
+
+        (stage,) = _stages([chosen], found, options)
+        config = derived(stage)
+        say(_commented(f"train {chosen.name} @FILE reads this file"))
+        say(_commented(_table("It costs:", cost_without_data(config, stage.hardware))))
+        say(text_of(settings_of(config), settings_of(load(chosen))).rstrip())
+    return 0
+
+
+def _commented(text: str) -> str:
+    return "\n".join(f"# {line}" for line in text.splitlines())
 
 
 def _weights(options: dict[str, Any]) -> Path | None:
@@ -89,10 +138,12 @@ def _weights(options: dict[str, Any]) -> Path | None:
 
 def _stages(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any]) -> list[Any]:
     """The stages of a run: each a recipe with the settings that are for it."""
-    from .catalog import GPUS, load
+    from .catalog import ASSUMED_TFLOPS, GPUS, load
     from .training import overrides
     from .training.run import Hardware, Stage
 
+    names = [name for recipe in recipes for name in (recipe.task, recipe.stem, recipe.name)]
+    overrides.refuse_other_stages(found, names)
     stages = []
     for number, recipe in enumerate(recipes, start=1):
         config, mine = load(recipe), overrides.for_stage(found, (recipe.task, recipe.name, recipe.stem))
@@ -102,7 +153,10 @@ def _stages(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any
             overrides.refuse_architecture(mine)
         gpu = GPUS.get(options.get("gpu") or recipe.gpu or "")
         hardware = Hardware(
-            ranks=options.get("gpus") or recipe.gpus, gpu=gpu and gpu.name, memory=gpu and gpu.usable_gib
+            ranks=options.get("gpus") or recipe.gpus,
+            gpu=gpu and gpu.name,
+            memory=gpu and gpu.usable_gib,
+            tflops=gpu and ASSUMED_TFLOPS,
         )
         stages.append(
             Stage(

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
-from .rows import UNREADABLE, Skipped, UnusableRow, check_row, describe_skipped, numbered_lines, parse_row
+from .rows import UNREADABLE, Row, Skipped, UnusableRow, check_row, describe_skipped, numbered_lines, parse_row
 from .samples import Sample, encode_row
 
 
@@ -45,19 +45,26 @@ class ChatDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self._offsets)
 
+    def images_of(self, index: int) -> int:
+        """Number of images of a row, which are not opened."""
+        return len(self._row(index).images)
+
     def __getitem__(self, index: int) -> Sample:
-        line, offset = self._offsets[index].tolist()
+        line = int(self._offsets[index]["line"])
         try:
-            # Opened each time: forked loader workers would share the position of an open file.
-            with self.path.open("rb") as file:
-                file.seek(offset)
-                return encode_row(parse_row(file.readline(), self.path.parent), self.processor)
+            return encode_row(self._row(index), self.processor)
         except UNREADABLE as error:
             # Another row in its place would differ between ranks that share this one.
             raise UserError(
                 f"{self.path}, line {line}, had passed the check and can't be used now ({error}). Of images the check "
                 "reads the headers; with decode_images=True also the pixels."
             ) from error
+
+    def _row(self, index: int) -> Row:
+        # Opened each time: forked loader workers would share the position of an open file.
+        with self.path.open("rb") as file:
+            file.seek(int(self._offsets[index]["offset"]))
+            return parse_row(file.readline(), self.path.parent)
 
     def _refuse_too_many(self, rows: int, max_skipped: float) -> None:
         if not rows:

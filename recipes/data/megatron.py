@@ -5,12 +5,14 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 # isort: split
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xxhash
 from megatron.bridge.data import DatasetBuildContext, DatasetProvider
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
 from megatron.bridge.utils.common_utils import get_rank_safe
@@ -24,6 +26,9 @@ from .samples import Sample, collate
 from .tiny import write_processor
 
 logger = logging.getLogger(__name__)
+
+PIECES, PIECE_SIZE = 64, 2**16
+"""Of a fingerprint."""
 
 PROCESSOR = "a folder with tokenizer and image processor with data.processor_path=DIR"
 
@@ -61,6 +66,8 @@ class ChatDatasetProvider(DatasetProvider):
     seq_length: int
     valid_path: str | None = None
     test_path: str | None = None
+    fingerprint: str | None = None
+    """Of the training data: that of another run cannot continue a checkpoint. Set by the command `train`."""
     seed: int = 1234
     max_skipped: float = 0.01
     decode_images: bool = False
@@ -106,6 +113,17 @@ class ChatDatasetProvider(DatasetProvider):
         self._check_paths()
         return GPTOSSVisionProcessor.from_pretrained(self.processor_path)
 
+    def fingerprint_of_data(self) -> str:
+        """A hash of the training file: of its size and of 64 pieces of 64 KiB, spread over it evenly."""
+        digest = xxhash.xxh3_128()
+        with Path(str(self.path)).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            for piece in range(PIECES):
+                file.seek(max(0, size - PIECE_SIZE) * piece // (PIECES - 1))
+                digest.update(file.read(PIECE_SIZE))
+        return digest.hexdigest()
+
     def count(self) -> tuple[int, int]:
         """Usable and skipped rows of the training data. Called on every rank: the ranks share the check.
 
@@ -114,6 +132,11 @@ class ChatDatasetProvider(DatasetProvider):
         """
         dataset = self._open(str(self.path), self.processor())
         return len(dataset), len(dataset.skipped)
+
+    def count_with_images(self) -> tuple[int, int, int]:
+        """Usable rows, skipped rows, and images of the training data; by this process alone, which parses all rows."""
+        dataset = self._open(str(self.path), self.processor())
+        return len(dataset), len(dataset.skipped), sum(dataset.images_of(index) for index in range(len(dataset)))
 
     def _split(self, path: str | None, num_samples: int, processor: GPTOSSVisionProcessor) -> ChatBatches | None:
         if path is None or num_samples == 0:
@@ -160,7 +183,7 @@ class DigitsDatasetProvider(ChatDatasetProvider):
             OSError: on every rank, when rank 0 cannot write.
         """
         self.finalize()
-        _on_rank_0(self._write)
+        on_rank_0(self._write)
 
     def build_datasets(
         self, context: DatasetBuildContext
@@ -181,19 +204,24 @@ class DigitsDatasetProvider(ChatDatasetProvider):
             write_processor(Path(self.folder, "processor"))
 
 
-def _on_rank_0(write: Callable[[], None]) -> None:
-    """Call on rank 0, which in a process without communication is told by the environment; raise its error on all."""
+def on_rank_0[T](call: Callable[[], T]) -> T:
+    """Call on rank 0, and return the result or raise the error on all ranks; they wait for it.
+
+    In a process without communication only rank 0, by the environment, calls, and the others return None.
+    """
+    result: Any = None
     error: Exception | None = None
     if get_rank_safe() == 0:
         try:
-            write()
+            result = call()
         except Exception as found:  # noqa: BLE001 - raised below on all ranks; alone, it would leave the others waiting
             error = found
-    found = [error]
+    shared = [result, error]
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        raise found[0]
+        torch.distributed.broadcast_object_list(shared, src=0)
+    if shared[1] is not None:
+        raise shared[1]
+    return shared[0]
 
 
 def _find_unusable_together(

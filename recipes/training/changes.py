@@ -41,10 +41,12 @@ ARCHITECTURE = {
 }
 """Fields of the provider that the weights decide."""
 
+FINGERPRINT = "dataset.fingerprint"
+
 REFUSED = (
     *(f"model.{name}" for name in sorted(ARCHITECTURE)),
     *("model.seq_length", "model.params_dtype", "mixed_precision", "rng.seed", "rng.data_parallel_random_init"),
-    *("dataset._target_", "dataset.seed", "dataset.seq_length", "dataset.max_skipped", "dataset.fingerprint"),
+    *("dataset._target_", "dataset.seed", "dataset.seq_length", "dataset.max_skipped", FINGERPRINT),
 )
 REFUSED_PREFIXES = ("peft", "model.freeze_", "optimizer.")
 """Beginnings of the names of more such fields; `APPLIED` are the exceptions."""
@@ -61,6 +63,8 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
+        if self.name == FINGERPRINT:
+            return "the file of the training data has another content"
         return f"{self.name} was {self.before!r} and is {self.now!r}"
 
     @property
@@ -80,7 +84,9 @@ def changes(saved: Mapping[str, Any], config: ConfigContainer) -> list[Change]:
     """
     derived = {f"model.{name}" for name in (saved["model"].get("derived") or {}) | config.model.derived}
     found = _differences(saved, as_mapping(config))
-    return [change for change in found if change.name not in derived and not _is_free(change.name)]
+    found = [change for change in found if change.name not in derived and not _is_free(change.name)]
+    # Without the command `train` there is no fingerprint.
+    return [change for change in found if change.name != FINGERPRINT or (change.before and change.now)]
 
 
 def as_mapping(config: ConfigContainer) -> dict[str, Any]:

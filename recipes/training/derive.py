@@ -25,6 +25,8 @@ def derive(config: ConfigContainer, given: Collection[str] = ()) -> None:
     """
     derive_sequence_length(config, given)
     derive_weight_decay(config, given)
+    if "optimizer.lr" in given and "optimizer.min_lr" not in given:
+        config.optimizer.min_lr = config.optimizer.lr / 10
     config.tokenizer.vocab_size = config.model.vocab_size - 1  # Megatron-Bridge adds one for the end of a text
     if config.model.calculate_per_token_loss:
         config.ddp.average_in_collective = False  # the sum of gradients is divided by all tokens

@@ -31,40 +31,74 @@ class Hardware:
         ranks: one per GPU, or per process on a CPU.
         gpu: name of the GPU; None for a CPU.
         memory: GiB that a process may allocate on it; None without a limit.
+        tflops: operations per second, in 10^12, that are assumed for a GPU.
     """
 
     ranks: int
     gpu: str | None = None
     memory: float | None = None
+    tflops: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What the steps of a run cost. Tokens count padding."""
+
+    hardware: Hardware
+    memory: MemoryEstimate
+    parameters: int
+    steps: int
+    batch: int
+    tokens_per_step: int
+    tokens_per_image: int
+    flops_per_token: float
+
+    @property
+    def gpu_hours_per_billion_tokens(self) -> float | None:
+        """By the rate that is assumed for the GPU; None on a CPU."""
+        rate = self.hardware.tflops
+        return None if rate is None else 1e9 * self.flops_per_token / (rate * 1e12) / 3600
+
+    def problems(self) -> list[str]:
+        """Why the run would fail, a sentence each."""
+        limit = self.hardware.memory
+        if limit is None or self.memory.total / GIB <= limit:
+            return []
+        where = f"and an {self.hardware.gpu} gives {limit:.0f} GiB"
+        less = "use more expert, tensor or pipeline parallelism, recomputation, or a shorter sequence"
+        return [f"The rank that needs most needs {self.memory}, {where}: {less}"]
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Titles and values."""
+        hardware, tokens = self.hardware, self.steps * self.tokens_per_step
+        ranks = f"{hardware.ranks} {hardware.gpu or 'on a CPU'}"
+        yield "ranks", f"{ranks}; {self.parameters / 1e9:.2f}B parameters in all"
+        limit = f"; {hardware.memory:.0f} GiB are usable" if hardware.memory else ""
+        yield "memory", f"{self.memory} on the rank that needs most{limit}"
+        image = f"; an image is {self.tokens_per_image} of them" if self.tokens_per_image else ""
+        yield "steps", f"{self.steps:,} of {self.batch:,} rows, {self.tokens_per_step:,} tokens{image}"
+        flops = self.flops_per_token
+        yield "operations", f"{flops:.3g} FLOPs per token, {flops * tokens:.3g} for {tokens:,} tokens"
+        if (hours := self.gpu_hours_per_billion_tokens) is not None:
+            rate = f"at {hardware.tflops:.0f} TFLOP/s per GPU"
+            yield "GPU-hours", f"{hours:.1f} per billion tokens, {hours * tokens / 1e9:,.0f} in all ({rate})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A run in numbers. Sizes in bytes; tokens count padding."""
+    """A run in numbers. Sizes in bytes."""
 
-    hardware: Hardware
-    memory: MemoryEstimate
-    steps: int
-    tokens_per_step: int
-    flops_per_token: float
-    parameters: int
+    cost: Cost
+    rows: int
+    skipped: int
+    images: int
     checkpoint_size: float
     checkpoints: int
     free_disk: float
-    rows: int
-    skipped: int
-    batch: int
 
     def problems(self) -> list[str]:
         """Why the run would fail, a sentence each; none where it would not."""
-        found = []
-        limit = self.hardware.memory
-        if limit is not None and self.memory.total / GIB > limit:
-            found.append(
-                f"The rank that needs most needs {self.memory}, and an {self.hardware.gpu} gives {limit:.0f} GiB: use "
-                "more expert, tensor or pipeline parallelism, recomputation, or a shorter sequence"
-            )
-        needed = self.checkpoint_size * self.checkpoints
+        found, needed = self.cost.problems(), self.checkpoint_size * self.checkpoints
         if needed > self.free_disk:
             found.append(
                 f"{self.checkpoints} checkpoints of {self.checkpoint_size / GIB:.1f} GiB do not fit the "
@@ -73,20 +107,18 @@ class Plan:
             )
         return found
 
-    def lines(self) -> Iterator[str]:
-        """The plan for a reader."""
-        where = f"{self.hardware.ranks} {self.hardware.gpu or 'CPU processes'}"
-        limit = f" of {self.hardware.memory:.0f}" if self.hardware.memory else ""
-        yield f"ranks        {where}, {self.parameters / 1e9:.2f}B parameters"
-        yield f"memory       {self.memory}{limit}, the rank that needs most"
-        epochs = self.steps * self.batch / self.rows
-        yield f"data         {self.rows:,} rows, {self.skipped} more are skipped; {epochs:.2f} epochs"
-        yield f"steps        {self.steps:,} of {self.batch} rows, {self.tokens_per_step:,} tokens a step"
-        tokens = self.steps * self.tokens_per_step
-        flops = self.flops_per_token
-        yield f"tokens       {tokens:,}, {flops:.2e} FLOPs each, {tokens * flops:.2e} in all"
-        free = f"{self.free_disk / GIB:.0f} GiB are free"
-        yield f"checkpoints  {self.checkpoints} of {self.checkpoint_size / GIB:.2f} GiB; {free}"
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Titles and values."""
+        yield from self.cost.lines()
+        epochs = self.cost.steps * self.cost.batch / self.rows
+        yield (
+            "data",
+            f"{self.rows:,} rows with {self.images:,} images, {self.skipped:,} rows are skipped; {epochs:.2f} epochs",
+        )
+        per_step = self.images / self.rows * self.cost.batch * self.cost.tokens_per_image
+        yield "image tokens", f"{per_step:,.0f} per step, {per_step / self.cost.tokens_per_step:.1%} of all"
+        size, free = self.checkpoint_size / GIB, self.free_disk / GIB
+        yield "checkpoints", f"{self.checkpoints} of {size:.2f} GiB; {free:,.0f} GiB are free"
 
 
 def validate(config: ConfigContainer, hardware: Hardware) -> ConfigContainer:
@@ -141,26 +173,44 @@ def plan(config: ConfigContainer, hardware: Hardware, folder: Path) -> Plan:
     Raises:
         UserError: the configuration or the data cannot be used.
     """
-    rows, skipped = config.dataset.count()
+    rows, skipped, images = config.dataset.count_with_images()
     checked = validate(config, hardware)
-    train, model = checked.train, checked.model
-    is_trained = {group: group not in model.frozen_groups for group in ("language_model", "vision_model")}
-    tokens = train.global_batch_size * model.seq_length
-    flops = decoder_flops(model, tokens).training(weight_gradients=is_trained["language_model"] and not checked.peft)
     return Plan(
-        hardware=hardware,
-        memory=estimate(checked, hardware.ranks),
-        steps=train.train_iters,
-        tokens_per_step=tokens,
-        flops_per_token=flops / tokens,
-        parameters=sum(part.count for part in parameters_of_stage(_on_one_rank(model), 0)),
+        cost=cost(checked, hardware),
+        rows=rows,
+        skipped=skipped,
+        images=images,
         checkpoint_size=_checkpoint_size(checked),
         checkpoints=_checkpoints(checked),
         free_disk=shutil.disk_usage(_existing(folder)).free,
-        rows=rows,
-        skipped=skipped,
-        batch=train.global_batch_size,
     )
+
+
+def cost(config: ConfigContainer, hardware: Hardware) -> Cost:
+    """What a run costs whose configuration is validated."""
+    train, model = config.train, config.model
+    tokens = train.global_batch_size * model.seq_length
+    learns = not model.freeze_language_model and config.peft is None
+    return Cost(
+        hardware=hardware,
+        memory=estimate(config, hardware.ranks),
+        parameters=sum(part.count for part in parameters_of_stage(_on_one_rank(model), 0)),
+        steps=train.train_iters,
+        batch=train.global_batch_size,
+        tokens_per_step=tokens,
+        tokens_per_image=model.num_image_tokens if model.use_vision else 0,
+        flops_per_token=decoder_flops(model, tokens).training(weight_gradients=learns) / tokens,
+    )
+
+
+def cost_without_data(config: ConfigContainer, hardware: Hardware) -> Cost:
+    """What a run costs whose paths are not known yet."""
+    config = copy.deepcopy(config)
+    for name in ("path", "processor_path"):
+        setattr(config.dataset, name, getattr(config.dataset, name) or "not named")
+    if config.peft is not None:  # Megatron-Bridge wants a folder that exists
+        config.checkpoint.pretrained_checkpoint = "."
+    return cost(validate(config, hardware), hardware)
 
 
 def estimate(config: ConfigContainer, ranks: int) -> MemoryEstimate:

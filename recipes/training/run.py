@@ -22,6 +22,7 @@ from megatron.bridge.utils.common_utils import get_master_addr_safe, get_master_
 from ...bridge.mcore import cpu
 from ...errors import UserError
 from ...terminal import say
+from ..data.megatron import on_rank_0
 from . import ranks
 from .checkpoints import newest_complete
 from .derive import derive
@@ -105,6 +106,15 @@ def dry_run(stages: Sequence[Stage], out: Path, *, weights: Path | None = None) 
             yield stage.name, plan(config, stage.hardware, out)
 
 
+def derived(stage: Stage) -> ConfigContainer:
+    """The configuration of a stage with what follows from its settings; paths stay as they are."""
+    config = copy.deepcopy(stage.config)
+    derive(config, stage.given)
+    if stage.tokens is not None:
+        complete_steps(config, stage.tokens, None)
+    return config
+
+
 def folders_of(stages: Sequence[Stage], out: Path) -> list[Path]:
     """The folder of each stage: that of the run, or in it one with the name of the stage."""
     return [out] if len(stages) == 1 else [out / stage.name for stage in stages]
@@ -148,6 +158,7 @@ def _train_stage(stage: Stage, folder: Path, out: Path, weights: Path | None, st
     config = stage.config
     complete(config, stage, folder, out / "digits", weights)
     check_processor(config)
+    config.dataset.fingerprint = on_rank_0(config.dataset.fingerprint_of_data)
     validate(config, Hardware(ranks=ranks.world_size()))
     done, steps = newest_complete(Path(config.checkpoint.save)), config.train.train_iters
     if done is not None and done[0] >= steps:

@@ -114,7 +114,7 @@ def _entry(section: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
 
 
 def _architecture() -> set[str]:
-    return megatron_fields(GPTOSSVisionConfig()).keys() - set(TRAINING_ONLY)
+    return megatron_fields(GPTOSSVisionConfig()).keys() - {*TRAINING_ONLY} | {"vocab_size"}
 
 
 def _hint(cls: type, name: str) -> Any:

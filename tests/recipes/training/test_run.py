@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import forked
@@ -12,9 +13,19 @@ import pytest
 import gpt_oss_vision
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.cli import main
+from gpt_oss_vision.recipes.data.digits import write_digits
+from gpt_oss_vision.recipes.data.tiny import write_processor
 
 STEPS = 12
-SMALL = ("train.global_batch_size=8", "train.micro_batch_size=8", "logger.log_interval=1", "validation.eval_iters=0")
+ROWS = 60
+SMALL = {
+    "train.train_iters": STEPS,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 8,
+    "logger.log_interval": 1,
+    "validation.eval_iters": 0,
+    "checkpoint.save_interval": 3,
+}
 TO_BE_CONTINUED = 75
 
 
@@ -25,9 +36,31 @@ def _warm():
     from gpt_oss_vision.recipes.training import run  # noqa: F401
 
 
-def arguments(out: Path, *settings: str, name: str = "gpt_oss_vision_tiny_sft") -> tuple[str, ...]:
-    length = () if any(setting.startswith("train.") for setting in settings) else (f"train.train_iters={STEPS}",)
-    return ("train", name, f"out={out}", *SMALL, "checkpoint.save_interval=3", *length, *settings)
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the digits, the processor, and a file of a few rows."""
+    folder = tmp_path_factory.mktemp("shared") / "digits"
+    cpu.run_ranks(1, write_few, folder)  # not here: a fork of a process that has trained a tokenizer cannot train one
+    return folder
+
+
+def write_few(folder: Path) -> None:
+    rows = write_digits(folder, 0).train_path.read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(rows[:ROWS]))
+    write_processor(folder / "processor")
+
+
+@pytest.fixture(scope="module")
+def arguments(digits: Path) -> Callable[..., tuple[str, ...]]:
+    """A function that returns a command line: a run of a few steps on a few rows."""
+
+    def line(out: Path, *settings: str) -> tuple[str, ...]:
+        names = [setting.partition("=")[0] for setting in settings]
+        defaults = SMALL | {"out": out, "data.folder": digits, "data.path": digits / "few.jsonl"}
+        kept = (f"{name}={value}" for name, value in defaults.items() if name not in names)
+        return ("train", "gpt_oss_vision_tiny_sft", *kept, *settings)
+
+    return line
 
 
 def steps(out: Path) -> list[dict]:
@@ -46,14 +79,16 @@ def losses(out: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+def unbroken(arguments, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     out = tmp_path_factory.mktemp("unbroken")
     assert forked.run(*arguments(out / "run"), output=out / "output") == 0
     assert [*losses(out / "run")] == [*range(1, STEPS + 1)]
     return losses(out / "run")
 
 
-def test_a_run_killed_at_ten_steps_has_the_losses_of_an_unbroken_one(unbroken: dict[int, float], tmp_path: Path):
+def test_a_run_killed_at_ten_steps_has_the_losses_of_an_unbroken_one(
+    arguments, unbroken: dict[int, float], tmp_path: Path
+):
     out = tmp_path / "run"
     for number in range(1, 11):
         command = forked.Command(*arguments(out), output=tmp_path / "output")
@@ -66,7 +101,9 @@ def test_a_run_killed_at_ten_steps_has_the_losses_of_an_unbroken_one(unbroken: d
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize("group", [False, True], ids=["to the process", "to its group"])
-def test_a_signal_ends_the_run_saved(number: signal.Signals, group: bool, unbroken: dict[int, float], tmp_path: Path):
+def test_a_signal_ends_the_run_saved(
+    arguments, number: signal.Signals, group: bool, unbroken: dict[int, float], tmp_path: Path
+):
     out, output = tmp_path / "run", tmp_path / "output"
     workers = ("data.num_workers=2", "data.persistent_workers=true")
     command = forked.Command(*arguments(out, *workers), output=output)
@@ -83,7 +120,7 @@ def test_a_signal_ends_the_run_saved(number: signal.Signals, group: bool, unbrok
     assert losses(out) == unbroken
 
 
-def test_a_time_limit_ends_the_run_saved(unbroken: dict[int, float], tmp_path: Path):
+def test_a_time_limit_ends_the_run_saved(arguments, unbroken: dict[int, float], tmp_path: Path):
     out, output = tmp_path / "run", tmp_path / "output"
     codes = []
     while not codes or codes[-1] == TO_BE_CONTINUED:
@@ -94,18 +131,21 @@ def test_a_time_limit_ends_the_run_saved(unbroken: dict[int, float], tmp_path: P
     assert losses(out) == unbroken
 
 
-def test_a_second_interrupt_leaves_at_once(tmp_path: Path):
-    out = tmp_path / "run"
-    command = forked.Command(*arguments(out, "train.global_batch_size=512"), output=tmp_path / "output")
-    command.wait_until(lambda: "Training sft" in (tmp_path / "output").read_text() and (out / "checkpoints").exists())
-    time.sleep(3)
+def test_a_second_interrupt_leaves_at_once(arguments, tmp_path: Path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    long_step = ("train.global_batch_size=4096", "train.micro_batch_size=64")
+    command = forked.Command(*arguments(out, *long_step), output=output)
+    log = out / "logs/rank-0.txt"
+    command.wait_until(lambda: log.exists() and "Starting training loop" in log.read_text())
     command.send(signal.SIGINT)
-    time.sleep(1.2)
+    command.wait_until(lambda: "Ctrl-C once more leaves at once" in output.read_text())
+    time.sleep(1.2)  # what comes sooner belongs to the same Ctrl-C
     command.send(signal.SIGINT)
-    assert command.exit_code() in (128 + signal.SIGINT, TO_BE_CONTINUED)
+    assert command.exit_code() == 128 + signal.SIGINT
+    assert not steps(out)
 
 
-def test_a_finished_run_says_so(unbroken: dict[int, float], tmp_path: Path):
+def test_a_finished_run_says_so(arguments, tmp_path: Path):
     out, output = tmp_path / "run", tmp_path / "output"
     assert forked.run(*arguments(out, "train.train_iters=2"), output=output) == 0
     assert forked.run(*arguments(out, "train.train_iters=2"), output=output) == 0
@@ -114,7 +154,7 @@ def test_a_finished_run_says_so(unbroken: dict[int, float], tmp_path: Path):
     assert len(steps(out)) == 2
 
 
-def test_a_folder_in_use_is_refused(tmp_path: Path):
+def test_a_folder_in_use_is_refused(arguments, tmp_path: Path):
     out, output = tmp_path / "run", tmp_path / "output"
     command = forked.Command(*arguments(out), output=output)
     command.wait_until(lambda: len(steps(out)) >= 1)
@@ -124,40 +164,52 @@ def test_a_folder_in_use_is_refused(tmp_path: Path):
     assert f"{out} is in use by process {command.process} on" in (tmp_path / "second").read_text()
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        ("model.expert_model_parallel_size=2",),
-        ("model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"),
-    ],
-    ids=["EP2·DP2", "TP2·PP2"],
-)
-def test_four_ranks_have_the_losses_of_one(sizes: tuple[str, ...], tmp_path: Path):
-    settings = ("train.micro_batch_size=2", f"train.train_iters={STEPS}")
-    for world, folder, layout in ((1, "one", ()), (4, "four", sizes)):
-        codes = cpu.run_ranks(world, main, arguments(tmp_path / folder, *settings, *layout))
-        assert codes == [0] * world
-    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+LAYOUTS = {
+    "EP2·DP2": ("model.expert_model_parallel_size=2",),
+    "TP2·PP2": ("model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"),
+}
+FEW = ("train.train_iters=4", "train.micro_batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def weights(arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Megatron checkpoint: Megatron's random weights depend on the layout."""
+    out = tmp_path_factory.mktemp("weights") / "run"
+    assert forked.run(*arguments(out, "train.train_iters=1"), output=out.with_name("output")) == 0
+    return out / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(arguments, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    out = tmp_path_factory.mktemp("one") / "run"
+    assert forked.run(*arguments(out, f"weights={weights}", *FEW), output=out.with_name("output")) == 0
+    return losses(out)
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS.values(), ids=LAYOUTS)
+def test_four_ranks_have_the_losses_of_one(sizes, arguments, weights: Path, on_one_rank: dict, tmp_path: Path):
+    line = arguments(tmp_path / "run", f"weights={weights}", *FEW, *sizes)
+    assert cpu.run_ranks(4, main, line, timeout=240) == [0] * 4
+    assert losses(tmp_path / "run") == pytest.approx(on_one_rank, rel=1e-5)
 
 
 def fail_on_one_rank(rank: int, line: tuple[str, ...]) -> int:
-    """Run the command; on one rank the disk refuses a folder."""
-    from gpt_oss_vision.recipes.training import train
+    """Run the command; on one rank the disk is full in the second step."""
+    from gpt_oss_vision.recipes.training.log import TrainingLog
 
     if int(os.environ["RANK"]) == rank:
-        train.cpu.adapt_config_for_cpu = _no_space  # the step before Megatron-Bridge's loop
+        TrainingLog.on_train_step_end = _no_space
     return main(line)
 
 
-def _no_space(config: object) -> None:
+def _no_space(log: object, context: object) -> None:
     raise OSError(28, "No space left on device", "somewhere")
 
 
-def test_the_rank_that_fails_first_speaks_for_all(tmp_path: Path, capfd: pytest.CaptureFixture):
-    layout = ("model.tensor_model_parallel_size=2", f"train.train_iters={STEPS}")
-    with pytest.raises(RuntimeError):
-        codes = cpu.run_ranks(2, fail_on_one_rank, 1, arguments(tmp_path / "run", *layout))
-        raise RuntimeError(str(codes))
+def test_the_rank_that_fails_first_speaks_for_all(arguments, tmp_path: Path, capfd: pytest.CaptureFixture):
+    layout = ("model.tensor_model_parallel_size=2",)
+    with pytest.raises(RuntimeError, match=r"sys\.exit\(1\)"):  # of rank 0, which waits for the other
+        cpu.run_ranks(2, fail_on_one_rank, 1, arguments(tmp_path / "run", *layout), timeout=120)
     said = capfd.readouterr().err
     assert said.count("gpt-oss-vision: ") == 1
-    assert "No space left on device: somewhere (on rank 1 of 2, " in said
+    assert f"No space left on the disk of {tmp_path}/run/checkpoints" in said and "(on rank 1 of 2, " in said
