@@ -1,6 +1,7 @@
 """LoRA adapters that Megatron-Bridge has trained: into PEFT's format, and merged into the weights of an export.
 
-Its checkpoint holds only the adapters, as ``KEY.adapter.linear_in.weight [L, r, in]`` (LoRA's A) and
+Its checkpoint holds only what was trained: parameters as in any checkpoint, where some are trained as full weights
+(`recipes/training/peft.py`), and the adapters, as ``KEY.adapter.linear_in.weight [L, r, in]`` (LoRA's A) and
 ``KEY.adapter.linear_out.weight [L, out, r]`` (its B); those of experts are ``[L, E, …]``, also where all experts share
 one. The weights are in the checkpoint that training started from. The adapted weight is ``W + alpha / r · B·A``, in
 Megatron's layout.
@@ -9,14 +10,14 @@ Megatron's layout.
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 
-from ..bridge.weight_map import Layout
+from ..bridge.weight_map import LANGUAGE_MODEL, PARAM_GROUPS, Layout, group_of
 from ..errors import UserError
 from ..terminal import Progress
 from .engine.job import ConversionPlan, run_conversion
@@ -68,12 +69,16 @@ class Adapters:
         alpha: numerator of the scale ``alpha / r``.
         base: the Megatron checkpoint that they adapt, as ``run_config.yaml`` names it.
         pairs: A ``[L, r, in]`` and B ``[L, out, r]``, or ``[L, E, …]`` of experts, in fp32, by the key of the weight.
+        full_weights: parameters that were trained themselves, by key.
+        full_groups: their groups, as ``run_config.yaml`` names them.
     """
 
     folder: Path
     alpha: float
     base: Path | None
     pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    full_weights: Mapping[str, ShardedTensor]
+    full_groups: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -114,31 +119,47 @@ def read_adapters(checkpoint: TorchDistCheckpoint) -> Adapters:
         raise FileNotFoundError(f"{checkpoint.folder} has no {file.name}, which holds alpha; copy it again")
     config = run_config.read_run_config(checkpoint.folder)
     settings = run_config.section(checkpoint.folder, config, "peft")
-    if not str(settings.get("_target_")).endswith(".LoRA"):
+    if not str(settings.get("_target_")).endswith((".LoRA", ".GPTOSSVisionLoRA")):
         raise UserError(f"{file} says {settings.get('_target_')}; only Megatron-Bridge's LoRA can be exported")
     alpha, base = settings.get("alpha"), run_config.section(checkpoint.folder, config, "checkpoint")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise UserError(f"{file} has {alpha!r} for peft.alpha, not a number; copy it again")
     if settings.get("experts_shared_outer_loras"):
         raise UserError(f"{file} says experts_shared_outer_loras; only adapters that share all or nothing are exported")
-    unknown = sorted(checkpoint.tensors.keys() - {layer + part for layer in ADAPTED for part in (IN, OUT)})
+    halves = {layer + part for layer in ADAPTED for part in (IN, OUT)}
+    groups = _full_groups(checkpoint.folder, config)
+    full_weights = {key: tensor for key, tensor in checkpoint.tensors.items() if group_of(key) in groups}
+    unknown = sorted(checkpoint.tensors.keys() - halves - full_weights.keys())
     if unknown:
         raise UserError(f"{checkpoint.folder} has adapters that cannot be exported: {listed(unknown)}")
     found = [layer for layer in ADAPTED if {layer + IN, layer + OUT} & checkpoint.tensors.keys()]
-    halves = sorted({layer + part for layer in found for part in (IN, OUT)} - checkpoint.tensors.keys())
-    if halves:
-        raise UserError(f"{checkpoint.folder} lacks halves of adapters: {listed(halves)}; copy it again")
-    read = _read_all(checkpoint.tensors)
+    lacking = sorted({layer + part for layer in found for part in (IN, OUT)} - checkpoint.tensors.keys())
+    if lacking:
+        raise UserError(f"{checkpoint.folder} lacks halves of adapters: {listed(lacking)}; copy it again")
+    read = _read_all({key: tensor for key, tensor in checkpoint.tensors.items() if key in halves})
     pairs = {layer + ".weight": (read[layer + IN], read[layer + OUT]) for layer in found}
     where = base.get("pretrained_checkpoint")
-    return Adapters(checkpoint.folder, alpha, Path(where) if isinstance(where, str) else None, pairs)
+    base_folder = Path(where) if isinstance(where, str) else None
+    return Adapters(checkpoint.folder, alpha, base_folder, pairs, full_weights, groups)
+
+
+def _full_groups(folder: Path, config: dict[str, Any]) -> tuple[str, ...]:
+    """The groups of parameters that were trained as full weights beside the adapters: those that were not frozen."""
+    model = run_config.section(folder, config, "model")
+    groups = run_config.section(folder, config, "peft").get("full_weights") or []
+    if not isinstance(groups, list) or not {*groups} <= {*PARAM_GROUPS} - {LANGUAGE_MODEL}:
+        raise UserError(f"{folder / run_config.RUN_CONFIG} has {groups!r} for peft.full_weights; copy it again")
+    return tuple(group for group in groups if not model.get(f"freeze_{group}"))
 
 
 def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:
     """Open the checkpoint with the weights: `given`, or the one that training started from.
 
+    Those that were trained as full weights are the trained ones in it.
+
     Raises:
         FileNotFoundError: it does not exist, or none is named.
+        ValueError: the checkpoint of the adapters lacks full weights.
     """
     base = given or adapters.base
     if base is None:
@@ -147,7 +168,11 @@ def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:
         )
     if not base.is_dir():
         raise FileNotFoundError(f"The adapters are for the weights in {base}, which is not there; name it with --base")
-    return open_checkpoint(base)
+    opened = open_checkpoint(base)
+    wanted = {key for key in opened.tensors if group_of(key) in adapters.full_groups}
+    if lacking := sorted(wanted - adapters.full_weights.keys()):
+        raise UserError(f"{adapters.folder} lacks full weights: {listed(lacking)}; copy it again")
+    return replace(opened, tensors=opened.tensors | adapters.full_weights)
 
 
 def _read_all(tensors: Mapping[str, ShardedTensor]) -> dict[str, torch.Tensor]:
@@ -196,7 +221,15 @@ def export_adapters(
     if not is_adapter_checkpoint(checkpoint):
         raise UserError(f"{checkpoint.folder} holds no adapters; export it without --adapter")
     folder = reference_folder(checkpoint, Path(hf).absolute() if hf else None)
-    plan = plan_adapter_export(read_adapters(checkpoint), folder, {"megatron": str(checkpoint.folder)})
+    adapters = read_adapters(checkpoint)
+    if adapters.full_weights:
+        # PEFT saves modules whole; the pool token and the vision bias are parameters of the adapter with the tower, and
+        # of the router.
+        raise UserError(
+            f"{checkpoint.folder} holds full weights of {' and '.join(adapters.full_groups)} beside its adapters, "
+            "which PEFT's format has no place for; export them merged, without --adapter"
+        )
+    plan = plan_adapter_export(adapters, folder, {"megatron": str(checkpoint.folder)})
     return run_conversion(plan, out, jobs=1, overwrite=overwrite, dry_run=dry_run, console=console)
 
 

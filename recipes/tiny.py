@@ -3,7 +3,7 @@
 from ..bridge.mcore.provider import provider_from_config
 from .base import ConfigContainer, base_config, set_learning_rate
 from .data.megatron import DigitsDatasetProvider
-from .data.tiny import tiny_config, tiny_processor
+from .data.tiny import tiny_config
 from .training.peft import GPTOSSVisionLoRA
 
 
@@ -40,7 +40,7 @@ def gpt_oss_vision_tiny_long_context_1cpu_fp32_config() -> ConfigContainer:
 
 def _tiny(steps: int, seq_length: int = 32) -> ConfigContainer:
     dataset = DigitsDatasetProvider(seq_length=seq_length, seed=0, num_workers=0, persistent_workers=False)
-    model = provider_from_config(tiny_config(tiny_processor().tokenizer), seq_length=seq_length)
+    model = provider_from_config(tiny_config(), seq_length=seq_length)
     config = base_config(model, dataset)
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = steps, 64, 16
     config.validation.eval_interval, config.validation.eval_iters = 100, 4

@@ -11,18 +11,21 @@ from ...atomic import atomic_folder
 if TYPE_CHECKING:
     from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
     from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-    from ...bridge.hf.tokenization_gpt_oss_vision import GPTOSSVisionTokenizer
 
-VOCABULARY = 448
+VOCABULARY = 410
+"""Tokens of the texts of the digits, bytes and special tokens."""
 LAYERS = 4
 KEY_VALUE_HEADS = 2
 EXPERTS = 8
 
 
-def tiny_config(tokenizer: "GPTOSSVisionTokenizer") -> "GPTOSSVisionConfig":
+def tiny_config() -> "GPTOSSVisionConfig":
     """gpt-oss's architecture at a size that trains in minutes on two cores: MoE, sinks, window, YaRN, NoPE, ViT."""
     from ...bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
     from ...bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN
+    from .tokenizer import SPECIAL_TOKENS
+
+    ids = dict(zip(SPECIAL_TOKENS, range(VOCABULARY - len(SPECIAL_TOKENS), VOCABULARY), strict=True))
 
     return GPTOSSVisionConfig(
         num_hidden_layers=LAYERS,
@@ -51,11 +54,11 @@ def tiny_config(tokenizer: "GPTOSSVisionTokenizer") -> "GPTOSSVisionConfig":
         vision_num_layers=2,
         vision_num_heads=4,
         vision_image_size=16,
-        vocab_size=len(tokenizer),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=VOCABULARY,
+        image_token_id=ids[IMAGE_TOKEN],
+        bos_token_id=ids["<|startoftext|>"],
+        eos_token_id=ids["<|return|>"],
+        pad_token_id=ids["<|endoftext|>"],
         initializer_range=0.05,
     )
 
@@ -67,7 +70,7 @@ def tiny_processor() -> "GPTOSSVisionProcessor":
     from .tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(all_texts(), vocab_size=VOCABULARY)
-    return GPTOSSVisionProcessor.from_config(tiny_config(tokenizer), tokenizer)
+    return GPTOSSVisionProcessor.from_config(tiny_config(), tokenizer)
 
 
 def write_processor(folder: Path) -> None:
@@ -78,4 +81,4 @@ def write_processor(folder: Path) -> None:
     with atomic_folder(folder, overwrite=True) as partial:
         processor.save_pretrained(partial)
         processor.tokenizer.generation_config().save_pretrained(partial)
-        tiny_config(processor.tokenizer).save_pretrained(partial)
+        tiny_config().save_pretrained(partial)

@@ -1,6 +1,8 @@
 """Training of a small tokenizer like gpt-oss's, for toy models."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -54,7 +56,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPTOSSVisionTokeni
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(vocab_size=num_ordinary, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    with _without_threads():
+        tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return GPTOSSVisionTokenizer(
         tokenizer_object=tokenizer,
@@ -63,3 +66,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPTOSSVisionTokeni
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@contextmanager
+def _without_threads() -> Iterator[None]:
+    """Let tokenizers (0.22.2) work in this thread: its pool does not exist in a fork, which would wait for it."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

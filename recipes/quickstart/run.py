@@ -82,7 +82,7 @@ def write_checkpoint(folder: Path, settings: Settings) -> None:
     """A tiny random checkpoint in Hugging Face format with everything on, and a tokenizer made for the digits."""
     processor = tiny_processor()
     torch.manual_seed(settings.seed)
-    model = GPTOSSVisionForCausalLM(tiny_config(processor.tokenizer))
+    model = GPTOSSVisionForCausalLM(tiny_config())
     model.generation_config = processor.tokenizer.generation_config()
     model.save_pretrained(folder)
     # safetensors 0.8.0 lets only the owner read its files, whatever the umask.

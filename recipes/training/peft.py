@@ -22,27 +22,30 @@ class GPTOSSVisionLoRA(LoRA):
     """
 
     full_weights: list[str] = field(default_factory=lambda: ["vision_projection", "vision_bias"])
+    names_of_full_weights: set[str] = field(default_factory=set, init=False, repr=False)
+    """Of a model that has been adapted."""
 
     def freeze_model(self, model: Any, training: bool = True) -> None:
-        """Freeze all parameters but those of `full_weights` that are not frozen already.
+        """Freeze all parameters, in training but those of `full_weights` that are not frozen already.
 
         Raises:
             UserError: `full_weights` names what is no group, or the language model, which has the adapters.
         """
-        unknown = sorted({*self.full_weights} - {*PARAM_GROUPS} | {*self.full_weights} & {LANGUAGE_MODEL})
-        if unknown:
-            groups = ", ".join(group for group in PARAM_GROUPS if group != LANGUAGE_MODEL)
-            raise UserError(f"peft.full_weights has {', '.join(unknown)}; it takes {groups}.")
+        groups = [group for group in PARAM_GROUPS if group != LANGUAGE_MODEL]
+        if unknown := sorted({*self.full_weights} - {*groups}):
+            raise UserError(f"peft.full_weights has {', '.join(unknown)}; it takes {', '.join(groups)}.")
         chunks = model if isinstance(model, list) else [model]
-        kept = [
-            parameter
-            for chunk in chunks
-            for name, parameter in chunk.named_parameters()
-            if training and parameter.requires_grad and group_of(name) in self.full_weights
-        ]
+        named = [pair for chunk in chunks for pair in chunk.named_parameters()]
+        kept = {name: one for name, one in named if one.requires_grad and group_of(name) in self.full_weights}
+        self.names_of_full_weights |= kept.keys()
         super().freeze_model(model, training)
-        for parameter in kept:
+        for parameter in kept.values() if training else ():
             parameter.requires_grad_(True)
+
+    def adapter_key_filter(self, key: Any) -> bool:
+        """Whether a checkpoint has the parameter: an adapter's or a full weight, also where it is loaded to be used."""
+        name = key[0] if isinstance(key, tuple) else key
+        return name in self.names_of_full_weights or super().adapter_key_filter(key)
 
     def to_cfg_dict(self) -> dict[str, Any]:
         """The fields for a configuration file.

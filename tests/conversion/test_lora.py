@@ -18,12 +18,15 @@ import gpt_oss_vision
 from checkpoints import load_hf, load_megatron
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.mcore import cpu, upstream
+from gpt_oss_vision.bridge.weight_map import PARAM_GROUPS, group_of
 from gpt_oss_vision.conversion.exporting import export_checkpoint
 from gpt_oss_vision.conversion.importing import import_checkpoint
 from gpt_oss_vision.conversion.lora import export_adapters
+from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import training_config, write_checkpoint
 from gpt_oss_vision.recipes.quickstart.settings import Settings
+from gpt_oss_vision.recipes.training.peft import GPTOSSVisionLoRA
 from gpt_oss_vision.recipes.training.train import train
 from tiny import tiny_batch
 
@@ -42,10 +45,11 @@ class Kind:
     options: dict[str, Any] = field(default_factory=dict)
 
     def lora(self):
-        """Megatron-Bridge's LoRA with these settings."""
+        """LoRA with these settings: Megatron-Bridge's, or ours where they name full weights."""
         from megatron.bridge.peft.lora import LoRA
 
-        return LoRA(target_modules=self.targets, dim=4, alpha=12, **self.options)
+        lora = GPTOSSVisionLoRA if "full_weights" in self.options else LoRA
+        return lora(target_modules=self.targets, dim=4, alpha=12, **self.options)
 
 
 KINDS = {
@@ -54,6 +58,12 @@ KINDS = {
     "everything, TP2 and EP2": Kind(ATTENTION + EXPERTS, ranks=2),
     "experts of a lower rank": Kind(ATTENTION + EXPERTS, options={"normalize_moe_lora": True}),
     "one for each expert": Kind(EXPERTS, options={"share_expert_adapters": False}),
+}
+
+FULL = {"full_weights": ["vision_projection", "vision_bias"]}
+WITH_FULL_WEIGHTS = {
+    "everything": Kind(ATTENTION + EXPERTS, options=FULL),
+    "everything, TP2 and EP2": Kind(ATTENTION + EXPERTS, ranks=2, options=FULL | {"share_expert_adapters": False}),
 }
 
 
@@ -147,6 +157,48 @@ def test_a_moved_base_must_be_named(adapter: Path, start: Path, tmp_path: Path):
         export_checkpoint(moved, tmp_path / "out")
     export_checkpoint(moved, tmp_path / "out", base=start / "megatron")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "gpt_oss_vision"
+
+
+@pytest.fixture(scope="module", params=WITH_FULL_WEIGHTS.values(), ids=WITH_FULL_WEIGHTS)
+def with_full_weights(request: pytest.FixtureRequest, start: Path, tmp_path_factory) -> tuple[Kind, Path]:
+    """A checkpoint of adapters and full weights."""
+    out = tmp_path_factory.mktemp("full") / "megatron"
+    cpu.run_ranks(request.param.ranks, train_lora, start, out, request.param)
+    return request.param, out
+
+
+def test_full_weights_beside_adapters_are_merged_too(with_full_weights: tuple[Kind, Path], start: Path, tmp_path: Path):
+    kind, adapter = with_full_weights
+    export_checkpoint(adapter, tmp_path / "merged", dtype="fp32")
+    merged, before = load_hf(tmp_path / "merged"), load_hf(start / "hf_start")
+    groups = {group: [name for name in before if group_of(name) == group] for group in PARAM_GROUPS}
+    for name in groups["vision_projection"] + groups["vision_bias"][:-1]:
+        assert not torch.equal(merged[name], before[name]), name
+    assert all(torch.equal(merged[name], before[name]) for name in groups["vision_model"])
+    model = GPTOSSVisionForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    batch = tiny_batch(model.config)
+    (expected,) = cpu.run_ranks(1, megatron_logits, start, adapter, kind, batch)
+    with torch.no_grad():
+        assert (model(**batch).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_an_adapter_for_peft_has_no_place_for_full_weights(with_full_weights: tuple[Kind, Path], tmp_path: Path):
+    with pytest.raises(UserError, match="holds full weights of vision_projection and vision_bias beside its adapters"):
+        export_adapters(with_full_weights[1], tmp_path / "out")
+
+
+def test_full_weights_that_are_lost_or_not_named_are_refused(with_full_weights: tuple[Kind, Path], tmp_path: Path):
+    adapter = with_full_weights[1]
+    key = "vision_adapter.pool_token"
+    lost = edited(adapter, tmp_path / "lost", lambda tensors: tensors.pop(key))
+    with pytest.raises(UserError, match=rf"lacks full weights: {key}; copy it again"):
+        export_checkpoint(lost, tmp_path / "out")
+    unnamed = with_settings(adapter, tmp_path / "unnamed", lambda config: config["peft"].pop("full_weights"))
+    with pytest.raises(UserError, match=rf"has adapters that cannot be exported: .*{key}"):
+        export_checkpoint(unnamed, tmp_path / "out")
+    wrong = with_settings(adapter, tmp_path / "wrong", lambda config: config["peft"].update(full_weights=["tower"]))
+    with pytest.raises(UserError, match=r"has \['tower'\] for peft.full_weights"):
+        export_checkpoint(wrong, tmp_path / "out")
 
 
 def test_a_checkpoint_without_adapters_is_refused(start: Path, tmp_path: Path):

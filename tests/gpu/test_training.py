@@ -22,7 +22,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """The quickstart's, with heads of 64."""
     folder = tmp_path_factory.mktemp("start")
     processor = tiny_processor()
-    config = GPTOSSVisionConfig.from_dict(tiny_config(processor.tokenizer).to_dict() | {"head_dim": 64})
+    config = GPTOSSVisionConfig.from_dict(tiny_config().to_dict() | {"head_dim": 64})
     torch.manual_seed(0)
     GPTOSSVisionForCausalLM(config).save_pretrained(folder / "hf_start")
     processor.save_pretrained(folder / "hf_start")

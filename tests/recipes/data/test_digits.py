@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from gpt_oss_vision.bridge.hf.tokenization_gpt_oss_vision import IMAGE_TOKEN
 from gpt_oss_vision.recipes.data.digits import (
     NO_IMAGE,
     QUESTIONS,
@@ -18,6 +19,7 @@ from gpt_oss_vision.recipes.data.digits import (
     evaluation_rows,
     write_digits,
 )
+from gpt_oss_vision.recipes.data.tiny import tiny_config, tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +158,11 @@ def test_all_texts_covers_the_dataset(split):
     for path in (split.train_path, split.test_path):
         for row in rows_of(path):
             assert {parts(row, "text")[0]["text"], answer(row)} <= texts
+
+
+def test_the_config_of_the_tiny_model_is_that_of_its_tokenizer():
+    config, tokenizer = tiny_config(), tiny_processor().tokenizer
+    assert config.vocab_size == len(tokenizer)
+    assert config.image_token_id == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(config, name) == getattr(tokenizer, name)
