@@ -127,6 +127,7 @@ def validate(config: ConfigContainer, hardware: Hardware) -> ConfigContainer:
     Raises:
         UserError: with what Megatron-Bridge, or this package, refuses.
     """
+    _check_ranks(config, hardware.ranks)
     checked = copy.deepcopy(config)
     is_elsewhere = hardware.gpu is not None and not cpu.cuda_is_real()
     if not is_elsewhere:
@@ -139,6 +140,27 @@ def validate(config: ConfigContainer, hardware: Hardware) -> ConfigContainer:
         except (AssertionError, ValueError) as error:
             raise UserError(f"Megatron-Bridge refuses this configuration: {' '.join(str(error).split())}") from error
     return checked
+
+
+def _check_ranks(config: ConfigContainer, ranks: int) -> None:
+    """Check that layout and batch divide the ranks.
+
+    Raises:
+        UserError: with the numbers.
+    """
+    model, train = config.model, config.train
+    shared = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    experts = model.pipeline_model_parallel_size * model.expert_model_parallel_size
+    experts *= model.expert_tensor_parallel_size or 1
+    for size, names in ((shared, "tensor · pipeline · context"), (experts, "pipeline · expert · expert-tensor")):
+        if ranks % size:
+            raise UserError(f"{ranks} ranks are no multiple of the {size} of {names} parallelism")
+    at_once = train.micro_batch_size * (ranks // shared)
+    if train.global_batch_size % at_once:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} is no multiple of the {at_once} rows of a microbatch "
+            f"(train.micro_batch_size={train.micro_batch_size} · {ranks // shared} data-parallel ranks)"
+        )
 
 
 def check_processor(config: ConfigContainer) -> None:

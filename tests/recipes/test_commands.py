@@ -1,0 +1,95 @@
+"""The commands `recipes` and `train` before any training: what they print, and how fast."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import forked
+import pytest
+import yaml
+
+import gpt_oss_vision
+from gpt_oss_vision.recipes.catalog import RECIPES
+
+SECONDS = 0.5
+
+
+def answer(*arguments: str) -> tuple[int, str, str, float]:
+    """Exit code, output, errors and CPU seconds of the command in a new process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    line = [sys.executable, "-X", "importtime", "-m", "gpt_oss_vision.cli", *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    errors = "\n".join(line for line in done.stderr.splitlines() if not line.startswith("import time:"))
+    assert not {" torch", " transformers", " megatron"} & {
+        line.rpartition("|")[2].rstrip() for line in done.stderr.splitlines()
+    }
+    return done.returncode, done.stdout, errors, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_the_list_has_every_recipe_within_half_a_second():
+    code, said, _, seconds = answer("recipes")
+    assert code == 0 and seconds < SECONDS
+    lines = said.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == [recipe.name for recipe in RECIPES]
+    assert all(recipe.purpose in line for recipe, line in zip(RECIPES, lines, strict=True))
+
+
+WRONG = {
+    (
+        "train",
+        "gpt_oss_vision_20b_stf",
+    ): "There is no recipe gpt_oss_vision_20b_stf; near it are gpt_oss_vision_20b_sft",
+    ("train", "gpt_oss_vision_20b_sft", "optimizer.lt=1"): "optimizer.lt is no setting; the nearest is optimizer.lr",
+    ("train", "gpt_oss_vision_20b_sft", "train.train_iters=abc"): "train.train_iters=abc: ",
+    ("train", "gpt_oss_vision_20b_sft", "--lr", "1e-5"): "--lr 1e-5: a setting is written with `=`",
+    ("recipes", "gpt_oss_vision_20b_sft", "lr=1"): "lr is no setting; the nearest is optimizer.lr",
+    ("recipes", "nothing"): "There is no recipe nothing",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    WRONG.items(),
+    ids=lambda arguments: " ".join(arguments) if isinstance(arguments, tuple) else "",
+)
+def test_a_wrong_line_is_answered_within_half_a_second(arguments: tuple[str, ...], sentence: str):
+    code, _, errors, seconds = answer(*arguments)
+    assert code == 2 and seconds < SECONDS
+    assert sentence in errors and errors.count("\n") == 0
+
+
+def test_a_wrong_line_is_answered_by_one_rank(monkeypatch: pytest.MonkeyPatch):
+    for rank, expected in (("0", 1), ("3", 0)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        code, _, errors, _ = answer("train", "gpt_oss_vision_20b_sft", "lr=1")
+        assert (code, errors.count("is no setting")) == (2, expected)
+
+
+@pytest.fixture(scope="module")
+def _warm() -> None:
+    gpt_oss_vision.register()
+
+
+@pytest.mark.usefixtures("_warm")
+@pytest.mark.parametrize("name", ["gpt_oss_vision_20b_sft", "gpt_oss_vision_20b_lora", "gpt_oss_vision_tiny_align"])
+def test_a_recipe_is_shown_as_settings_that_give_it_again(name: str, tmp_path: Path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    assert forked.run("recipes", name, "optimizer.lr=2e-5", "train.tokens=1B", output=first) == 0
+    settings = yaml.safe_load(first.read_text())
+    assert settings["optimizer"]["lr"] == 2e-5
+    assert "lr: 2.0e-05  # in the recipe " in first.read_text()
+    assert forked.run("recipes", name, f"@{first}", output=second) == 0
+    assert second.read_text() == first.read_text()
+
+
+@pytest.mark.usefixtures("_warm")
+def test_a_recipe_says_what_it_costs(tmp_path: Path):
+    output = tmp_path / "output"
+    assert forked.run("recipes", "gpt_oss_vision_20b_sft", output=output) == 0
+    said = output.read_text()
+    assert "ranks         8 H100 SXM 80 GB; 21.22B parameters in all" in said
+    assert "GPU-hours     22.3 per billion tokens, 164 in all (at 300 TFLOP/s per GPU)" in said
+    assert "an image is 258 of them" in said

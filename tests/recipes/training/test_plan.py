@@ -1,0 +1,126 @@
+"""The dry run: what a run would do, by the checks of the run itself, and what it is refused for."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import forked
+import pytest
+
+import gpt_oss_vision
+from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.recipes.data.digits import write_digits
+from gpt_oss_vision.recipes.data.tiny import write_processor
+
+TINY, LARGE = "gpt_oss_vision_tiny_sft", "gpt_oss_vision_20b_pretrain"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> None:
+    gpt_oss_vision.register()
+    from gpt_oss_vision.recipes import pretrain, tiny  # noqa: F401 - so that forks need not import them
+    from gpt_oss_vision.recipes.training import run  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shared") / "digits"
+    cpu.run_ranks(1, write_few, folder)
+    return folder
+
+
+def write_few(folder: Path) -> None:
+    """Four rows, one of which has no image, and one more with an image that is missing."""
+    rows = [json.loads(line) for line in write_digits(folder, 0).train_path.read_text().splitlines()]
+    without = next(row for row in rows if len(row["messages"][0]["content"]) == 1)
+    with_image = [row for row in rows if len(row["messages"][0]["content"]) == 2][:3]
+    (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [without, *with_image]))
+    missing = json.dumps(with_image[0]).replace("images/", "images/no")
+    (folder / "broken.jsonl").write_text((folder / "few.jsonl").read_text() + missing + "\n")
+    write_processor(folder / "processor")
+
+
+@pytest.fixture
+def dry_run(digits: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[int, str]]]:
+    """A function that runs `train --dry-run`; its exit code and what it prints."""
+
+    def call(name: str, *settings: str) -> tuple[int, str]:
+        output = tmp_path / "output"
+        shared = (f"data.processor_path={digits}/processor", f"data.path={digits}/few.jsonl", f"out={tmp_path}/run")
+        named = [setting.partition("=")[0] for setting in settings]
+        shared = tuple(setting for setting in shared if setting.partition("=")[0] not in named)
+        code = forked.run("train", name, "--dry-run", *shared, *settings, output=output)
+        return code, output.read_text()
+
+    yield call
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts(dry_run):
+    code, said = dry_run(TINY, "train.train_iters=10", "train.global_batch_size=16")
+    assert code == 0
+    assert "steps         10 of 16 rows, 512 tokens; an image is 6 of them" in said
+    assert "data          4 rows with 3 images, 0 rows are skipped; 40.00 epochs" in said
+    assert "image tokens  72 per step, 14.1% of all" in said
+    assert "checkpoints   1 of 0.01 GiB" in said
+
+
+LENGTHS = {"train.tokens=2000": 4, "train.epochs=6.1": 2, "train.train_iters=7": 7}
+
+
+@pytest.mark.parametrize(("length", "steps"), LENGTHS.items(), ids=LENGTHS)
+def test_the_length_of_a_run_may_be_given_in_tokens_or_epochs(length: str, steps: int, dry_run):
+    code, said = dry_run(TINY, length, "train.global_batch_size=16")
+    assert code == 0
+    assert f"steps         {steps} of 16 rows" in said
+
+
+REFUSED = {
+    "data that is not there": ((TINY, "data.path=none.jsonl"), "No such file or directory: none.jsonl"),
+    "rows that cannot be used": ((TINY, "data.path=DIGITS/broken.jsonl"), "1 of 5 rows can't be used"),
+    "a layout": ((TINY, "model.tensor_model_parallel_size=4", "gpus=4"), "does not divide the 2 key/value groups"),
+    "a batch": (
+        (TINY, "train.global_batch_size=30"),
+        "train.global_batch_size=30 is no multiple of the 16 rows of a microbatch",
+    ),
+    "a number of ranks": ((TINY, "model.pipeline_model_parallel_size=2", "gpus=3"), "3 ranks are no multiple of the 2"),
+    "a processor of another model": ((LARGE,), "the model reads 258 tokens 200013; take the processor of the weights"),
+    "weights that are not there": ((TINY, "weights=nowhere"), "nowhere is no Megatron checkpoint"),
+    "no weights": (("gpt_oss_vision_20b_sft",), "sft starts from weights: name a Megatron checkpoint with weights=DIR"),
+    "architecture beside weights": (
+        (TINY, "weights=nowhere", "model.hidden_size=32"),
+        "model.hidden_size cannot be set, as the architecture comes from the weights",
+    ),
+    "two lengths of a row": (
+        (TINY, "model.seq_length=64", "data.seq_length=128"),
+        "model.seq_length=64 and dataset.seq_length=128 differ",
+    ),
+    "a row longer than YaRN reaches": (
+        (TINY, "data.seq_length=1024"),
+        "longer than the 512 positions that YaRN covers",
+    ),
+    "two weight decays": (
+        (TINY, "optimizer.weight_decay=0.1", "scheduler.end_weight_decay=0.2"),
+        "optimizer.weight_decay=0.1 has no effect",
+    ),
+    "a stage that the run does not have": ((TINY, "align.optimizer.lr=1"), "this run has no stage align"),
+    "too little disk": ((TINY, "train.train_iters=1000000", "checkpoint.most_recent_k=-1"), "do not fit the"),
+}
+
+
+@pytest.mark.parametrize(("line", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_a_run_would_fail_for_fails_the_dry_run(line: tuple[str, ...], said: str, dry_run, digits: Path):
+    name, *settings = line
+    code, printed = dry_run(name, *(setting.replace("DIGITS", str(digits)) for setting in settings))
+    assert code in (1, 2)
+    assert said in printed
+
+
+def test_a_gpu_without_enough_memory_is_refused(digits: Path, tmp_path: Path):
+    from gpt_oss_vision.recipes import catalog
+    from gpt_oss_vision.recipes.training.plan import Hardware, cost_without_data
+
+    config = catalog.load(catalog.find(LARGE))
+    (sentence,) = cost_without_data(config, Hardware(ranks=16, gpu="H100", memory=40.0)).problems()
+    assert "(parameters 4.47, gradients 8.94, " in sentence and "an H100 gives 40 GiB: use more expert" in sentence
+    assert not cost_without_data(config, Hardware(ranks=16, gpu="H100", memory=80.0)).problems()
