@@ -45,6 +45,8 @@ __all__ = [
 def register() -> None:
     """Make transformers and Megatron-Bridge know this model, and transformers `attn_implementation="sink_sdpa"`.
 
+    The recipes become attributes of `megatron.bridge.recipes`.
+
     Calling it again changes nothing. Megatron-Bridge takes ten seconds and more to import. A process that only uses
     transformers can call `gpt_oss_vision.bridge.hf.register_auto_classes` and
     `gpt_oss_vision.bridge.hf_attention.register_attention` instead; one that loads plug-ins by module name imports

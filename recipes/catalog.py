@@ -1,10 +1,11 @@
 """The recipes by name, with what each needs and is for: strings and numbers, so that listing them takes no time."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 
@@ -154,3 +155,21 @@ def find(name: str) -> Recipe:
 def load(recipe: Recipe) -> "ConfigContainer":
     """Call the function of a recipe, which imports Megatron-Bridge."""
     return getattr(import_module(recipe.module), recipe.function)()
+
+
+def publish(package: Any) -> None:
+    """Make every recipe's function an attribute of a package, for runners that look for them there by name.
+
+    A function imports its module when it is called.
+    """
+    for recipe in RECIPES:
+        setattr(package, recipe.function, _function_of(recipe))
+
+
+def _function_of(recipe: Recipe) -> Callable[[], "ConfigContainer"]:
+    def function() -> "ConfigContainer":
+        return load(recipe)
+
+    function.__name__ = function.__qualname__ = recipe.function
+    function.__module__, function.__doc__ = recipe.module, recipe.purpose
+    return function

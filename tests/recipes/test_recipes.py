@@ -189,3 +189,26 @@ print({*names} - {*sys.stdlib_module_names} - {"gpt_oss_vision"})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+RUN_BY_NAME = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import gpt_oss_vision
+gpt_oss_vision.register()
+import megatron.bridge.recipes as recipes
+
+assert not [name for name in sys.modules if name.startswith("gpt_oss_vision.recipes.") and "catalog" not in name]
+config = getattr(recipes, sys.argv[1])()
+print(type(config).__name__, config.model.num_layers, config.train.global_batch_size)
+for name in sys.argv[2:]:
+    assert callable(getattr(recipes, name, None)), name
+"""
+
+
+def test_a_runner_of_megatron_bridge_finds_them_by_name():
+    """As its `run_recipe.py` looks for a recipe: an attribute of `megatron.bridge.recipes`."""
+    names = [recipe.function for recipe in RECIPES if recipe.gpu]
+    done = subprocess.run([sys.executable, "-c", RUN_BY_NAME, *names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "ConfigContainer 24 512"
