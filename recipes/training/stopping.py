@@ -40,36 +40,36 @@ class StopRequests(Callback):
     """
 
     received: signal.Signals | None = None
-    _process: int = field(default_factory=os.getpid)
-    _interrupted: float | None = None
-    _save: Any = None
+    process: int = field(default_factory=os.getpid)
+    interrupted: float | None = None
+    save: Any = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler of all signals."""
-        if os.getpid() != self._process:
+        if os.getpid() != self.process:
             return
         if number == signal.SIGINT:
             self._leave_on_second_interrupt()
         if self.received is None:
             self.received = signal.Signals(number)
-            if self._save is None and number != signal.SIGALRM:
+            if self.save is None and number != signal.SIGALRM:
                 raise Stopped
             os.write(terminal_descriptor(), self._announcement().encode())
-        if self._save is not None:
-            self._save(signal.SIGTERM, frame)
+        if self.save is not None:
+            self.save(signal.SIGTERM, frame)
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Take SIGTERM over from Megatron-Bridge, which has set its handler by now."""
-        self._save = signal.getsignal(signal.SIGTERM)
+        self.save = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, self.handle)
         if self.received is not None:  # the time limit was over before the first step, which is done all the same
-            self._save(signal.SIGTERM, None)
+            self.save(signal.SIGTERM, None)
 
     def _leave_on_second_interrupt(self) -> None:
         now = time.monotonic()
-        if self._interrupted is None:
-            self._interrupted = now
-        elif now - self._interrupted > SECONDS_OF_ONE_INTERRUPT:
+        if self.interrupted is None:
+            self.interrupted = now
+        elif now - self.interrupted > SECONDS_OF_ONE_INTERRUPT:
             os._exit(128 + signal.SIGINT)
 
     def _announcement(self) -> str:
