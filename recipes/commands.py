@@ -15,7 +15,7 @@ from ..errors import UsageError, UserError
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    """Add `recipes`, `train`, `quickstart` and `generate` to the command line."""
+    """Add `recipes`, `train`, `data`, `quickstart` and `generate` to the command line."""
     add = add_command(commands, list_recipes, "recipes").add_argument
     add("recipe", nargs="?", metavar="RECIPE", help="show this one")
     add("settings", nargs="*", metavar="KEY=VALUE", help="settings of it, as for `train`")
@@ -25,6 +25,13 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("recipe", metavar="RECIPE[,RECIPE...]", help="a recipe, or stages that run one after the other")
     add("settings", nargs="*", metavar="KEY=VALUE", help="a setting of the run, or @FILE with several")
     add("--dry-run", action="store_true", help="check everything and print the plan, without training")
+
+    text = "Look at data before a run."
+    group = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
+    add = add_command(group.add_subparsers(title="actions", metavar="ACTION", required=True), check).add_argument
+    add("file", type=Path, metavar="FILE", help="a JSONL file")
+    add("--processor", type=Path, metavar="DIR", help="processor of the weights (that of the tiny model)")
+    add("--seq-length", type=at_least(1), default=8192, metavar="N", help="longest row in tokens (%(default)s)")
 
     add = add_command(commands, quickstart).add_argument
     add("--out", type=Path, default="out", metavar="DIR", help="folder for checkpoints, plots and report (%(default)s)")
@@ -71,6 +78,21 @@ def train(recipe: str, settings: Sequence[str], dry_run: bool) -> int:
         from .training.run import run
 
         return run(_stages(recipes, found, options), out, weights=_weights(options), seconds=options.get("time"))
+
+
+def check(file: Path, processor: Path | None, seq_length: int) -> int:
+    """Count rows, images and tokens of a file, and name the rows that cannot be used; all images are decoded.
+
+    The exit code is 1 where there are such rows.
+    """
+    from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+    from .data.check import check_file
+    from .data.tiny import tiny_processor
+
+    chosen = tiny_processor() if processor is None else GPTOSSVisionProcessor.from_pretrained(processor)
+    found = check_file(file, chosen, seq_length)
+    print(_table(str(file), found))
+    return 1 if found.skipped else 0
 
 
 def _dry_run(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any], out: Path) -> int:

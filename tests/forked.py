@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,12 +23,14 @@ class Command:
     Args:
         *arguments: of the command line.
         output: file for what it prints.
+        environment: variables that are set for it.
     """
 
-    def __init__(self, *arguments: str, output: Path) -> None:
+    def __init__(self, *arguments: str, output: Path, environment: Mapping[str, str] | None = None) -> None:
         self.output = output
         self.process = os.fork()
         if not self.process:
+            os.environ |= environment or {}
             _run(arguments, output)
 
     def wait_until(self, is_reached: Callable[[], bool]) -> None:

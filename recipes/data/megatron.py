@@ -198,9 +198,13 @@ class DigitsDatasetProvider(ChatDatasetProvider):
         return str(Path(self.folder, name))
 
     def _write(self) -> None:
-        paths = {self.path, self.valid_path, self.test_path, self.processor_path}
-        if self.folder is not None and any(path and Path(path).parent == Path(self.folder) for path in paths):
+        if self.folder is None:
+            return
+        if any(
+            path and Path(path).parent == Path(self.folder) for path in (self.path, self.valid_path, self.test_path)
+        ):
             write_digits(self.folder, self.seed)
+        if self.processor_path == self._within("processor"):
             write_processor(Path(self.folder, "processor"))
 
 

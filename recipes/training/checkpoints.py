@@ -156,7 +156,8 @@ def _check_changes(folder: Path, saved: dict[str, Any], config: Any) -> None:
     if refused:
         raise UserError(
             f"{folder} cannot be continued, as {', '.join(refused)}; continue with its settings, or start another run "
-            "from its weights by checkpoint.pretrained_checkpoint in place of checkpoint.load"
+            f"from its weights: weights={folder} and another out=DIR (in a configuration: "
+            "checkpoint.pretrained_checkpoint in place of checkpoint.load)"
         )
     if found and get_rank_safe() == 0:
         say(f"Continuing with other settings: {'; '.join(map(str, found))}")

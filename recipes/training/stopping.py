@@ -37,6 +37,11 @@ class StopRequests(Callback):
     agree after every step. It is enough that one rank receives a signal. Child processes, such as the data loader's
     workers, receive signals of the process group too, and ignore them.
 
+    Attributes:
+        received: the first signal.
+        process: the number of this process.
+        interrupted: when the first SIGINT came.
+        save: the handler of Megatron-Bridge, from the first step on.
     """
 
     received: signal.Signals | None = None

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +192,36 @@ def on_one_rank(arguments, weights: Path, tmp_path_factory: pytest.TempPathFacto
 def test_four_ranks_have_the_losses_of_one(sizes, arguments, weights: Path, on_one_rank: dict, tmp_path: Path):
     line = arguments(tmp_path / "run", f"weights={weights}", *FEW, *sizes)
     assert cpu.run_ranks(4, main, line, timeout=240) == [0] * 4
+    assert losses(tmp_path / "run") == pytest.approx(on_one_rank, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_torchrun_runs_two_stages_with_the_losses_of_one_rank(
+    arguments, weights: Path, on_one_rank: dict, tmp_path: Path
+):
+    line = arguments(tmp_path / "run", f"weights={weights}", *FEW, "model.expert_model_parallel_size=2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "gpt_oss_vision.cli", line[0], "gpt_oss_vision_tiny_sft,gpt_oss_vision_tiny_align"]
+    done = subprocess.run([*command, *line[2:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run/sft") == pytest.approx(on_one_rank, rel=1e-5)
+    assert f"Training align to step 4, from {tmp_path}/run/sft/checkpoints" in done.stdout
+    assert [*losses(tmp_path / "run/align")] == [1, 2, 3, 4]
+
+
+def test_tasks_of_srun_are_ranks(arguments, weights: Path, on_one_rank: dict, tmp_path: Path):
+    line = arguments(tmp_path / "run", f"weights={weights}", *FEW, "model.tensor_model_parallel_size=2")
+    job = {"SLURM_JOB_ID": "4242", "SLURM_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+    job |= {"SLURM_STEP_NUM_TASKS": "2"}
+    tasks = [
+        forked.Command(
+            *line,
+            output=tmp_path / f"output_{task}",
+            environment=job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+        )
+        for task in range(2)
+    ]
+    assert [task.exit_code() for task in tasks] == [0, 0]
     assert losses(tmp_path / "run") == pytest.approx(on_one_rank, rel=1e-5)
 
 
