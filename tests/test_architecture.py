@@ -19,6 +19,8 @@ import pytest
 
 import gpt_oss_vision
 from gpt_oss_vision import cli
+from gpt_oss_vision.recipes.catalog import find
+from gpt_oss_vision.recipes.training.overrides import parse
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -382,7 +384,7 @@ COMMANDS = next(
 
 def commands_in(text: str) -> Iterator[list[str]]:
     """The words after `gpt-oss-vision` wherever it is written as a command with arguments."""
-    for match in re.finditer(r"(?<![\w./-])gpt-oss-vision((?: +(?:--)?[\w.=/]+)+)", text):
+    for match in re.finditer(r"(?<![\w./-])gpt-oss-vision((?: +(?:--)?[\w.,=/-]+)+)", text):
         yield match[1].split()
 
 
@@ -399,6 +401,10 @@ def test_commands_that_are_written_down_exist(file: Path):
         options = command._option_string_actions.keys() if command else set()
         for word in words:
             assert not word.startswith("--") or word.split("=")[0] in options, f"{name_of(file)}: {name} {word}"
+        if name in ("train", "recipes") and file in PAGES:
+            parse([word for word in words if "=" in word])
+            recipes = [recipe for word in words[:1] for recipe in word.split(",") if not recipe.isupper()]
+            assert all(find(recipe) for recipe in recipes if recipe.startswith("gpt_oss"))
 
 
 @pytest.mark.parametrize("file", PAGES, ids=name_of)

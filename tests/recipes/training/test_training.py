@@ -166,6 +166,6 @@ def test_a_new_stage_that_is_started_as_the_rest_of_the_last_one_is_told_what_di
     settings: dict[str, Any], said: str, start: Path, first_stage: Path, tmp_path: Path
 ):
     load = start / "megatron_start" if "checkpoint.load" in settings else first_stage
-    sentence = rf"iter_000000\d cannot be continued, as {said}; .* another run from its weights: weights=.*checkpoint\.pretrained_checkpoint in place of"
+    sentence = rf"iter_000000\d cannot be continued, as {said}; .* another run from its weights: weights=.*iter_000000"
     with pytest.raises(UserError, match=sentence):
         cpu.run_ranks(1, stage, copy_of(start, tmp_path), load, settings)
