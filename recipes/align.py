@@ -25,5 +25,5 @@ def _align(size: str) -> ConfigContainer:
     config = sized_config(size, seq_length=8192)
     config.model.freeze_language_model = config.model.freeze_vision_model = True
     config.train.train_iters, config.train.global_batch_size = 2500, 256
-    set_learning_rate(config, 1e-3)
+    set_learning_rate(config, 1e-3, lowest=1e-4)
     return config

@@ -95,10 +95,9 @@ def base_config(model: GPTOSSVisionProvider, dataset: ChatDatasetProvider) -> Co
     )
 
 
-def set_learning_rate(config: ConfigContainer, highest: float, *, lowest: float | None = None) -> None:
-    """Set the learning rate after the warm-up, and that of the last step: None is a tenth."""
-    config.optimizer.lr = highest
-    config.optimizer.min_lr = highest / 10 if lowest is None else lowest
+def set_learning_rate(config: ConfigContainer, highest: float, lowest: float) -> None:
+    """Set the learning rate after the warm-up, and that of the last step."""
+    config.optimizer.lr, config.optimizer.min_lr = highest, lowest
 
 
 def recompute_layers(model: GPTOSSVisionProvider) -> None:

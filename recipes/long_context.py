@@ -51,7 +51,7 @@ def _long_context(size: str, seq_length: int) -> ConfigContainer:
     config = sized_config(size, seq_length)
     config.model.cross_entropy_loss_fusion = False
     config.train.train_iters, config.train.global_batch_size = 1000, 32 * 32_768 // seq_length
-    set_learning_rate(config, 1e-6)
+    set_learning_rate(config, 1e-6, lowest=1e-7)
     config.optimizer_config_override_provider.vision_model = 0.2
     config.optimizer_config_override_provider.vision_bias = 10.0
     return config

@@ -31,6 +31,6 @@ def _lora(size: str) -> ConfigContainer:
     config = sized_config(size, seq_length=4096)
     config.peft = GPTOSSVisionLoRA(dim=32, alpha=32, share_expert_adapters=True)
     config.train.train_iters, config.train.global_batch_size = 1000, 128
-    set_learning_rate(config, 1e-4)
+    set_learning_rate(config, 1e-4, lowest=1e-5)
     config.optimizer_config_override_provider.vision_projection = 0.1
     return config

@@ -23,6 +23,6 @@ def gpt_oss_vision_120b_pretrain_64gpu_h100_bf16_config() -> ConfigContainer:
 def _pretrain(size: str) -> ConfigContainer:
     config = sized_config(size, seq_length=8192)
     config.train.train_iters, config.train.global_batch_size = 15_000, 512
-    set_learning_rate(config, 2e-5)
+    set_learning_rate(config, 2e-5, lowest=2e-6)
     config.optimizer_config_override_provider.vision_bias = 10.0
     return config

@@ -32,7 +32,7 @@ def gpt_oss_vision_120b_sft_64gpu_h100_bf16_config() -> ConfigContainer:
 def _sft(size: str) -> ConfigContainer:
     config = sized_config(size, seq_length=8192)
     config.train.train_iters, config.train.global_batch_size = 3500, 256
-    set_learning_rate(config, 1e-5)
+    set_learning_rate(config, 1e-5, lowest=1e-6)
     config.optimizer_config_override_provider.vision_model = 0.2
     config.optimizer_config_override_provider.vision_bias = 10.0
     return config

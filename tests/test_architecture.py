@@ -91,7 +91,7 @@ RULES = {
     **{f"recipes/{task}.py": Rule(("recipes.base", "recipes.training.peft"), frozenset()) for task in RECIPE_FILES},
     "recipes/tiny.py": Rule(("recipes.base", "recipes.training.peft", "recipes.data", "bridge"), frozenset()),
     "recipes/catalog.py": Rule(("recipes.base", "errors"), frozenset()),
-    "recipes/sources.py": Rule((), frozenset()),
+    "recipes/sources.py": Rule(("recipes.catalog",), frozenset()),
     "recipes/quickstart": Rule(
         (
             *("recipes.data", "recipes.inference", "recipes.training", "recipes.base", "recipes.tiny"),

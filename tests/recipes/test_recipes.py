@@ -13,6 +13,7 @@ import gpt_oss_vision
 from gpt_oss_vision.errors import UsageError
 from gpt_oss_vision.recipes import catalog
 from gpt_oss_vision.recipes.catalog import GPUS, RECIPES, Recipe
+from gpt_oss_vision.recipes.sources import PLUMBING, ROWS, why
 
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}
 
@@ -137,6 +138,62 @@ def plain(section: object) -> object:
         return section
     values = {each.name: getattr(section, each.name) for each in dataclasses.fields(section)}
     return type(section), {name: [*value] if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def differences_from_defaults(config) -> dict[str, object]:
+    """Every field of a configuration that has not the default of its class, by its key, apart from the architecture."""
+    from gpt_oss_vision.bridge.config_map import megatron_fields
+    from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
+
+    found = {}
+    for each in dataclasses.fields(config):
+        section = getattr(config, each.name)
+        if not dataclasses.is_dataclass(section):
+            found |= {} if section == default_of(each) else {each.name: section}
+            continue
+        try:
+            defaults = vars(type(section)())  # which some classes change when they are made
+        except TypeError:  # it has fields without a default
+            defaults = {inner.name: default_of(inner) for inner in dataclasses.fields(section)}
+        for inner in dataclasses.fields(section):
+            value = getattr(section, inner.name)
+            if inner.init and inner.name not in ("derived", "canonical_mapping") and value != defaults[inner.name]:
+                found[f"{each.name}.{inner.name}"] = value
+    architecture = {f"model.{name}" for name in megatron_fields(GPTOSSVisionConfig())} - {"model.seq_length"}
+    return {key: value for key, value in found.items() if key not in architecture}
+
+
+def default_of(field: dataclasses.Field) -> object:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+ALWAYS_STATED = ("peft.dim", "peft.alpha", "peft.share_expert_adapters", "peft.full_weights")
+"""Stated even where it is the default of the class."""
+
+
+def test_every_field_that_a_recipe_sets_has_a_source_with_its_value(recipe: Recipe, made):
+    rows = why(recipe)
+    assert len({row.field for row in rows}) == len(rows), "one row for a field"
+    stated = {row.field: row.value for row in rows}
+    found = differences_from_defaults(made)
+    assert sorted(found.keys() - stated.keys() - PLUMBING.keys()) == []
+    for key, value in stated.items():
+        section, name = key.split(".")
+        assert getattr(getattr(made, section), name) == value, key
+    assert sorted(stated.keys() - found.keys() - {*ALWAYS_STATED}) == []
+
+
+def test_every_row_of_the_sources_belongs_to_a_recipe():
+    used = {id(row) for recipe in RECIPES for row in why(recipe)}
+    assert [row.field for row in ROWS if id(row) not in used] == []
+
+
+def test_plumbing_is_set_by_a_recipe():
+    from gpt_oss_vision.recipes import catalog
+
+    gpt_oss_vision.register()
+    found = {key for recipe in RECIPES for key in differences_from_defaults(catalog.load(recipe))}
+    assert sorted(PLUMBING.keys() - found) == []
 
 
 # --- the catalogue -----------------------------------------------------------------------------------------------
