@@ -236,6 +236,16 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str):
         catalog.find(name)
 
 
+def test_the_page_has_the_catalogue():
+    page = Path(gpt_oss_vision.__file__).with_name("docs") / "recipes.md"
+    rows = [line for line in page.read_text().splitlines() if "GiB" not in line and line.startswith("| `")]
+    assert [row for row in rows if row.count("|") == 5][: len(RECIPES)] == [
+        f"| `{recipe.name.removeprefix('gpt_oss_vision_')}` | {recipe.memory_gib:g} | {recipe.tokens_per_step:,} | "
+        f"{recipe.purpose} |"
+        for recipe in RECIPES
+    ]
+
+
 def test_the_catalogue_is_read_without_other_packages():
     script = """
 import sys
