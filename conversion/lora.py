@@ -172,7 +172,7 @@ def open_base(adapters: Adapters, given: Path | None) -> TorchDistCheckpoint:
     wanted = {key for key in opened.tensors if group_of(key) in adapters.full_groups}
     if lacking := sorted(wanted - adapters.full_weights.keys()):
         raise UserError(f"{adapters.folder} lacks full weights: {listed(lacking)}; copy it again")
-    return replace(opened, tensors=opened.tensors | adapters.full_weights)
+    return replace(opened, tensors={**opened.tensors, **adapters.full_weights})
 
 
 def _read_all(tensors: Mapping[str, ShardedTensor]) -> dict[str, torch.Tensor]:

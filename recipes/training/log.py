@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.config import ConfigContainer
-from megatron.bridge.utils.common_utils import is_last_rank, print_rank_0
+from megatron.bridge.utils.common_utils import is_last_rank, print_rank_0, print_rank_last
 from megatron.core import parallel_state
 
 from ...bridge.mcore.batch_statistics import pop_losses, statistics_of
@@ -101,6 +101,7 @@ class TrainingLog(Callback):
             for name, value in values.items():
                 state.tensorboard_logger.add_scalar(f"{GROUPS.get(name, 'throughput')}/{name}", value, step)
         self._write(values)
+        print_rank_last(" | ".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in values.items()))
         if self.folder is not None and is_last_rank():
             say(self._line(step, config.train.train_iters, values))
         self.seconds, self.images, self.steps, self.steps_without_image = 0.0, 0, 0, 0

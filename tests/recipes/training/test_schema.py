@@ -79,7 +79,7 @@ def test_fields_of_the_architecture_are_marked():
     marked = {key for key, field in schema.load().fields.items() if field.architecture}
     of_the_weights = ({*HF_TO_MEGATRON.values(), *YARN.values()} - set(TRAINING_ONLY)) | {
         *("position_embedding_type", "rotary_base", "window_size", "window_attn_skip_freq", "no_rope_freq"),
-        "vision_config",
+        *("vision_config", "vocab_size"),
     }
     assert marked == {f"model.{name}" for name in of_the_weights}
 
