@@ -121,6 +121,8 @@ def list_recipes(recipe: str | None, settings: Sequence[str], why: bool) -> int:
     """
     from .catalog import RECIPES, find
 
+    if recipe is None and why:
+        raise UsageError("--why goes with the name of a recipe")
     if recipe is None:
         width = max(len(each.name) for each in RECIPES)
         print(f"{'recipe':<{width}}  {'GPUs':>8}  {'GiB':>6}  {'tokens/step':>11}  trains")
@@ -132,6 +134,11 @@ def list_recipes(recipe: str | None, settings: Sequence[str], why: bool) -> int:
         return 0
     from .training import overrides
 
+    if why:
+        if settings:
+            raise UsageError("--why explains the numbers of a recipe; it takes no settings")
+        print(_sources(find(recipe)))
+        return 0
     chosen, found = find(recipe), overrides.parse(settings)
     options = {override.key: override.value for override in found}
     from ..terminal import quiet, say
@@ -148,6 +155,17 @@ def list_recipes(recipe: str | None, settings: Sequence[str], why: bool) -> int:
         say(_commented(_table("It costs:", cost_without_data(config, stage.hardware))))
         say(text_of(settings_of(config), settings_of(load(chosen))).rstrip())
     return 0
+
+
+def _sources(recipe: Any) -> str:
+    """The hyper-parameters of a recipe, each with its source, the range of the sources, and the reason."""
+    from .sources import why
+
+    lines = [recipe.name]
+    for row in why(recipe):
+        lines.append(f"  {row.field}={row.value}")
+        lines.append(f"    {row.source}" + (f"; elsewhere {row.range}" if row.range else "") + f"; {row.reason}")
+    return "\n".join(lines)
 
 
 def _commented(text: str) -> str:

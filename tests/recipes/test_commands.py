@@ -36,7 +36,16 @@ def test_the_list_has_every_recipe_within_half_a_second():
     assert all(recipe.purpose in line for recipe, line in zip(RECIPES, lines, strict=True))
 
 
+def test_every_number_of_a_recipe_has_its_source_within_half_a_second():
+    code, said, _, seconds = answer("recipes", "gpt_oss_vision_20b_sft", "--why")
+    assert code == 0 and seconds < SECONDS
+    assert "  optimizer.lr=1e-05\n    LLaVA-NeXT and LLaVA-OneVision, training scripts; " in said
+    assert "8e-5 (InternVL)" in said
+
+
 WRONG = {
+    ("recipes", "--why"): "--why goes with the name of a recipe",
+    ("recipes", "gpt_oss_vision_20b_sft", "--why", "optimizer.lr=1"): "it takes no settings",
     (
         "train",
         "gpt_oss_vision_20b_stf",
