@@ -1,7 +1,8 @@
 """Memory of a training step per rank: exact for parameters, gradients and optimizer state, about for activations."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from megatron.core.transformer.enums import LayerType
@@ -90,6 +91,30 @@ def _expert_parameters_of_layer(provider) -> int:
     return provider.num_moe_experts // provider.expert_model_parallel_size * expert
 
 
+def adapters_of_stage(provider, stage: int, peft: Any) -> Iterator[ParameterCount]:
+    """The parameters of LoRA's adapters on a rank of a pipeline stage: two matrices, of rank ``dim``, per product.
+
+    Args:
+        provider: the model at its layout, finalized.
+        stage: of ``pipeline_model_parallel_size``.
+        peft: Megatron-Bridge's ``LoRA``.
+    """
+    hidden, tp = provider.hidden_size, provider.tensor_model_parallel_size
+    query, groups = (n * provider.kv_channels for n in (provider.num_attention_heads, provider.num_query_groups))
+    ffn = provider.moe_ffn_hidden_size  # experts with adapters are not split by tensor parallelism
+    each = 1 if peft.share_expert_adapters else provider.num_moe_experts // provider.expert_model_parallel_size
+    ends = {
+        "linear_qkv": (False, (hidden + query + 2 * groups) // tp),
+        "linear_proj": (False, (query + hidden) // tp),
+        "linear_fc1": (True, each * (hidden + 2 * ffn)),
+        "linear_fc2": (True, each * (ffn + hidden)),
+    }
+    adapted = {target.rpartition(".")[2] for target in peft.target_modules}
+    for name in sorted(adapted & ends.keys()):
+        is_expert, values = ends[name]
+        yield ParameterCount("adapter", is_expert, _layers_of_stage(provider, stage) * peft.dim * values)
+
+
 def memory_of_stage(
     provider,
     stage: int,
@@ -98,8 +123,7 @@ def memory_of_stage(
     micro_batch_size: int,
     microbatches: int,
     is_distributed: bool = True,
-    is_adapted: bool = False,
-    full_weights: Collection[str] = (),
+    peft: Any = None,
 ) -> MemoryEstimate:
     """Bytes on a rank of a pipeline stage in training with Adam.
 
@@ -113,26 +137,37 @@ def memory_of_stage(
         micro_batch_size: rows of a microbatch.
         microbatches: of a step on a data-parallel rank.
         is_distributed: whether the optimizer is.
-        is_adapted: whether adapters (LoRA) are trained in place of weights; they themselves, about 1 %, are left out.
-        full_weights: groups of parameters that are trained beside adapters.
+        peft: `GPTOSSVisionLoRA`, whose adapters are trained in place of weights, beside the groups of its
+            ``full_weights``; None without adapters.
     """
     width = provider.params_dtype.itemsize
     pp, tp = provider.pipeline_model_parallel_size, provider.tensor_model_parallel_size
     expert_ranks = provider.expert_model_parallel_size * (provider.expert_tensor_parallel_size or 1)
+    trained = {"adapter", *peft.full_weights} if peft else {part.group for part in parameters_of_stage(provider, stage)}
+    adapters = adapters_of_stage(provider, stage, peft) if peft else ()
     parameters = gradients = optimizer = 0.0
-    for part in parameters_of_stage(provider, stage):
+    for part in (*parameters_of_stage(provider, stage), *adapters):
         parameters += part.count * width
-        if part.group not in provider.frozen_groups and (not is_adapted or part.group in full_weights):
+        if part.group in trained - {*provider.frozen_groups}:
             ranks = world_size // pp // (expert_ranks if part.is_expert else tp)
             gradients += part.count * 4
             optimizer += part.count * (8 + (4 if width < 4 else 0)) / (ranks if is_distributed else 1)
     tokens = micro_batch_size * provider.seq_length / (tp * provider.context_parallel_size)
-    activations = tokens * width * _activations_per_token(provider, stage, microbatches)
+    learns = peft is not None or not provider.freeze_language_model
+    activations = tokens * width * _activations_per_token(provider, stage, microbatches, learns)
     return MemoryEstimate(parameters, gradients, optimizer, activations)
 
 
-def _activations_per_token(provider, stage: int, microbatches: int) -> float:
-    """Values of ``params_dtype`` that a rank holds for the backward pass per token of a microbatch, approximately."""
+def _activations_per_token(provider, stage: int, microbatches: int, learns: bool) -> float:
+    """Values of ``params_dtype`` that a rank holds for the backward pass per token of a microbatch, approximately.
+
+    Args:
+        provider: the model at its layout, finalized.
+        stage: of ``pipeline_model_parallel_size``.
+        microbatches: of a step on a data-parallel rank.
+        learns: whether the decoder's weights, or adapters on them, are trained. The input of a product with a frozen
+            weight is not kept.
+    """
     hidden, head, ffn = provider.hidden_size, provider.kv_channels, provider.moe_ffn_hidden_size
     layers = _layers_of_stage(provider, stage)
     # q, k, v and the context.
@@ -140,15 +175,15 @@ def _activations_per_token(provider, stage: int, microbatches: int) -> float:
     if provider.transformer_impl == ENGINE:
         norm = hidden
         # Input, gate and up, both again clamped, their product, which includes the routing weight.
-        expert = hidden + 5 * ffn
+        expert = learns * hidden + 5 * ffn
     else:
-        # In fp32: the input and the input divided by its root mean square.
-        norm = 2 * hidden * 4 / provider.params_dtype.itemsize
-        # Input before and after sorting, gate and up, five factors and products of them, and the output, which the
-        # routing weight multiplies.
-        expert = 3 * hidden + 7 * ffn
+        # In fp32: the input and, to train the weight, the input divided by its root mean square.
+        norm = (1 + learns) * hidden * 4 / provider.params_dtype.itemsize
+        # Gate and up, four factors and products of them, and the output, which the routing weight multiplies; to train
+        # the weights, the input before and after sorting, and the product.
+        expert = hidden + 6 * ffn + learns * (2 * hidden + ffn)
     # Two norms, the inputs of qkv and of the router, and the chosen experts.
-    layer = 2 * norm + 2 * hidden + attention + provider.moe_router_topk * expert
+    layer = 2 * norm + learns * 2 * hidden + attention + provider.moe_router_topk * expert
     if provider.recompute_granularity == "full":
         layer = hidden + layer / max(layers, 1)  # the input of each, and all of the one that is being recomputed
     chunks = provider.virtual_pipeline_model_parallel_size or 1

@@ -245,8 +245,7 @@ def estimate(config: ConfigContainer, ranks: int) -> MemoryEstimate:
         micro_batch_size=train.micro_batch_size,
         microbatches=train.global_batch_size // (train.micro_batch_size * (ranks // shared)),
         is_distributed=config.ddp.use_distributed_optimizer,
-        is_adapted=config.peft is not None,
-        full_weights=config.peft.full_weights if config.peft else (),
+        peft=config.peft,
     )
 
 

@@ -8,8 +8,15 @@ import torch
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.mcore.flops import decoder_flops, image_flops
-from gpt_oss_vision.bridge.mcore.memory import chunks_in_flight, memory_of_stage, memory_per_rank, parameters_of_stage
+from gpt_oss_vision.bridge.mcore.memory import (
+    adapters_of_stage,
+    chunks_in_flight,
+    memory_of_stage,
+    memory_per_rank,
+    parameters_of_stage,
+)
 from gpt_oss_vision.bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
+from gpt_oss_vision.recipes.training.peft import GPTOSSVisionLoRA
 from layouts import Layout
 from tiny import tiny_config, tiny_vision_config
 
@@ -110,9 +117,35 @@ def test_frozen_parameters_have_neither_gradients_nor_optimizer_states():
 
 
 def test_adapted_weights_have_neither_gradients_nor_optimizer_states():
-    memory = memory_per_rank(finalized(), world_size=1, micro_batch_size=1, microbatches=1, is_adapted=True)
-    assert memory.parameters > 0
-    assert memory.gradients == memory.optimizer == 0
+    peft = GPTOSSVisionLoRA(dim=16, full_weights=[])
+    memory = memory_per_rank(finalized(), world_size=1, micro_batch_size=1, microbatches=1, peft=peft)
+    adapters = sum(part.count for part in adapters_of_stage(finalized(), 0, peft))
+    weights = sum(part.count for part in parameters_of_stage(finalized(), 0))
+    assert memory.parameters == 2 * (weights + adapters)
+    assert (memory.gradients, memory.optimizer) == (4 * adapters, 12 * adapters)
+
+
+def adapted_parameters(layout: Layout, per_expert: bool) -> tuple[int, int]:
+    """Parameters of adapters on a rank: estimated, and in the model."""
+    torch.distributed.init_process_group("gloo")
+    provider = provider_from_config(tiny_config())
+    layout.apply(provider)
+    provider.finalize()
+    provider.initialize_model_parallel(seed=0)
+    peft = GPTOSSVisionLoRA(dim=4, share_expert_adapters=not per_expert)
+    model = peft(provider.provide_distributed_model(wrap_with_ddp=False), training=True)
+    from megatron.core import parallel_state
+
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    adapters = [p.numel() for chunk in model for name, p in chunk.named_parameters() if ".adapter." in name]
+    return sum(part.count for part in adapters_of_stage(provider, stage, peft)), sum(adapters)
+
+
+@pytest.mark.parametrize("per_expert", [False, True], ids=["shared", "per expert"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(ep=2), Layout(tp=2), Layout(pp=2)], ids=str)
+def test_the_adapters_of_a_rank_are_counted(layout: Layout, per_expert: bool):
+    for estimated, counted in cpu.run_ranks(layout.world_size, adapted_parameters, layout, per_expert):
+        assert estimated == counted > 0
 
 
 def test_a_stage_without_layers_keeps_no_activations():
@@ -161,11 +194,13 @@ def test_interleaving_holds_more_activations():
     assert held[3] == pytest.approx(held[None] * 15 / 12)
 
 
-def kept_bytes(dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes of activations for one microbatch of a text model: estimated, and kept by autograd."""
+def kept_bytes(dtype: torch.dtype, is_frozen: bool) -> tuple[float, float]:
+    """Bytes of activations for one microbatch: estimated, and kept by autograd for the decoder and the projection."""
     torch.distributed.init_process_group("gloo")
     sizes = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 256, "num_hidden_layers": 8}
-    provider = provider_from_config(tiny_config(use_vision=False, dtype=dtype, **sizes), seq_length=64)
+    config = tiny_config(dtype=dtype, **sizes)
+    frozen = {"freeze_language_model": is_frozen, "freeze_vision_model": True}
+    provider = provider_from_config(config, seq_length=64, **frozen)
     provider.finalize()
     provider.initialize_model_parallel(seed=0)
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
@@ -174,23 +209,27 @@ def kept_bytes(dtype: torch.dtype) -> tuple[float, float]:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        is_softmax = tensor.shape[-1] == 64 + 1  # over the keys and the sink; kernels for CUDA keep none
+        # Of queries over keys, with and without the sink; kernels for CUDA keep none.
+        is_softmax = tensor.shape[-1] in (64, 64 + 1) and tensor.shape[-2] in (64, 2 * 64)
         if storage.data_ptr() not in weights and not is_softmax:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     ids = torch.randint(0, 200, (4, 64))
+    ids[:, : config.num_image_tokens] = config.image_token_id
+    images = torch.randn(4, *config.image_shape, dtype=dtype)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(ids, None, None, labels=ids)
+        output = model(ids, None, None, labels=ids, pixel_values=images)
     assert output.requires_grad
     memory = memory_per_rank(provider, world_size=1, micro_batch_size=4, microbatches=1)
     return memory.activations, sum(kept.values())
 
 
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_estimated_activations_are_those_that_autograd_keeps(dtype: torch.dtype):
-    ((estimated, measured),) = cpu.run_ranks(1, kept_bytes, dtype)
-    assert estimated == pytest.approx(measured, rel=0.15)
+def test_estimated_activations_are_those_that_autograd_keeps(dtype: torch.dtype, is_frozen: bool):
+    ((estimated, measured),) = cpu.run_ranks(1, kept_bytes, dtype, is_frozen)
+    assert estimated == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize(

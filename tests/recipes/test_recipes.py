@@ -104,8 +104,7 @@ def estimate(recipe: Recipe, config):
         world_size=recipe.gpus,
         micro_batch_size=config.train.micro_batch_size,
         microbatches=config.train.global_batch_size // config.train.micro_batch_size // config.data_parallel_size,
-        is_adapted=config.peft is not None,
-        full_weights=config.peft.full_weights if config.peft else (),
+        peft=config.peft,
     )
 
 
