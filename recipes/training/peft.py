@@ -22,8 +22,7 @@ class GPTOSSVisionLoRA(LoRA):
     """
 
     full_weights: list[str] = field(default_factory=lambda: ["vision_projection", "vision_bias"])
-    names_of_full_weights: set[str] = field(default_factory=set, init=False, repr=False)
-    """Of a model that has been adapted."""
+    names_of_full_weights = frozenset()  # of the model that has been adapted; no field
 
     def freeze_model(self, model: Any, training: bool = True) -> None:
         """Freeze all parameters, in training but those of `full_weights` that are not frozen already.
@@ -37,7 +36,7 @@ class GPTOSSVisionLoRA(LoRA):
         chunks = model if isinstance(model, list) else [model]
         named = [pair for chunk in chunks for pair in chunk.named_parameters()]
         kept = {name: one for name, one in named if one.requires_grad and group_of(name) in self.full_weights}
-        self.names_of_full_weights |= kept.keys()
+        self.names_of_full_weights = self.names_of_full_weights | kept.keys()
         super().freeze_model(model, training)
         for parameter in kept.values() if training else ():
             parameter.requires_grad_(True)
