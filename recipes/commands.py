@@ -74,6 +74,8 @@ def train(recipe: str, settings: Sequence[str], dry_run: bool) -> int:
     out = Path(options.get("out") or Path("runs", recipe.replace(",", "+"))).absolute()
     if dry_run:
         return _dry_run(recipes, found, options, out)
+    with ranks.usage_errors_of_one_rank():
+        _refuse_plan_settings(options)
     with ranks.log_of_rank(out / "logs"):
         from .training.run import run
 
@@ -108,6 +110,11 @@ def _dry_run(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, An
     if problems:
         raise UserError("; ".join(problems))
     return 0
+
+
+def _refuse_plan_settings(options: dict[str, Any]) -> None:
+    if planned := [f"{name}={options[name]}" for name in ("gpus", "gpu") if options.get(name)]:
+        raise UsageError(f"{' and '.join(planned)} is for --dry-run; a run has the ranks that start it")
 
 
 def _table(title: str, plan: Any) -> str:

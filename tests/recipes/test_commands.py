@@ -52,6 +52,7 @@ WRONG = {
     ): "There is no recipe gpt_oss_vision_20b_stf; near it are gpt_oss_vision_20b_sft",
     ("train", "gpt_oss_vision_20b_sft", "optimizer.lt=1"): "optimizer.lt is no setting; the nearest is optimizer.lr",
     ("train", "gpt_oss_vision_20b_sft", "train.train_iters=abc"): "train.train_iters=abc: ",
+    ("train", "gpt_oss_vision_20b_sft", "gpus=16"): "gpus=16 is for --dry-run; a run has the ranks that start it",
     ("train", "gpt_oss_vision_20b_sft", "--lr", "1e-5"): "--lr 1e-5: a setting is written with `=`",
     ("recipes", "gpt_oss_vision_20b_sft", "lr=1"): "lr is no setting; the nearest is optimizer.lr",
     ("recipes", "nothing"): "There is no recipe nothing",
