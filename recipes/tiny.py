@@ -25,9 +25,10 @@ def gpt_oss_vision_tiny_sft_1cpu_fp32_config() -> ConfigContainer:
 
 
 def gpt_oss_vision_tiny_lora_1cpu_fp32_config() -> ConfigContainer:
-    """Adapters on attention and experts, one for each expert; projector, pool token and vision bias as full weights."""
-    config = _tiny(steps=300)
-    config.peft = GPTOSSVisionLoRA(dim=16, alpha=32, share_expert_adapters=False)
+    """Adapters on attention and experts; projector, pool token and vision bias as full weights."""
+    config = _tiny(steps=200)
+    config.peft = GPTOSSVisionLoRA(dim=16, alpha=32, share_expert_adapters=True)
+    set_learning_rate(config, 5e-3, lowest=5e-5)
     return config
 
 
