@@ -78,6 +78,7 @@ def write_processor(folder: Path) -> None:
     if (folder / "config.json").is_file():
         return
     processor = tiny_processor()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder, overwrite=True) as partial:
         processor.save_pretrained(partial)
         processor.tokenizer.generation_config().save_pretrained(partial)
