@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -38,12 +39,11 @@ def config(made):
 def finalized(recipe: Recipe, config, folder: Path, monkeypatch: pytest.MonkeyPatch, engine: bool = False):
     """The configuration as Megatron-Bridge's loop finalizes it, with the paths of a user, at the recipe's own size.
 
-    Without a CUDA device the layers are those of `torch`; `engine` has the fields follow from Transformer Engine.
+    Without a CUDA device the layers are those of `torch`, with `engine` those of Transformer Engine.
     """
     from megatron.bridge.training.config import runtime_config_update
 
-    from gpt_oss_vision.bridge.mcore.backend import ENGINE
-    from gpt_oss_vision.bridge.mcore.derived import derive
+    from gpt_oss_vision.bridge.mcore.backend import planned_for_gpu
 
     (folder / "weights").mkdir(exist_ok=True)
     if recipe.size != "tiny":
@@ -56,9 +56,9 @@ def finalized(recipe: Recipe, config, folder: Path, monkeypatch: pytest.MonkeyPa
     for name in config.env_vars:
         monkeypatch.setenv(name, "")  # so that the variable is removed after the test
         monkeypatch.delenv(name)
-    runtime_config_update(config)
-    if engine:
-        derive(config.model, ENGINE)
+    with planned_for_gpu() if engine else nullcontext():
+        runtime_config_update(config)
+    assert config.model.transformer_impl == ("transformer_engine" if engine else "local")
     return config
 
 
