@@ -188,12 +188,14 @@ def _stages(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any
     from .catalog import ASSUMED_TFLOPS, GPUS, load
     from .training import overrides
     from .training.run import Hardware, Stage
+    from .training.settings import settings_of
 
     names = [name for recipe in recipes for name in (recipe.task, recipe.stem, recipe.name)]
     overrides.refuse_other_stages(found, names)
     stages = []
     for number, recipe in enumerate(recipes, start=1):
         config, mine = load(recipe), overrides.for_stage(found, (recipe.task, recipe.name, recipe.stem))
+        recipe_settings = settings_of(config)
         overrides.apply(config, mine)
         own = {override.key: override.value for override in mine}
         if options.get("weights") or number > 1:
@@ -216,6 +218,8 @@ def _stages(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any
                 tokens=own.get("train.tokens"),
                 epochs=own.get("train.epochs"),
                 hardware=hardware,
+                recipe=recipe.name,
+                recipe_settings=recipe_settings,
             )
         )
     return stages

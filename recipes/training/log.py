@@ -21,9 +21,9 @@ from ...bridge.mcore.batch_statistics import pop_losses, statistics_of
 from ...bridge.mcore.flops import decoder_flops, image_flops
 from ...bridge.mcore.router_statistics import pop_expert_counts, write_router_statistics
 from ...terminal import Progress, say
+from .experts import keep_expert_counts
+from .metrics import METRICS
 from .plan import estimate
-
-METRICS = "metrics.jsonl"
 
 GROUPS = {"loss_after_image": "loss", "loss_without_image": "loss"}
 """Groups of values in TensorBoard, where they are not "throughput"."""
@@ -103,6 +103,7 @@ class TrainingLog(Callback):
         self._write(values)
         print_rank_last(" | ".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in values.items()))
         if self.folder is not None and is_last_rank():
+            keep_expert_counts(self.folder, counts, step)
             say(self._line(step, config.train.train_iters, values))
         self.seconds, self.images, self.steps, self.steps_without_image = 0.0, 0, 0, 0
 

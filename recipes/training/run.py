@@ -9,11 +9,12 @@ import datetime
 import fcntl
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from megatron.bridge.training.config import ConfigContainer
@@ -28,6 +29,8 @@ from .checkpoints import newest_complete
 from .derive import derive
 from .failures import first_failure
 from .plan import Hardware, Plan, check_processor, complete_steps, plan, validate
+from .report import FINISHED, SAVED, Report
+from .settings import settings_of
 from .stopping import EXIT_TO_BE_CONTINUED, Stopped, StopRequests, stop_requests
 from .train import train
 from .weights import start_from
@@ -47,6 +50,8 @@ class Stage:
         tokens: length of the stage in tokens, or None.
         epochs: length in passes over the data, or None.
         hardware: what the recipe is for.
+        recipe: its name.
+        recipe_settings: of the recipe, without the user's.
     """
 
     name: str
@@ -56,6 +61,8 @@ class Stage:
     tokens: int | None = None
     epochs: float | None = None
     hardware: Hardware
+    recipe: str = ""
+    recipe_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(stages: Sequence[Stage], out: Path, *, weights: Path | None = None, seconds: float | None = None) -> int:
@@ -167,7 +174,9 @@ def _train_stage(stage: Stage, folder: Path, out: Path, weights: Path | None, st
     config.train.exit_signal_handler = config.train.exit_signal_handler_for_dataloader = True
     start = f"after step {done[0]}" if done else f"from {weights}" if weights else "from random weights"
     _say(f"Training {stage.name} to step {steps}, {start}, in {folder}")
-    is_finished = train(config, callbacks=[stops], log=folder)
+    report = Report(folder, stage.recipe, settings_of(config), stage.recipe_settings)
+    is_finished = train(config, callbacks=[stops], log=folder, report=report)
+    report.write(FINISHED if is_finished else SAVED)
     if is_finished:
         _say(f"{stage.name} is finished: {steps} steps are in {folder / CHECKPOINTS}")
     return is_finished

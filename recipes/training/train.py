@@ -26,7 +26,12 @@ from .derive import derive
 from .log import TrainingLog
 
 
-def train(config: ConfigContainer, callbacks: Sequence[Callback] = (), log: Path | None = None) -> bool:
+def train(
+    config: ConfigContainer,
+    callbacks: Sequence[Callback] = (),
+    log: Path | None = None,
+    report: Callback | None = None,
+) -> bool:
     """Train from ``checkpoint.pretrained_checkpoint``, from random weights, or from where ``checkpoint.load`` ends.
 
     With ``checkpoint.load`` the same folder as ``checkpoint.save``, a run that was killed continues from its newest
@@ -36,6 +41,7 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = (), log: Path
         config: complete; on a machine without CUDA its communication settings are adapted (`cpu.adapt_config_for_cpu`).
         callbacks: called by Megatron-Bridge at every step, before our own.
         log: folder for ``metrics.jsonl``; the terminal then has lines of progress too.
+        report: called after our own callbacks, when what it reads is in the files.
 
     Returns:
         Whether all steps are done; else the run was asked to end, is saved, and can be continued.
@@ -57,7 +63,7 @@ def train(config: ConfigContainer, callbacks: Sequence[Callback] = (), log: Path
     folder = config.checkpoint.save
     with cpu.runtime(), naming_full_disk(Path(folder)) if folder else nullcontext():
         try:
-            pretrain(config, forward_step, callbacks=[*callbacks, TrainingLog(log)])
+            pretrain(config, forward_step, callbacks=[*callbacks, TrainingLog(log), *([report] if report else [])])
         except SystemExit as end:  # by a signal, a time limit or `train.exit_interval`
             if end.code:
                 raise
