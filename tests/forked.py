@@ -73,6 +73,7 @@ def _run(arguments: tuple[str, ...], output: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.argv = ["gpt-oss-vision", *arguments]
     code = 70
     try:
         code = cli.main(arguments)

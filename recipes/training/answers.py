@@ -74,16 +74,15 @@ def _rows(path: Path, processor: GPTOSSVisionProcessor, seq_length: int) -> Iter
 
 def spread_lines(path: Path, count: int) -> Iterator[bytes]:
     """The lines that begin at or behind evenly spread places of a file, each once; the file is not read whole."""
-    size, last = path.stat().st_size, -1
+    size, end = path.stat().st_size, 0
     with path.open("rb") as file:
         for part in range(count):
-            place = part * size // count
+            place = max(part * size // count, end)
             file.seek(max(place - 1, 0))
             if place:
-                file.readline()
-            start, line = file.tell(), file.readline()
-            if start > last and line.strip():
-                last = start
+                file.readline()  # the rest of a line that begins before
+            line, end = file.readline(), file.tell()
+            if line.strip():
                 yield line
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 70, 14, 12, 40
 POINTS = 400
 """Points of a line at most: more are closer than pixels."""
 CELLS_WITH_TITLES = 2500
@@ -91,10 +91,14 @@ def line_chart(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: 
 
 
 def heat_map(
-    values: Sequence[Sequence[float | None]], most: float, color: int, x_label: str, y_label: str, title: str
+    values: Sequence[Sequence[float | None]], half: float, color: int, x_label: str, y_label: str, title: str
 ) -> Markup:
-    """A cell per value, rows from the top, as strong as its share of `most`; a row of None has no values."""
+    """A cell per value, rows from the top; a None has none. A value of `half` has half of the colour's strength.
+
+    The strength is ``value / (value + half)``, so that one large value does not make all others pale.
+    """
     rows, columns = len(values), len(values[0])
+    has_titles = rows * columns <= CELLS_WITH_TITLES
     side = max(5.0, min(18.0, 300 / rows))
     height = round(TOP + rows * side + BOTTOM)
     width = (WIDTH - LEFT - RIGHT) / columns
@@ -104,16 +108,24 @@ def heat_map(
             if share is None:
                 continue
             place = f'x="{LEFT + column * width:.1f}" y="{TOP + row * side:.1f}"'
-            size = f'width="{width - 0.6:.1f}" height="{side - 0.6:.1f}" opacity="{share / most:.3f}"'
-            said = f"<title>layer {row}, expert {column}: {share:.1%}</title>" if rows * columns <= CELLS_WITH_TITLES else ""
+            size = f'width="{width - 0.6:.1f}" height="{side - 0.6:.1f}" opacity="{share / (share + half):.3f}"'
+            said = f"<title>{y_label} {row}, {x_label} {column}: {share:.1%}</title>" if has_titles else ""
             cells.append(f"<rect {place} {size}>{said}</rect>")
     drawn = [f'<g class="c{color} cells">{"".join(cells)}</g>']
-    for index in _some(columns, 12):
-        drawn.append(_text(LEFT + (index + 0.5) * width, height - BOTTOM + 16, index, "middle"))
-    for index in _some(rows, 9):
-        drawn.append(_text(LEFT - 7, TOP + (index + 0.5) * side + 4, index, "end"))
+    below, left = height - BOTTOM + 16, LEFT - 7
+    drawn += [_text(LEFT + (index + 0.5) * width, below, index, "middle") for index in _some(columns, 12)]
+    drawn += [_text(left, TOP + (index + 0.5) * side + 4, index, "end") for index in _some(rows, 9)]
     drawn += _labels(x_label, y_label, height)
     return _svg(title, height, drawn)
+
+
+def with_mean(name: str, points: Sequence[tuple[float, float]], color: int = 0) -> list[Line]:
+    """A line; of more than 200 points, faint, and with the mean over a hundredth of them."""
+    window = len(points) // 100
+    if window < 2:
+        return [Line(name, points, color)]
+    mean = Line(f"{name}, mean of {window}", smoothed(points, window), color)
+    return [Line(name, points, color, "faint"), mean]
 
 
 def smoothed(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
@@ -220,4 +232,4 @@ def _text(x: float, y: float, text: object, anchor: str, kind: str = "tick") -> 
 
 def _svg(title: str, height: int, parts: Sequence[str]) -> Markup:
     head = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
-    return Markup(head + "".join(parts) + "</svg>")  # noqa: S704 - texts are escaped above
+    return Markup(head + "".join(parts) + "</svg>")

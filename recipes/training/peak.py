@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from ...bridge.mcore import cpu
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -16,7 +18,7 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        self.is_of_gpu = torch.cuda.is_available()
+        self.is_of_gpu = cpu.cuda_is_real()
         self.before: int | None = None
         if self.is_of_gpu:
             torch.cuda.reset_peak_memory_stats()

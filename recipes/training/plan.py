@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ from ...bridge.mcore.flops import decoder_flops
 from ...bridge.mcore.memory import GIB, MemoryEstimate, memory_per_rank, parameters_of_stage
 from ...errors import UserError
 from .derive import steps_of
+
+TRACKERS = {
+    "wandb": ("wandb_project",),
+    "mlflow": tuple(f"mlflow_{name}" for name in ("experiment", "run_name", "tracking_uri", "tags", "description")),
+    "comet_ml": tuple(f"comet_{name}" for name in ("project", "experiment_name", "workspace", "api_key", "tags")),
+}
+"""Packages, and the settings of the section `logger` by which Megatron-Bridge imports them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +136,7 @@ def validate(config: ConfigContainer, hardware: Hardware) -> ConfigContainer:
         UserError: with what Megatron-Bridge, or this package, refuses.
     """
     _check_ranks(config, hardware.ranks)
+    _check_trackers(config.logger)
     checked = copy.deepcopy(config)
     is_elsewhere = hardware.gpu is not None and not cpu.cuda_is_real()
     if not is_elsewhere:
@@ -140,6 +149,21 @@ def validate(config: ConfigContainer, hardware: Hardware) -> ConfigContainer:
         except (AssertionError, ValueError) as error:
             raise UserError(f"Megatron-Bridge refuses this configuration: {' '.join(str(error).split())}") from error
     return checked
+
+
+def _check_trackers(logger: Any) -> None:
+    """Check that the package of each tracker that is configured is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    for package, names in TRACKERS.items():
+        name = next((name for name in names if getattr(logger, name)), None)
+        if name is not None and find_spec(package) is None:
+            raise UserError(
+                f"logger.{name} needs the package {package}, which is not installed; install it, or leave the setting "
+                "out: metrics.jsonl and TensorBoard have the same values"
+            )
 
 
 def _check_ranks(config: ConfigContainer, ranks: int) -> None:

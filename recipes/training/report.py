@@ -5,6 +5,7 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 # isort: split
 
 import datetime
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 import jinja2
 import torch
+from markupsafe import Markup
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.utils.common_utils import is_last_rank
-from markupsafe import Markup
 
 from ...atomic import atomic_file
 from ...bridge.mcore.memory import GIB, MemoryEstimate
@@ -22,7 +23,7 @@ from ...bridge.mcore.router_statistics import MODALITIES, entropy, overlap
 from ...terminal import say
 from . import charts
 from .answers import NEW_TOKENS, Answer, answers
-from .charts import Line, line_chart, smoothed
+from .charts import Line, line_chart, with_mean
 from .experts import read_expert_counts
 from .metrics import Metrics
 from .peak import PeakMemory
@@ -35,7 +36,7 @@ FINISHED, RUNNING, SAVED = "finished", "running", "saved, to be continued"
 
 NO_ANSWERS = (
     f"These are written when a run on one process ends, of at most {NEW_TOKENS} tokens each. For a run on several, "
-    "export the checkpoint with `gpt-oss-vision convert export` and ask it with `gpt-oss-vision generate`."
+    "export the checkpoint (gpt-oss-vision convert export) and ask it (gpt-oss-vision generate)."
 )
 
 
@@ -204,19 +205,21 @@ def _summary(run: Run, metrics: Metrics, sessions: Sequence[Mapping[str, Any]]) 
     if validation and validation[-1][1] is not None:
         yield "Validation loss", f"{validation[-1][1]:.4f}", f"nats per token, at step {validation[-1][0]:,}"
     if seconds:
-        yield "Time of training", _duration(seconds), "without evaluation, saving and pauses"
-        yield "GPU-hours" if run.is_gpu else "CPU-hours", charts.number(seconds * ranks / 3600), f"on {ranks} ranks"
+        yield "Time of training", _duration(seconds), "without evaluation and pauses"
+        yield (
+            "GPU-hours" if run.is_gpu else "CPU-hours",
+            charts.number(seconds * ranks / 3600),
+            f"on {ranks} ranks" if ranks > 1 else "on one rank",
+        )
     if sessions:
-        yield "Started", _when(sessions[0]["started"]), f"{len(sessions)} starts" if len(sessions) > 1 else ""
+        day, time = _when(sessions[0]["started"]).split()
+        yield "Started", time, f"{day}, {len(sessions)} starts" if len(sessions) > 1 else day
 
 
 def _figures(metrics: Metrics, ranks: int) -> Iterator[tuple[str, Markup | None]]:
     loss, step = metrics.series("loss"), "step"
-    window = max(1, len(loss) // 50)
-    shown = [Line("of each step", loss, 0, "faint" if window > 1 else "line")]
-    if window > 1:
-        shown.append(Line(f"mean of {window} steps", smoothed(loss, window), 0))
-    shown.append(Line("of the validation data", sorted(metrics.validation.items()), 1, "dots"))
+    shown = with_mean("training", loss)
+    shown.append(Line("validation", sorted(metrics.validation.items()), 1, "dots"))
     yield "Loss", line_chart(shown, step, "loss in nats per token")
     kinds = [("after_image", "tokens after an image", 1), ("without_image", "tokens without image before", 0)]
     lines = [Line(title, metrics.series(f"loss_{name}"), color) for name, title, color in kinds]
@@ -226,16 +229,20 @@ def _figures(metrics: Metrics, ranks: int) -> Iterator[tuple[str, Markup | None]
         ("Gradient norm", "grad_norm", "norm before clipping"),
         ("Seconds per step", "seconds_per_step", "seconds"),
     ):
-        lines = [Line(title, metrics.series(name))]
+        points = metrics.series(name)
+        lines = [Line("last", points)] if name == "learning_rate" else with_mean("last", points)
         yield title, line_chart(lines, step, unit, from_zero=name != "grad_norm")
     speed = [(at, value * ranks) for at, value in metrics.series("tokens_per_second_per_GPU")]
-    yield "Throughput", line_chart([Line("all ranks", speed)], step, "tokens per second", from_zero=True)
+    yield "Throughput", line_chart(with_mean("last, all ranks", speed), step, "tokens per second", from_zero=True)
     work = metrics.series("model_TFLOP_per_second_per_GPU")
-    yield "Operations", line_chart([Line("each rank", work)], step, "TFLOP/s per rank", from_zero=True)
+    yield "Operations", line_chart(with_mean("last, each rank", work), step, "TFLOP/s per rank", from_zero=True)
     names = [("images_per_rank_most", "most", 1), ("images_per_rank", "mean", 0), ("images_per_rank_least", "least", 2)]
     lines = [Line(title, metrics.series(name), color) for name, title, color in names]
     if any(value for line in lines for _, value in line.points):
-        yield "Images of a rank", line_chart(lines if ranks > 1 else lines[1:2], step, "images per step", from_zero=True)
+        yield (
+            "Images of a rank",
+            line_chart(lines if ranks > 1 else lines[1:2], step, "images per step", from_zero=True),
+        )
 
 
 def _experts(found: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -244,23 +251,23 @@ def _experts(found: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     counts = torch.tensor(found["tokens_per_expert"], dtype=torch.float64)
     shares = counts / counts.sum(-1, keepdim=True)
-    most = shares.nan_to_num().max().item() or 1.0
+    equal = 1 / counts.shape[-1]
     maps = []
     for index, name in enumerate(MODALITIES):
         if counts[:, index].sum() > 0:
             values = [[None if value != value else value for value in row] for row in shares[:, index].tolist()]
             title = f"share of {name} tokens by layer and expert"
-            maps.append((f"{name} tokens", charts.heat_map(values, most, index, "expert", "layer", title)))
-    equal = torch.tensor(float(counts.shape[-1])).log()
-    measures = [(entropy(counts[:, index]) / equal).tolist() for index in range(len(MODALITIES))]
+            maps.append((f"{name} tokens", index, charts.heat_map(values, equal, index, "expert", "layer", title)))
+    measures = [(entropy(counts[:, index]) / -math.log(equal)).tolist() for index in range(len(MODALITIES))]
     measures.append(overlap(counts).tolist())
     names = [*(f"entropy, {name} tokens" for name in MODALITIES), "overlap"]
-    over_layers = [Line(name, list(enumerate(values)), color) for color, (name, values) in enumerate(zip(names, measures, strict=True))]
-    over_steps = [Line(name, [(row[0], row[color + 1]) for row in found["history"]], color) for color, name in enumerate(names)]
+    over_layers = [Line(name, list(enumerate(measures[color])), color) for color, name in enumerate(names)]
+    history = [[(row[0], row[color + 1]) for row in found["history"]] for color in range(len(names))]
+    over_steps = [Line(name, history[color], color) for color, name in enumerate(names)]
     return {
         "step": found["step"],
-        "most": most,
-        "equal": 1 / counts.shape[-1],
+        "most": shares.nan_to_num().max().item(),
+        "equal": equal,
         "maps": maps,
         "over_layers": line_chart(over_layers, "layer", "entropy and overlap", from_zero=True),
         "over_steps": line_chart(over_steps, "step", "mean over all layers", from_zero=True),
@@ -284,9 +291,7 @@ def _memory(run: Run) -> dict[str, Any]:
 
 def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without secrets, and without environment variables."""
-    return {
-        key: without_secret(key, value) for key, value in settings.items() if key.partition(".")[0] != "env_vars"
-    }
+    return {key: without_secret(key, value) for key, value in settings.items() if key.partition(".")[0] != "env_vars"}
 
 
 def _value(settings: Mapping[str, Any], key: str) -> str:
@@ -294,7 +299,7 @@ def _value(settings: Mapping[str, Any], key: str) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def _when(moment: str) -> str:

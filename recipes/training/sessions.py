@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ...bridge.mcore import cpu
+
 SESSIONS = "sessions.jsonl"
 VERSIONS = ("gpt-oss-vision", "megatron-bridge", "megatron-core", "torch", "transformers", "transformer-engine")
 
@@ -72,7 +74,7 @@ def without_secret(key: str, value: Any) -> Any:
 
 def device() -> str:
     """The GPU of this rank, or the processor."""
-    if torch.cuda.is_available():
+    if cpu.cuda_is_real():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
@@ -87,7 +89,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    if torch.version.cuda and torch.cuda.is_available():
+    if torch.version.cuda and cpu.cuda_is_real():
         found["CUDA"] = torch.version.cuda
     return found
 
@@ -113,7 +115,5 @@ def _revision(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=5
-    )
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=5)
     return done.stdout.strip()
