@@ -81,3 +81,14 @@ docs:
 # The whole path on a CPU: train, convert, answer
 quickstart *ARGS:
     uv run gpt-oss-vision quickstart {{ARGS}}
+
+# A report as a browser shows it, wide and light, narrow and dark; needs chromium
+screenshots REPORT:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    report=$(realpath {{REPORT}})
+    for look in "wide 1280,4400 1" "narrow 500,8600 0"; do
+        set -- $look
+        chromium --headless=new --no-sandbox --hide-scrollbars --user-data-dir="$(mktemp -d)" --window-size="$2" \
+            --blink-settings=preferredColorScheme="$3" --screenshot="${report%.html}-$1.png" "file://$report"
+    done

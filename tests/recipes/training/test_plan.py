@@ -1,6 +1,7 @@
 """The dry run: what a run would do, by the checks of the run itself, and what it is refused for."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -104,6 +105,10 @@ REFUSED = {
         "optimizer.weight_decay=0.1 has no effect",
     ),
     "a stage that the run does not have": ((TINY, "align.optimizer.lr=1"), "this run has no stage align"),
+    "a tracker that is not installed": (
+        (TINY, "logger.mlflow_experiment=x", "logger.mlflow_run_name=y"),
+        "logger.mlflow_experiment needs the package mlflow, which is not installed",
+    ),
     "too little disk": ((TINY, "train.train_iters=1000000", "checkpoint.most_recent_k=-1"), "do not fit the"),
 }
 
@@ -114,6 +119,18 @@ def test_what_a_run_would_fail_for_fails_the_dry_run(line: tuple[str, ...], said
     code, printed = dry_run(name, *(setting.replace("DIGITS", str(digits)) for setting in settings))
     assert code in (1, 2)
     assert said in printed
+
+
+def test_weights_and_biases_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch):
+    from gpt_oss_vision.errors import UserError
+    from gpt_oss_vision.recipes import catalog
+    from gpt_oss_vision.recipes.training.plan import Hardware, cost_without_data
+
+    config = catalog.load(catalog.find(TINY))
+    config.logger.wandb_project = "x"
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"logger.wandb_project needs the package wandb, which is not installed"):
+        cost_without_data(config, Hardware(ranks=1))
 
 
 def test_a_gpu_without_enough_memory_is_refused(digits: Path, tmp_path: Path):
