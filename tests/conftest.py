@@ -18,7 +18,10 @@ WORKERS = 4  # at most: each has Megatron in memory, 2 GiB, and forks ranks
 LONGEST = (
     "mcore/test_layouts.py",
     "recipes/quickstart/test_quickstart.py",
+    "recipes/training/test_run.py",
     "recipes/training/test_resume.py",
+    "recipes/test_recipes.py",
+    "recipes/training/test_report.py",
     "recipes/training/test_training_options.py",
     "conversion/test_lora.py",
     "conversion/test_exporting.py",
