@@ -102,7 +102,11 @@ def adapters_of_stage(provider, stage: int, peft: Any) -> Iterator[ParameterCoun
     hidden, tp = provider.hidden_size, provider.tensor_model_parallel_size
     query, groups = (n * provider.kv_channels for n in (provider.num_attention_heads, provider.num_query_groups))
     ffn = provider.moe_ffn_hidden_size  # experts with adapters are not split by tensor parallelism
-    each = 1 if peft.share_expert_adapters else provider.num_moe_experts // provider.expert_model_parallel_size
+    each = (
+        1
+        if getattr(peft, "share_expert_adapters", True)
+        else provider.num_moe_experts // provider.expert_model_parallel_size
+    )
     ends = {
         "linear_qkv": (False, (hidden + query + 2 * groups) // tp),
         "linear_proj": (False, (query + hidden) // tp),
@@ -137,13 +141,14 @@ def memory_of_stage(
         micro_batch_size: rows of a microbatch.
         microbatches: of a step on a data-parallel rank.
         is_distributed: whether the optimizer is.
-        peft: `GPTOSSVisionLoRA`, whose adapters are trained in place of weights, beside the groups of its
-            ``full_weights``; None without adapters.
+        peft: whose adapters are trained in place of weights, beside the groups of its ``full_weights`` if it is a
+            `GPTOSSVisionLoRA`; None without adapters.
     """
     width = provider.params_dtype.itemsize
     pp, tp = provider.pipeline_model_parallel_size, provider.tensor_model_parallel_size
     expert_ranks = provider.expert_model_parallel_size * (provider.expert_tensor_parallel_size or 1)
-    trained = {"adapter", *peft.full_weights} if peft else {part.group for part in parameters_of_stage(provider, stage)}
+    groups = getattr(peft, "full_weights", ())
+    trained = {"adapter", *groups} if peft else {part.group for part in parameters_of_stage(provider, stage)}
     adapters = adapters_of_stage(provider, stage, peft) if peft else ()
     parameters = gradients = optimizer = 0.0
     for part in (*parameters_of_stage(provider, stage), *adapters):

@@ -309,7 +309,8 @@ def _checkpoint_size(config: ConfigContainer) -> float:
     states = (8 + (4 if width < 4 else 0)) if config.checkpoint.save_optim else 0
     total = 0.0
     for part in parameters_of_stage(_on_one_rank(model), 0):
-        is_trained = part.group not in model.frozen_groups and (peft is None or part.group in peft.full_weights)
+        is_full = peft is None or part.group in getattr(peft, "full_weights", ())
+        is_trained = part.group not in model.frozen_groups and is_full
         total += part.count * ((width if peft is None or is_trained else 0) + (states if is_trained else 0))
     return total
 
