@@ -162,7 +162,7 @@ def _check_trackers(logger: Any) -> None:
         if name is not None and find_spec(package) is None:
             raise UserError(
                 f"logger.{name} needs the package {package}, which is not installed; install it, or leave the setting "
-                "out: metrics.jsonl and TensorBoard have the same values"
+                "out: metrics.jsonl and TensorBoard have the loss"
             )
 
 
