@@ -8,7 +8,7 @@ import pytest
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.bridge.mcore.param_groups import LearningRateFactors
 from gpt_oss_vision.errors import UserError
-from gpt_oss_vision.recipes.quickstart.digits import write_digits
+from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.quickstart.run import training_config
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training.changes import Change
