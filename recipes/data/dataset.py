@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
+from .order import Order
 from .rows import UNREADABLE, Row, Skipped, UnusableRow, check_row, describe_skipped, numbered_lines, parse_row
 from .samples import Sample, encode_row
 
@@ -76,18 +77,18 @@ class ChatDataset(Dataset[Sample]):
 
 
 class ShuffledEpochs(Dataset[Sample]):
-    """A dataset repeated for more than `num_samples`, each epoch in another order, a function of `seed` and the epoch.
+    """A dataset in the epochs of an order, for more than `num_samples`.
 
     Sample i depends on i alone, not on the rank, the layout or earlier accesses, so a loader resumes from the number of
     samples already consumed without any state. The length is a whole number of epochs, and always more than
     `num_samples`: Megatron's sampler refuses to start when nothing is left, as when a finished run is resumed.
     """
 
-    def __init__(self, dataset: ChatDataset, num_samples: int, seed: int) -> None:
+    def __init__(self, dataset: ChatDataset, order: Order, num_samples: int) -> None:
         self.dataset = dataset
-        self.seed = seed
-        self._length = (num_samples // len(dataset) + 1) * len(dataset)
-        self._order: tuple[int, np.ndarray] | None = None
+        self.order = order
+        self._length = (num_samples // len(order) + 1) * len(order)
+        self._epoch: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return self._length
@@ -95,10 +96,10 @@ class ShuffledEpochs(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
-        epoch, position = divmod(index, len(self.dataset))
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
-        return self.dataset[int(self._order[1][position])]
+        epoch, position = divmod(index, len(self.order))
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, self.order.epoch(epoch)
+        return self.dataset[int(self._epoch[1][position])]
 
 
 def find_unusable(

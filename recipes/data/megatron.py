@@ -21,6 +21,7 @@ from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .dataset import ChatDataset, ShuffledEpochs, find_unusable
 from .digits import write_digits
+from .order import Order
 from .rows import Skipped, describe_skipped
 from .samples import Sample, collate
 from .tiny import write_processor
@@ -36,8 +37,8 @@ PROCESSOR = "a folder with tokenizer and image processor with data.processor_pat
 class ChatBatches(ShuffledEpochs):
     """Shuffled epochs of a chat file, with the `collate_fn` that Megatron-Bridge's loaders look for on a dataset."""
 
-    def __init__(self, dataset: ChatDataset, num_samples: int, seed: int) -> None:
-        super().__init__(dataset, num_samples, seed)
+    def __init__(self, dataset: ChatDataset, order: Order, num_samples: int) -> None:
+        super().__init__(dataset, order, num_samples)
         self.seq_length = dataset.seq_length
         self.pad_token_id = dataset.processor.tokenizer.pad_token_id
 
@@ -145,7 +146,7 @@ class ChatDatasetProvider(DatasetProvider):
         if dataset.skipped and _rank() == 0:
             rows = len(dataset) + len(dataset.skipped)
             logger.warning("Skipped: %s", describe_skipped(path, dataset.skipped, rows))
-        return ChatBatches(dataset, num_samples, self.seed)
+        return ChatBatches(dataset, Order((len(dataset),), seed=self.seed), num_samples)
 
     def _open(self, path: str, processor: GPTOSSVisionProcessor) -> ChatDataset:
         skipped = _find_unusable_together(path, processor, self.seq_length, self.decode_images)

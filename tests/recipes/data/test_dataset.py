@@ -14,6 +14,7 @@ from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProce
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.dataset import ChatDataset, ShuffledEpochs, find_unusable
 from gpt_oss_vision.recipes.data.digits import write_digits
+from gpt_oss_vision.recipes.data.order import Order
 from gpt_oss_vision.recipes.data.rows import Skipped, UnusableRow, parse_row, resolve_image
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate, encode_row, loss_mask_of
 
@@ -376,38 +377,42 @@ def words(folder, processor) -> ChatDataset:
     return ChatDataset(write(folder, *[chat("Hi", f"one {i}") for i in range(7)]), processor, SEQ_LENGTH)
 
 
+def epochs(dataset: ChatDataset, num_samples: int, seed: int) -> ShuffledEpochs:
+    return ShuffledEpochs(dataset, Order((len(dataset),), seed=seed), num_samples)
+
+
 def order(samples: ShuffledEpochs) -> list[str]:
     return [str(samples[i]["input_ids"].tolist()) for i in range(len(samples))]
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own(words):
-    epochs = order(ShuffledEpochs(words, num_samples=20, seed=1))
-    first, second, third = (epochs[i : i + 7] for i in (0, 7, 14))
+    read = order(epochs(words, 20, seed=1))
+    first, second, third = (read[i : i + 7] for i in (0, 7, 14))
     assert sorted(first) == sorted(second) == sorted(third) == sorted(str(s["input_ids"].tolist()) for s in words)
     assert len({tuple(first), tuple(second), tuple(third)}) == 3
 
 
 def test_the_seed_alone_decides_the_order(words):
-    assert order(ShuffledEpochs(words, 14, seed=1)) == order(ShuffledEpochs(words, 14, seed=1))
-    assert order(ShuffledEpochs(words, 14, seed=1)) != order(ShuffledEpochs(words, 14, seed=2))
+    assert order(epochs(words, 14, seed=1)) == order(epochs(words, 14, seed=1))
+    assert order(epochs(words, 14, seed=1)) != order(epochs(words, 14, seed=2))
 
 
 def test_a_sample_does_not_depend_on_earlier_reads(words):
-    straight = order(ShuffledEpochs(words, 20, seed=1))
-    resumed = ShuffledEpochs(words, 20, seed=1)
+    straight = order(epochs(words, 20, seed=1))
+    resumed = epochs(words, 20, seed=1)
     assert [str(resumed[i]["input_ids"].tolist()) for i in (15, 3, 15, 8)] == [straight[i] for i in (15, 3, 15, 8)]
 
 
 @pytest.mark.parametrize("num_samples", [0, 6, 7, 20])
 def test_there_are_always_more_samples_than_a_run_consumes(words, num_samples):
-    length = len(ShuffledEpochs(words, num_samples, seed=1))
+    length = len(epochs(words, num_samples, seed=1))
     assert length > num_samples
     assert length % 7 == 0
 
 
 def test_a_sample_past_the_end_is_an_index_error(words):
     with pytest.raises(IndexError):
-        ShuffledEpochs(words, 6, seed=1)[7]
+        epochs(words, 6, seed=1)[7]
 
 
 def test_loader_workers_deliver_what_the_dataset_holds(words):
