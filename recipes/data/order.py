@@ -1,4 +1,4 @@
-"""Which sample stands at which place: shuffled epochs of one source or of a mixture, functions of seed and epoch alone."""
+"""The order of samples: shuffled epochs of one source or of a mixture, functions of the seed and the epoch alone."""
 
 from collections.abc import Sequence
 from itertools import pairwise

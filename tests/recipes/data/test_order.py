@@ -1,4 +1,4 @@
-"""Shuffled epochs of mixtures: proportions, epochs of each source, and independence of everything but seed and epoch."""
+"""Shuffled epochs of mixtures: shares and epochs of each source, decided by seed and epoch alone."""
 
 import numpy as np
 import pytest
