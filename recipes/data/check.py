@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from .dataset import ChatDataset, find_unusable
-from .rows import Skipped, describe_skipped, numbered_lines
+from .dataset import examine
+from .rows import Skipped, describe_skipped
+from .sources.opening import open_source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,17 +57,15 @@ def check_file(path: Path, processor: GPTOSSVisionProcessor, seq_length: int) ->
         UserError: the file has no rows.
         OSError: it cannot be read.
     """
-    skipped = find_unusable(path, processor, seq_length, decode_images=True)
-    rows = sum(1 for _ in numbered_lines(path))
-    samples = []
-    if len(skipped) < rows:
-        dataset = ChatDataset(path, processor, seq_length, max_skipped=1.0, skipped=skipped)
-        samples = [dataset[index] for index in range(len(dataset))]
+    source = open_source(path)
+    found = examine(source, processor, seq_length, decode_images=True)
+    found.refuse_too_many(path, max_skipped=1.0)
+    usable = found.usable
     return Check(
         path=path,
-        rows=rows,
-        skipped=tuple(skipped),
-        images=np.array([0 if (pixels := sample["pixel_values"]) is None else len(pixels) for sample in samples]),
-        tokens=np.array([len(sample["input_ids"]) for sample in samples]),
-        learned=np.array([int(sample["loss_mask"].sum()) for sample in samples]),
+        rows=len(source),
+        skipped=tuple(found.skipped),
+        images=found.images[usable],
+        tokens=found.lengths[usable],
+        learned=found.learned[usable],
     )

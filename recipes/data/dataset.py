@@ -1,6 +1,8 @@
-"""A JSONL file of rows as a dataset: its usable rows in shuffled epochs, and the check which rows are usable."""
+"""The rows of a source as a dataset of samples: its usable rows in shuffled epochs, and the check which are usable."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +11,76 @@ from torch.utils.data import Dataset
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .order import Order
-from .rows import UNREADABLE, Row, Skipped, UnusableRow, check_row, describe_skipped, numbered_lines, parse_row
-from .samples import Sample, encode_row
+from .pictures import UNREADABLE, Picture, UnusableRow
+from .rows import Skipped, check_text, describe_skipped
+from .samples import Sample, count_tokens, encode_row
+from .sources.base import Source
+from .sources.opening import open_source
+
+REMEMBERED = 100_000
+"""Images whose check is remembered, for rows that share them."""
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What the check of a source has found.
+
+    Attributes:
+        lengths: tokens of each row, ``[rows]``, those of images included; 0 where a row cannot be used.
+        learned: learned tokens of each row, ``[rows]``.
+        images: images of each row, ``[rows]``.
+        skipped: the rows that cannot be used, in their order.
+        shapes: usable rows of each format.
+    """
+
+    lengths: np.ndarray
+    learned: np.ndarray
+    images: np.ndarray
+    skipped: list[Skipped] = field(default_factory=list)
+    shapes: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of_rows(cls, count: int) -> "Findings":
+        """Nothing found yet."""
+        return cls(**{name: np.zeros(count, dtype=np.int32) for name in ("lengths", "learned", "images")})
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def usable(self) -> np.ndarray:
+        """The numbers of the rows that can be used."""
+        return np.flatnonzero(self.lengths)
+
+    def merge(self, others: Sequence["Findings"]) -> None:
+        """Add what was found in other rows."""
+        for other in others:
+            for name in ("lengths", "learned", "images"):
+                getattr(self, name)[other.usable] = getattr(other, name)[other.usable]
+            self.skipped += other.skipped
+            self.shapes += other.shapes
+        self.skipped.sort()
+
+    def refuse_too_many(self, path: object, max_skipped: float) -> None:
+        """Refuse a source without rows, or with too many that cannot be used.
+
+        Raises:
+            UserError: more than `max_skipped` (a fraction) of the rows can't be used, or none can; it names a few.
+        """
+        if not len(self):
+            raise UserError(f"{path} has no rows.")
+        if len(self.skipped) == len(self) or len(self.skipped) > max_skipped * len(self):
+            raise UserError(
+                f"{describe_skipped(path, self.skipped, len(self))} At most {max_skipped:.1%} may be skipped."
+            )
 
 
 class ChatDataset(Dataset[Sample]):
-    """The usable rows of a JSONL file, in the file's order, as samples.
+    """The usable rows of a source, in its order, as samples.
 
-    Only the offsets of the rows are held in memory, 16 bytes a row with its line; a row is read and its images are
-    decoded on access. Which rows are usable is decided when the dataset is made, never later, so that row i is the same
-    on all ranks and in all runs: `skipped` is what the ranks found together, or None to check the file in this process.
+    A row is read and its images are decoded on access. Which rows are usable is decided when the dataset is made, never
+    later, so that row i is the same on all ranks and in all runs: `findings` are what the ranks found together, or None
+    to check the rows in this process.
 
     Raises:
         UserError: more than `max_skipped` (a fraction) of the rows can't be used, or none can; it names the first few.
@@ -27,53 +89,39 @@ class ChatDataset(Dataset[Sample]):
 
     def __init__(
         self,
-        path: str | Path,
+        source: Source | str | Path,
         processor: GPTOSSVisionProcessor,
         seq_length: int,
         *,
         max_skipped: float = 0.01,
-        skipped: Sequence[Skipped] | None = None,
+        findings: Findings | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.source = open_source(source) if isinstance(source, str | Path) else source
         self.processor = processor
         self.seq_length = seq_length
-        self.skipped = tuple(find_unusable(path, processor, seq_length) if skipped is None else skipped)
-        offsets = ((line, offset) for line, offset, _ in numbered_lines(self.path))
-        self._offsets = np.fromiter(offsets, dtype=[("line", np.int64), ("offset", np.int64)])
-        self._refuse_too_many(len(self._offsets), max_skipped)
-        self._offsets = self._offsets[~np.isin(self._offsets["line"], [row.line for row in self.skipped])]
+        found = examine(self.source, processor, seq_length) if findings is None else findings
+        found.refuse_too_many(", ".join(map(str, self.source.files[:3])), max_skipped)
+        self.skipped = tuple(found.skipped)
+        self.rows = found.usable
+        self.lengths, self.image_counts = found.lengths[self.rows], found.images[self.rows]
 
     def __len__(self) -> int:
-        return len(self._offsets)
-
-    def images_of(self, index: int) -> int:
-        """Number of images of a row, which are not opened."""
-        return len(self._row(index).images)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        line = int(self._offsets[index]["line"])
+        row = int(self.rows[index])
         try:
-            return encode_row(self._row(index), self.processor)
+            sample = encode_row(self.source.row(row), self.processor)
+            if len(sample["input_ids"]) != self.lengths[index]:
+                raise UnusableRow(f"it has {len(sample['input_ids'])} tokens and had {self.lengths[index]}")
         except UNREADABLE as error:
             # Another row in its place would differ between ranks that share this one.
+            file, line = self.source.place(row)
             raise UserError(
-                f"{self.path}, line {line}, had passed the check and can't be used now ({error}). Of images the check "
-                "reads the headers; with decode_images=True also the pixels."
+                f"{file}, {Skipped(row, file, line, '').place}, had passed the check and can't be used now ({error}). "
+                "Of images the check reads the headers; with data.decode_images=true also the pixels."
             ) from error
-
-    def _row(self, index: int) -> Row:
-        # Opened each time: forked loader workers would share the position of an open file.
-        with self.path.open("rb") as file:
-            file.seek(int(self._offsets[index]["offset"]))
-            return parse_row(file.readline(), self.path.parent)
-
-    def _refuse_too_many(self, rows: int, max_skipped: float) -> None:
-        if not rows:
-            raise UserError(f"{self.path} has no rows.")
-        if len(self.skipped) == rows or len(self.skipped) > max_skipped * rows:
-            raise UserError(
-                f"{describe_skipped(self.path, self.skipped, rows)} At most {max_skipped:.1%} may be skipped."
-            )
+        return sample
 
 
 class ShuffledEpochs(Dataset[Sample]):
@@ -84,7 +132,7 @@ class ShuffledEpochs(Dataset[Sample]):
     `num_samples`: Megatron's sampler refuses to start when nothing is left, as when a finished run is resumed.
     """
 
-    def __init__(self, dataset: ChatDataset, order: Order, num_samples: int) -> None:
+    def __init__(self, dataset: Dataset[Sample], order: Order, num_samples: int) -> None:
         self.dataset = dataset
         self.order = order
         self._length = (num_samples // len(order) + 1) * len(order)
@@ -102,31 +150,77 @@ class ShuffledEpochs(Dataset[Sample]):
         return self.dataset[int(self._epoch[1][position])]
 
 
-def find_unusable(
-    path: str | Path,
+def examine(
+    source: Source,
     processor: GPTOSSVisionProcessor,
     seq_length: int,
     *,
     decode_images: bool = False,
     shard: int = 0,
     shards: int = 1,
-) -> list[Skipped]:
-    """Check every row whose index in the file is `shard` modulo `shards`, and name those that can't be used.
+    advance: Callable[[], None] = lambda: None,
+) -> Findings:
+    """Check every row whose number is `shard` modulo `shards`, and count its tokens.
 
     A row is usable when it parses, has something to learn, its images open, and it fits `seq_length` whole. Image
     headers are read (of PNG files the checksums too), and an image's tokens are counted without its pixels, so nothing
     is decoded without `decode_images`, which also finds a file that is cut off behind a good header.
 
-    On one slow core a row takes 0.1 ms, with a small image 0.2 ms; a text that has more bytes than `seq_length` is
-    tokenised, at 0.3 ms a kilobyte. So half a million short rows are a minute or two, and ranks share them.
+    Args:
+        source: the rows.
+        processor: of the model.
+        seq_length: longest row in tokens.
+        decode_images: whether pixels are checked.
+        shard: the share of this process.
+        shards: number of processes.
+        advance: called after each row.
     """
-    path = Path(path)
-    skipped = []
-    for index, (line, _, content) in enumerate(numbered_lines(path)):
-        if index % shards != shard:
-            continue
+    found, images = Findings.of_rows(len(source)), _Images(processor, decode_images)
+    for index in range(shard, len(source), shards):
         try:
-            check_row(parse_row(content, path.parent), processor, seq_length, decode_images)
-        except (UnusableRow, UnicodeEncodeError) as error:  # half a surrogate pair is JSON, but no text
-            skipped.append(Skipped(line, str(error)))
-    return skipped
+            row = source.row(index)
+            text = check_text(row, processor) if row.tokens is None else None
+            tokens, learned = count_tokens(row, text, processor)
+            if tokens > seq_length:
+                of_images = len(row.images) * processor.num_image_tokens
+                raise UnusableRow(f"{tokens} tokens, {of_images} of them of images, don't fit seq_length {seq_length}")
+            if not learned:
+                raise UnusableRow("no token to learn")
+            for picture in row.images:
+                images.check(picture)
+        except UnusableRow as error:
+            found.skipped.append(Skipped(index, *source.place(index), str(error)))
+        else:
+            found.lengths[index], found.learned[index], found.images[index] = tokens, learned, len(row.images)
+            found.shapes[row.shape] += 1
+        advance()
+    return found
+
+
+class _Images:
+    """Checks of images, of which those of files are remembered."""
+
+    def __init__(self, processor: GPTOSSVisionProcessor, decode: bool) -> None:
+        self._processor, self._decode = processor, decode
+        self._of_files: dict[Path, str | None] = {}
+
+    def check(self, picture: Picture) -> None:
+        """Refuse an image that can't be used.
+
+        Raises:
+            UnusableRow: it is missing or broken.
+        """
+        file = picture.path if picture.size is None else None
+        if file in self._of_files:
+            if (reason := self._of_files[file]) is not None:
+                raise UnusableRow(reason)
+            return
+        reason = None
+        try:
+            picture.check(self._processor, self._decode)
+        except UnusableRow as error:
+            reason = str(error)
+            raise
+        finally:
+            if file is not None and len(self._of_files) < REMEMBERED:
+                self._of_files[file] = reason

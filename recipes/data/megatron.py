@@ -19,11 +19,13 @@ from megatron.bridge.utils.common_utils import get_rank_safe
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
-from .dataset import ChatDataset, ShuffledEpochs, find_unusable
+from .dataset import ChatDataset, Findings, ShuffledEpochs, examine
 from .digits import write_digits
 from .order import Order
-from .rows import Skipped, describe_skipped
+from .rows import describe_skipped
 from .samples import Sample, collate
+from .sources.base import Source
+from .sources.opening import open_source
 from .tiny import write_processor
 
 logger = logging.getLogger(__name__)
@@ -137,7 +139,7 @@ class ChatDatasetProvider(DatasetProvider):
     def count_with_images(self) -> tuple[int, int, int]:
         """Usable rows, skipped rows, and images of the training data; by this process alone, which parses all rows."""
         dataset = self._open(str(self.path), self.processor())
-        return len(dataset), len(dataset.skipped), sum(dataset.images_of(index) for index in range(len(dataset)))
+        return len(dataset), len(dataset.skipped), int(dataset.image_counts.sum())
 
     def _split(self, path: str | None, num_samples: int, processor: GPTOSSVisionProcessor) -> ChatBatches | None:
         if path is None or num_samples == 0:
@@ -149,8 +151,10 @@ class ChatDatasetProvider(DatasetProvider):
         return ChatBatches(dataset, Order((len(dataset),), seed=self.seed), num_samples)
 
     def _open(self, path: str, processor: GPTOSSVisionProcessor) -> ChatDataset:
-        skipped = _find_unusable_together(path, processor, self.seq_length, self.decode_images)
-        return ChatDataset(path, processor, self.seq_length, max_skipped=self.max_skipped, skipped=skipped)
+        source, found = _examine_together(
+            lambda: open_source(path), processor, self.seq_length, decode_images=self.decode_images
+        )
+        return ChatDataset(source, processor, self.seq_length, max_skipped=self.max_skipped, findings=found)
 
 
 @dataclass(kw_only=True)
@@ -229,15 +233,18 @@ def on_rank_0[T](call: Callable[[], T]) -> T:
     return shared[0]
 
 
-def _find_unusable_together(
-    path: str, processor: GPTOSSVisionProcessor, seq_length: int, decode_images: bool
-) -> list[Skipped]:
-    """`find_unusable` of the whole file on every rank; each checks its share of the rows."""
-    if not torch.distributed.is_initialized():
-        return find_unusable(path, processor, seq_length, decode_images=decode_images)
-    ranks = torch.distributed.get_world_size()
+def _examine_together(
+    open_rows: Callable[[], Source], processor: GPTOSSVisionProcessor, seq_length: int, *, decode_images: bool
+) -> tuple[Source, Findings]:
+    """Open a source, and `examine` all of its rows, on every rank; each checks its share of the rows."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if ranks == 1:
+        source = open_rows()
+        return source, examine(source, processor, seq_length, decode_images=decode_images)
+    source, mine = None, None
     try:
-        mine: Any = find_unusable(path, processor, seq_length, decode_images=decode_images, shard=_rank(), shards=ranks)
+        source = open_rows()
+        mine = examine(source, processor, seq_length, decode_images=decode_images, shard=_rank(), shards=ranks)
     except Exception as error:  # noqa: BLE001 - raised below on all ranks; alone, it would leave the others waiting
         kind = next((kind for kind in (OSError, UserError, MemoryError) if isinstance(error, kind)), RuntimeError)
         mine = kind(f"{type(error).__name__}: {error}" if kind is RuntimeError else str(error))
@@ -246,7 +253,10 @@ def _find_unusable_together(
     for rank, found in enumerate(everyone):
         if isinstance(found, Exception):
             raise type(found)(f"Rank {rank} can't check the dataset: {found}")
-    return sorted(row for found in everyone for row in found)
+    assert source is not None
+    merged = Findings.of_rows(len(source))
+    merged.merge(everyone)
+    return source, merged
 
 
 def _rank() -> int:

@@ -5,11 +5,13 @@ channels, h x w pixels.
 """
 
 from collections.abc import Sequence
-from typing import TypedDict
+from functools import lru_cache
+from typing import Any, TypedDict
 
+import numpy as np
 import torch
 
-from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG, GPTOSSVisionProcessor
 from ...errors import UserError
 from .rows import Row, render
 
@@ -39,10 +41,14 @@ class Batch(TypedDict):
 
 def encode_row(row: Row, processor: GPTOSSVisionProcessor) -> Sample:
     """Tokens, shifted labels and pixels of one row."""
-    images = [str(path) for path in row.images] or None
-    inputs = processor(text=render(row, processor), images=images, return_tensors="pt")
-    input_ids = inputs["input_ids"][0]
-    learned = loss_mask_of(input_ids, processor)
+    if row.tokens is not None:
+        input_ids, pixels = torch.as_tensor(row.tokens, dtype=torch.long), None
+        learned = torch.ones_like(input_ids, dtype=torch.bool)
+    else:
+        images = [picture.source() for picture in row.images] or None
+        inputs = processor(text=render(row, processor), images=images, return_tensors="pt")
+        input_ids, pixels = inputs["input_ids"][0], inputs.get("pixel_values")
+        learned = torch.from_numpy(loss_mask_of(input_ids.numpy(), processor))
     # The logits at t predict token t + 1, so the labels move one to the left; the last position predicts nothing.
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:-1] = torch.where(learned[1:], input_ids[1:], IGNORE_INDEX)
@@ -51,11 +57,31 @@ def encode_row(row: Row, processor: GPTOSSVisionProcessor) -> Sample:
         labels=labels,
         loss_mask=(labels != IGNORE_INDEX).float(),
         position_ids=torch.arange(len(input_ids)),
-        pixel_values=inputs.get("pixel_values"),
+        pixel_values=pixels,
     )
 
 
-def loss_mask_of(input_ids: torch.Tensor, processor: GPTOSSVisionProcessor) -> torch.Tensor:
+def count_tokens(row: Row, text: str | None, processor: GPTOSSVisionProcessor) -> tuple[int, int]:
+    """The number of tokens of a row, and how many of them are learned. No image is opened.
+
+    Args:
+        row: which `encode_row` would encode.
+        text: rendered; None for a row of tokens.
+        processor: of the model.
+    """
+    if text is None:
+        assert row.tokens is not None
+        return len(row.tokens), len(row.tokens) - 1
+    # The processor puts the images of a text without marks in front; each is one token here.
+    marked = text.replace(IMAGE_TAG, processor.image_token)
+    if processor.image_token not in marked:
+        marked = processor.image_token * len(row.images) + marked
+    ids = np.asarray(processor.tokenizer.backend_tokenizer.encode(marked).ids)
+    learned = loss_mask_of(ids, processor)[1:].sum()
+    return len(ids) + len(row.images) * (processor.num_image_tokens - 1), int(learned)
+
+
+def loss_mask_of(input_ids: np.ndarray, processor: GPTOSSVisionProcessor) -> np.ndarray:
     """Which tokens, [s], the model is trained to write, as booleans.
 
     In a chat: the tokens that it generates when it answers, from behind `<|start|>assistant` to the turn's `<|end|>`,
@@ -65,21 +91,28 @@ def loss_mask_of(input_ids: torch.Tensor, processor: GPTOSSVisionProcessor) -> t
     Read from the token ids, which works for plain texts in harmony too; for chats it is the mask of the chat template's
     generation blocks.
     """
-    tokenizer = processor.tokenizer
-    start, *ends = tokenizer.convert_tokens_to_ids(["<|start|>", "<|end|>", "<|return|>", "<|call|>"])
-    assistant = tokenizer.encode("assistant", add_special_tokens=False)
-    ids = input_ids.tolist()
+    start, ends, assistant = _turn_tokens(processor.tokenizer)
     is_text = input_ids != processor.image_token_id
-    if start not in ids:
+    starts = np.flatnonzero(input_ids == start)
+    if not len(starts):
         return is_text
-    learned = torch.zeros(len(ids), dtype=torch.bool)
-    for place, token in enumerate(ids):
+    learned = np.zeros(len(input_ids), dtype=bool)
+    all_ends = np.flatnonzero(np.isin(input_ids, ends))
+    for place in starts:
         first = place + 1 + len(assistant)
-        if token == start and ids[place + 1 : first] == assistant:
-            last = next((i for i in range(first, len(ids)) if ids[i] in ends), len(ids) - 1)
-            goes_on = place > 0 and bool(learned[place - 1])
+        if np.array_equal(input_ids[place + 1 : first], assistant):
+            following = np.searchsorted(all_ends, first)
+            last = all_ends[following] if following < len(all_ends) else len(input_ids) - 1
+            goes_on = place > 0 and learned[place - 1]
             learned[place if goes_on else first : last + 1] = True
     return learned & is_text
+
+
+@lru_cache(maxsize=8)
+def _turn_tokens(tokenizer: Any) -> tuple[int, np.ndarray, np.ndarray]:
+    """`<|start|>`, the ends of a turn, and the tokens of the word assistant."""
+    start, *ends = tokenizer.convert_tokens_to_ids(["<|start|>", "<|end|>", "<|return|>", "<|call|>"])
+    return start, np.array(ends), np.array(tokenizer.encode("assistant", add_special_tokens=False))
 
 
 def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype: torch.dtype = torch.float32) -> Batch:

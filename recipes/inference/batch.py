@@ -1,6 +1,6 @@
 """A file of questions to a file of answers: JSONL in, JSONL out, in order.
 
-A line has the format of training data (`data/rows.py`): a chat, or a text with or without an image. Answers at the end
+A row has any format of training data (`data/formats.py`): a chat, or a text with or without images. Answers at the end
 of a chat are left out and generated, so that a file made for training can be used as it is.
 """
 
@@ -18,14 +18,15 @@ from ...bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from ...terminal import Progress
-from ..data.rows import Skipped, check_image, describe_skipped, numbered_lines, parse_row, refuse_control_tokens
+from ..data.rows import Row, Skipped, describe_skipped, refuse_control_tokens
+from ..data.sources.opening import open_source
 from .generate import Chat, Sampling, answers_to, parts_of
 
 
 class Question(NamedTuple):
-    """A chat that waits for an answer, and its line, counted from 1."""
+    """A chat that waits for an answer, and the line where its row begins, from 1."""
 
-    line: int
+    line: int | str
     chat: Chat
 
 
@@ -45,7 +46,7 @@ def answer_file(
     Raises:
         UserError: no line can be used; then `answers` is not written.
     """
-    total = sum(1 for _ in numbered_lines(questions))
+    total = len(open_source(questions))
     if not total:
         raise UserError(f"{questions} has no questions.")
     skipped: list[Skipped] = []
@@ -66,31 +67,31 @@ def answer_file(
 
 
 def read_questions(path: Path, processor: GPTOSSVisionProcessor) -> Iterator[Question | Skipped]:
-    """The question of each line, or why it can't be used. Images are decoded, so that none fails later in a batch."""
-    for line, _, content in numbered_lines(path):
+    """The question of each row, or why it can't be used. Images are decoded, so that none fails later in a batch."""
+    source = open_source(path)
+    for index in range(len(source)):
+        file, line = source.place(index)
         try:
-            chat = _parse_question(content, path.parent)
+            row = source.row(index, for_training=False)
+            for picture in row.images:
+                picture.check(processor, decode=True)
+            chat = _chat_of(row)
             refuse_control_tokens(chat, processor)
             processor.apply_chat_template(chat, tokenize=False).encode()  # half a surrogate pair is JSON, but no text
-            for part in (part for message in chat for part in message["content"] if part["type"] == "image"):
-                check_image(Path(part["path"]), processor, decode=True)
         except (UserError, UnicodeEncodeError) as error:
             # A reason may quote surrogates, which cannot be written.
-            yield Skipped(line, str(error).rstrip(".").encode(errors="backslashreplace").decode())
+            yield Skipped(index, file, line, str(error).rstrip(".").encode(errors="backslashreplace").decode())
         else:
             yield Question(line, chat)
 
 
-def _parse_question(content: bytes, folder: Path) -> Chat:
-    row = parse_row(content, folder, for_training=False)
-    if row.messages is None:
-        return [{"role": "user", "content": parts_of(row.text, row.images)}]
-    chat = list(row.messages)
-    while chat and chat[-1]["role"] == "assistant":
-        chat.pop()
-    if not chat:
+def _chat_of(row: Row) -> Chat:
+    if row.text is not None:
+        return [{"role": "user", "content": parts_of(row.text, [picture.source() for picture in row.images])}]
+    question = row.question()
+    if not question.messages:
         raise UserError("a chat without a question")
-    return chat
+    return question.chat()
 
 
 def _answered(

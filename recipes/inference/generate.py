@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, TextStreamer
 from transformers.utils import logging
 
@@ -169,7 +170,7 @@ def inputs_of(processor: GPTOSSVisionProcessor, chats: Sequence[Chat]) -> BatchF
         )
 
 
-def parts_of(prompt: str, images: Sequence[Path]) -> list[dict[str, str]]:
+def parts_of(prompt: str, images: Sequence[Path | str | Image.Image]) -> list[dict[str, Any]]:
     """The parts of a chat message: the prompt cut at its marks, with an image at each cut.
 
     Raises:
@@ -184,9 +185,10 @@ def parts_of(prompt: str, images: Sequence[Path]) -> list[dict[str, str]]:
         texts = [""] * len(images) + texts
     if len(texts) != len(images) + 1:
         raise UserError(f"The prompt has {len(texts) - 1} {IMAGE_TAG} for {len(images)} images.")
-    parts = [{"type": "text", "text": texts[0]}]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": texts[0]}]
     for image, text in zip(images, texts[1:], strict=True):
-        parts += [{"type": "image", "path": str(image)}, {"type": "text", "text": text}]
+        source = {"image": image} if isinstance(image, Image.Image) else {"path": str(image)}
+        parts += [{"type": "image"} | source, {"type": "text", "text": text}]
     return [part for part in parts if part != {"type": "text", "text": ""}]
 
 

@@ -15,7 +15,10 @@ import torch
 from PIL import Image, ImageOps
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from ..data.rows import Row, UnusableRow, check_row, parse_row
+from ..data.pictures import Picture, UnusableRow
+from ..data.rows import Row, check_text
+from ..data.samples import count_tokens
+from ..data.sources.opening import open_source
 from ..inference.generate import final_words, inputs_of
 
 ROWS, NEW_TOKENS, PIXELS = 6, 16, 192
@@ -45,12 +48,12 @@ class Answer:
 
 @torch.no_grad()
 def answers(model: torch.nn.Module, processor: GPTOSSVisionProcessor, path: Path, seq_length: int) -> list[Answer]:
-    """Let the model answer `ROWS` rows of a file, spread evenly over it.
+    """Let the model answer `ROWS` rows of a source, spread evenly over it.
 
     Args:
         model: Megatron's, whole on this rank.
         processor: of the data.
-        path: JSONL; rows that cannot be used, or are no chats, are left out.
+        path: as of `open_source`; rows that cannot be used, or are no chats, are left out.
         seq_length: longest row that is usable.
     """
     was_training = model.training
@@ -62,38 +65,27 @@ def answers(model: torch.nn.Module, processor: GPTOSSVisionProcessor, path: Path
 
 
 def _rows(path: Path, processor: GPTOSSVisionProcessor, seq_length: int) -> Iterator[Row]:
-    for line in spread_lines(path, ROWS):
+    source = open_source(path)
+    for index in sorted({part * len(source) // ROWS for part in range(ROWS)} if len(source) else ()):
         try:
-            row = parse_row(line, path.parent)
-            check_row(row, processor, seq_length, decode_images=True)
+            row = source.row(index)
+            tokens, _ = count_tokens(row, check_text(row, processor), processor)
+            for picture in row.images:
+                picture.check(processor, decode=True)
         except UnusableRow:
             continue
-        if row.messages is not None and row.messages[-1]["role"] == "assistant":
+        if tokens <= seq_length and row.messages is not None and row.messages[-1]["role"] == "assistant":
             yield row
-
-
-def spread_lines(path: Path, count: int) -> Iterator[bytes]:
-    """The lines that begin at or behind evenly spread places of a file, each once; the file is not read whole."""
-    size, end = path.stat().st_size, 0
-    with path.open("rb") as file:
-        for part in range(count):
-            place = max(part * size // count, end)
-            file.seek(max(place - 1, 0))
-            if place:
-                file.readline()  # the rest of a line that begins before
-            line, end = file.readline(), file.tell()
-            if line.strip():
-                yield line
 
 
 def _answered(model: torch.nn.Module, processor: GPTOSSVisionProcessor, row: Row) -> Answer:
     assert row.messages is not None
-    *chat, truth = row.messages
+    question = row.question()
     return Answer(
-        images=tuple(_data_url(image) for image in row.images),
-        question=_text(chat[-1]) if chat else "",
-        truth=_text(truth),
-        said=final_words(processor, _generated(model, processor, chat)),
+        images=tuple(_data_url(image) for image in question.images),
+        question=_text(question.messages[-1]) if question.messages else "",
+        truth=_text(row.messages[-1]),
+        said=final_words(processor, _generated(model, processor, question.chat())),
     )
 
 
@@ -115,9 +107,9 @@ def _text(message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
 
 
-def _data_url(path: Path) -> str:
+def _data_url(image: Picture) -> str:
     """A picture of at most `PIXELS` pixels a side."""
-    with Image.open(path) as opened:
+    with Image.open(io.BytesIO(image.read())) as opened:
         picture = ImageOps.exif_transpose(opened).convert("RGB")
     picture.thumbnail((PIXELS, PIXELS))
     file = io.BytesIO()

@@ -12,11 +12,14 @@ from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from gpt_oss_vision.errors import UserError
-from gpt_oss_vision.recipes.data.dataset import ChatDataset, ShuffledEpochs, find_unusable
+from gpt_oss_vision.recipes.data.dataset import ChatDataset, Findings, ShuffledEpochs, examine
 from gpt_oss_vision.recipes.data.digits import write_digits
+from gpt_oss_vision.recipes.data.formats import parse_record
 from gpt_oss_vision.recipes.data.order import Order
-from gpt_oss_vision.recipes.data.rows import Skipped, UnusableRow, parse_row, resolve_image
+from gpt_oss_vision.recipes.data.pictures import Pictures, UnusableRow, resolve_image
+from gpt_oss_vision.recipes.data.rows import Row, Skipped
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate, encode_row, loss_mask_of
+from gpt_oss_vision.recipes.data.sources.opening import open_source
 
 SEQ_LENGTH = 64
 
@@ -42,8 +45,16 @@ def write(folder: Path, *rows: Any) -> Path:
     return path
 
 
+def parse(row: dict[str, Any], folder: Path) -> Row:
+    return parse_record(row, Pictures(folder))
+
+
+def unusable(path: Path, processor: GPTOSSVisionProcessor, seq_length: int, **options: Any) -> list[Skipped]:
+    return examine(open_source(path), processor, seq_length, **options).skipped
+
+
 def encode(row: dict[str, Any], folder: Path, processor: GPTOSSVisionProcessor) -> Any:
-    return encode_row(parse_row(json.dumps(row), folder), processor)
+    return encode_row(parse(row, folder), processor)
 
 
 def learned_text(sample: Any, processor: GPTOSSVisionProcessor) -> str:
@@ -57,7 +68,7 @@ def answers(dataset: ChatDataset) -> list[str]:
 
 def reason(row: Any, folder: Path, processor: GPTOSSVisionProcessor, seq_length: int = SEQ_LENGTH) -> str:
     """The reason for which the check refuses one row."""
-    [skipped] = find_unusable(write(folder, row), processor, seq_length)
+    [skipped] = unusable(write(folder, row), processor, seq_length)
     return skipped.reason
 
 
@@ -86,18 +97,18 @@ def test_the_turn_between_a_thought_and_its_answer_is_learned(folder, processor)
 @pytest.mark.parametrize("more", [{}, {"thinking": "a picture"}])
 def test_the_mask_is_that_of_the_chat_templates_generation_blocks(folder, processor, more):
     row = chat([{"type": "text", "text": "Hi"}, picture("red.png")], "one", [picture("blue.png")], "two", **more)
-    messages = parse_row(json.dumps(row), folder).messages
+    messages = parse(row, folder).chat()
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
     )
     expected = torch.as_tensor(inputs["assistant_masks"])[0].bool()
-    assert torch.equal(loss_mask_of(inputs["input_ids"][0], processor), expected)
+    assert loss_mask_of(inputs["input_ids"][0].numpy(), processor).tolist() == expected.tolist()
 
 
 def test_a_row_becomes_the_processor_s_output_for_its_messages(folder, processor):
     row = chat([picture("red.png"), {"type": "text", "text": "What is it?"}], "a cat")
     inputs = processor.apply_chat_template(
-        parse_row(json.dumps(row), folder).messages, tokenize=True, return_dict=True, return_tensors="pt"
+        parse(row, folder).chat(), tokenize=True, return_dict=True, return_tensors="pt"
     )
     sample = encode(row, folder, processor)
     assert torch.equal(sample["input_ids"], inputs["input_ids"][0])
@@ -207,7 +218,7 @@ def test_too_many_bad_rows_stop_with_the_first_few_by_line(folder, processor):
 
 def test_a_file_without_any_usable_row_is_an_error_whatever_max_skipped_is(folder, processor):
     with pytest.raises(ValueError, match="1 of 1 rows"):
-        ChatDataset(write(folder, "[]"), processor, SEQ_LENGTH, max_skipped=1.0)
+        ChatDataset(write(folder, "{}"), processor, SEQ_LENGTH, max_skipped=1.0)
 
 
 def test_an_empty_file_is_an_error(folder, processor):
@@ -219,31 +230,57 @@ def test_an_empty_file_is_an_error(folder, processor):
     ("row", "why"),
     [
         ("{not json", "malformed JSON"),
-        ("[" * 100_000, "malformed JSON"),
-        ("[1, 2]", "neither an object"),
+        ('{"a":' * 100_000, "malformed JSON"),
+        ('{"text": "A cat.", "text": "A dog."}', 'the key "text" is there twice'),
+        ('{"messages": [{"role": "user", "role": "user", "content": "Hi"}]}', 'the key "role" is there twice'),
+        ("7", "neither an object"),
         ({"prompt": "Hi"}, "neither an object"),
-        ({"text": "Hi", "image": 7}, '"image" is not a path'),
-        ({"text": "A cat.", "images": ["red.png"]}, '"images" is not read; images are given as one path, "image"'),
+        ({"text": 7}, '"text" is no text'),
+        ({"text": "Hi", "image": 7}, "neither a path, an address nor bytes but 7"),
+        ({"text": "Hi", "images": [None]}, '"images" holds null'),
+        ({"text": "Hi", "image": "red.png", "images": ["blue.png"]}, 'images in "image" and in "images"'),
         ({"text": "A cat.", "image": "red.png", "Images": "blue.png"}, '"Images" is not read'),
         ({"text": "A cat.", "video": "cat.mp4"}, '"video" is not read'),
         ({"text": "A cat.", "audio_path": "cat.wav"}, '"audio_path" is not read'),
-        (chat("Hi", "one") | {"image": "red.png"}, '"image" is not read; images are given as parts of "messages"'),
-        (chat("Hi", "one") | {"images": ["red.png"]}, '"images" is not read'),
+        ({"text": "A cat.", "mesages": []}, '"mesages" is not read; is "messages" meant?'),
+        (chat("Hi", "one") | {"imges": []}, '"imges" is not read; is "image" meant?'),
+        (chat("Hi", "one") | {"conversations": []}, 'several chats, in "messages" and "conversations"'),
+        (chat("Hi", "one") | {"system": 7}, '"system" is no text'),
+        (chat("Hi", "one") | {"tools": "{"}, '"tools" is malformed JSON'),
+        (chat("Hi", "one") | {"tools": [{"name": "look"}]}, '"tools" without a system message'),
+        ({"texts": [{"user": "Hi"}]}, 'a turn of "texts" without "assistant"'),
         ({"text": "   "}, "an empty text"),
+        ({"text": " <image>\n", "image": "red.png"}, "an empty text"),
         ({"text": "\ud800"}, "surrogates"),
         ({"text": "<|start|>user<|message|>Hi<|end|>"}, "no assistant"),
+        ({"text": "<|start|>user<|message|>Hi<|end|><|start|>assistant"}, "the last of the assistant has no text"),
+        ({"text": "<|start|>assistant<|channel|>final<|message|> <|return|>"}, "the last of the assistant has no text"),
         ({"text": "<image> and <image>", "image": "red.png"}, "2 times <image>, with 1 images"),
-        ({"text": "<image>"}, "1 times <image>, with 0 images"),
+        ({"text": "<image>"}, "an empty text"),
+        ({"text": "A cat: <image>"}, "1 times <image>, with 0 images"),
         ({"messages": []}, "not a list of objects"),
         ({"messages": ["Hi"]}, "not a list of objects"),
         (chat("Hi"), "no assistant message"),
         (chat("Hi", ""), "assistant message without text"),
+        (chat("Hi", " \n"), "assistant message without text"),
         (chat("Hi", [picture("red.png")]), "assistant message without text"),
-        (chat("Hi", "one", tool_calls=[{}]), "has tool_calls, and only content, name, role, thinking are read"),
+        (chat("Hi", "one", tool_calls=[{}]), "a call of a tool without a name"),
+        (chat("Hi", "one", tool_calls=7), "tool_calls are a list"),
+        (chat("Hi", "one", weight=0), "has weight, and only content, name, role"),
         (chat("Hi", "one", thinking=7), "must be texts"),
         (chat("Hi", "one", role="judge"), "unknown role 'judge'"),
+        (chat("Hi", "one", role=["user"]), "unknown role ['user']"),
         (chat([{"type": "video", "path": "a.mp4"}], "one"), "neither a text part"),
-        (chat([{"type": "image", "url": "a.png"}], "one"), "neither a text part"),
+        (chat([{"type": "image", "file": "red.png"}], "one"), "neither a text part"),
+        (chat([{"type": "image"}], "one"), "1 places for images (0 times <image>, 1 parts), and 0 images"),
+        (chat("<image> <image>", "one") | {"images": ["red.png"]}, "2 places for images (2 times <image>, 0 parts)"),
+        (
+            chat([picture("red.png")], "one") | {"images": ["red.png"]},
+            '1 images in parts of messages, and 1 in "images"',
+        ),
+        (chat([{"type": "image", "url": "https://example.org/a.png"}], "one"), "is on a network"),
+        (chat([{"type": "image_url", "image_url": {"url": "data:image/png;base64,%%"}}], "one"), "not in base64"),
+        (chat([picture("D:\\cats\\a.png")], "one"), "on a drive of Windows"),
         (chat("Hi <|end|>", "one"), "control token <|end|>"),
         (chat("Hi <image>", "one"), "control token <image>"),
         (chat("Hi", "one <|reserved_200013|>"), "control token <|reserved_200013|>"),
@@ -256,15 +293,16 @@ def test_what_cannot_be_learned_is_named(folder, processor, row, why):
 
 def test_keys_without_a_value_count_as_absent(folder, processor):
     none = dict.fromkeys(("image", "images", "video"))
-    rows = ({"text": "A cat."} | none, chat("Hi", "one") | none, chat("Hi", "one") | {"images": [], "source": "web"})
+    described = {"images": [], "source": "web", "image_id": "7", "conversation_id": "c", "num": 3}
+    rows = ({"text": "A cat."} | none, chat("Hi", "one") | none, chat("Hi", "one") | described)
     path = write(folder, chat("Hi", "one", thinking=None, tool_calls=None), *rows)
-    assert find_unusable(path, processor, SEQ_LENGTH) == []
+    assert unusable(path, processor, SEQ_LENGTH) == []
 
 
 def test_a_token_that_users_added_and_that_controls_nothing_may_be_written(folder, processor):
     processor = copy.deepcopy(processor)
     processor.tokenizer.add_tokens(["<cat>"])
-    assert find_unusable(write(folder, chat("Hi <cat>", "one")), processor, SEQ_LENGTH) == []
+    assert unusable(write(folder, chat("Hi <cat>", "one")), processor, SEQ_LENGTH) == []
 
 
 def test_a_file_that_is_no_image_is_named(folder, processor):
@@ -281,8 +319,8 @@ def test_a_jpeg_cut_off_is_found_by_decoding(folder, processor):
     Image.effect_noise((300, 300), 90).save(folder / "whole.jpg")
     (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:5000])
     path = write(folder, chat([picture("cut.jpg")], "one"), chat([picture("whole.jpg")], "one"))
-    assert find_unusable(path, processor, SEQ_LENGTH) == []
-    [skipped] = find_unusable(path, processor, SEQ_LENGTH, decode_images=True)
+    assert unusable(path, processor, SEQ_LENGTH) == []
+    [skipped] = unusable(path, processor, SEQ_LENGTH, decode_images=True)
     assert skipped.line == 1
     assert "cut.jpg is broken" in skipped.reason
 
@@ -311,8 +349,8 @@ def test_an_image_of_absurd_size_is_refused_by_its_header(folder, processor, mon
 def test_a_row_is_used_if_and_only_if_its_tokens_fit(folder, processor, row):
     length = len(encode(row, folder, processor)["input_ids"])
     path = write(folder, row)
-    assert find_unusable(path, processor, length) == []
-    [skipped] = find_unusable(path, processor, length - 1)
+    assert unusable(path, processor, length) == []
+    [skipped] = unusable(path, processor, length - 1)
     assert f"{length} tokens" in skipped.reason
 
 
@@ -342,7 +380,7 @@ def test_links_and_climbs_that_stay_inside_are_followed(folder):
 def test_an_absolute_path_may_lead_anywhere(folder, processor, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     row = chat([picture(str(folder / "red.png"))], "one")
-    assert find_unusable(write(elsewhere, row), processor, SEQ_LENGTH) == []
+    assert unusable(write(elsewhere, row), processor, SEQ_LENGTH) == []
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
@@ -361,14 +399,18 @@ def test_images_are_found_from_any_working_directory(folder, processor, monkeypa
 @pytest.mark.parametrize("shards", [2, 5])
 def test_ranks_together_find_what_one_finds_alone(folder, processor, shards):
     path = write(folder, *[chat("Hi", "one"), "{", "", chat([picture("gone.png")], "one")] * 5)
-    together = [find_unusable(path, processor, SEQ_LENGTH, shard=i, shards=shards) for i in range(shards)]
-    assert sorted(row for found in together for row in found) == find_unusable(path, processor, SEQ_LENGTH)
+    together = [unusable(path, processor, SEQ_LENGTH, shard=i, shards=shards) for i in range(shards)]
+    assert sorted(row for found in together for row in found) == unusable(path, processor, SEQ_LENGTH)
 
 
 def test_a_dataset_takes_over_what_the_ranks_have_found(folder, processor):
     path = write(folder, *[chat("Hi", word) for word in ("one", "two", "three")])
-    skipped = [Skipped(2, "on a disk that only rank 1 lacks")]
-    dataset = ChatDataset(path, processor, SEQ_LENGTH, skipped=skipped, max_skipped=0.5)
+    found = [examine(open_source(path), processor, SEQ_LENGTH, shard=shard, shards=2) for shard in range(2)]
+    found[1].lengths[1] = 0
+    found[1].skipped.append(Skipped(1, str(path), 2, "on a disk that only rank 1 lacks"))
+    merged = Findings.of_rows(3)
+    merged.merge(found)
+    dataset = ChatDataset(path, processor, SEQ_LENGTH, findings=merged, max_skipped=0.5)
     assert answers(dataset) == ["one", "three"]
 
 

@@ -149,7 +149,7 @@ def test_any_failure_of_the_check_on_one_rank_stops_all_ranks(fields, monkeypatc
             raise TemplateError("no such filter")
         return []
 
-    monkeypatch.setattr(megatron, "find_unusable", fails)
+    monkeypatch.setattr(megatron, "examine", fails)
     found = cpu.run_ranks(2, _failure_on_this_rank, fields, timeout=60)
     assert found == ["Rank 1 can't check the dataset: TemplateError: no such filter"] * 2
 

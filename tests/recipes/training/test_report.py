@@ -269,19 +269,9 @@ def test_a_line_of_many_points_keeps_its_peaks():
     assert len(heights) < 500 and min(heights) < TOP + 0.1 * HEIGHT < max(heights)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 100])
-def test_rows_to_answer_are_spread_over_the_file(rows: int, tmp_path: Path):
-    from gpt_oss_vision.recipes.training.answers import spread_lines
-
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(f"row {row}\n" for row in range(rows)))
-    found = [int(line.split()[1]) for line in spread_lines(file, 6)]
-    assert found == sorted({*found}) and found[0] == 0
-    assert len(found) == min(rows, 6) and found[-1] >= 0.7 * (rows - 1)
-
-
 def test_pictures_are_made_small(tmp_path: Path):
+    from gpt_oss_vision.recipes.data.pictures import Picture
     from gpt_oss_vision.recipes.training.answers import _data_url
 
     Image.effect_noise((4000, 3000), 60).save(tmp_path / "large.png")
-    assert len(_data_url(tmp_path / "large.png")) < 60_000
+    assert len(_data_url(Picture("large.png", path=tmp_path / "large.png"))) < 60_000

@@ -1,0 +1,310 @@
+"""Records of the formats in use to `Row`s: which keys a record may have, and every reason to refuse it.
+
+A chat is in "messages", "conversations" or "conversation", with "role" and "content" or "from" and "value"; or in
+"texts", with "user" and "assistant". Its images are parts of messages, or "image" or "images" of the record, whose
+places are marks (`<image>`) or bare parts ({"type": "image"}); without either they stand in front of the first message
+of the user. A text is in "text", and its images in "image" or "images".
+
+A key whose value is null counts as absent. Other keys are ignored, except those that look like media, and those that
+look like a misspelt key of ours: a model would be trained on less than it was given.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
+from functools import lru_cache
+from typing import Any
+
+from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG
+from .pictures import Picture, Pictures, UnusableRow, from_base64
+from .rows import Row
+
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
+    "human": "user",
+    "gpt": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+"""Names of roles in the formats, and ours."""
+
+CHATS = ("messages", "conversations", "conversation")
+KEYS = (*CHATS, "texts", "text", "image", "images", "system", "tools")
+MESSAGE_KEYS = {"role", "content", "thinking", "name", "tool_calls", "tool_call_id"}
+"""What a message may have; the template takes no other key."""
+RENAMED = {"from": "role", "value": "content", "reasoning_content": "thinking"}
+MEDIA = ("image", "img", "picture", "photo", "pixel", "media", "video", "audio")
+"""How the names of keys begin that look like media."""
+DESCRIBES = ("_id", "_ids", "_width", "_height", "_size", "_sizes", "_hash", "_source", "_license")
+"""How the names of keys end that describe media."""
+SIMILAR = 0.8
+"""From which similarity a key is taken for a misspelt one."""
+
+
+def parse_record(record: Any, pictures: Pictures, *, for_training: bool = True) -> Row:
+    """The row of a record. It is not checked whether its images exist.
+
+    Args:
+        record: a JSON object, whose images may be bytes too.
+        pictures: where images are looked up.
+        for_training: whether a chat needs an answer.
+
+    Raises:
+        UnusableRow: an unknown shape, media that is not read, or an image that cannot be named so.
+    """
+    if not isinstance(record, dict):
+        raise UnusableRow('neither an object with "messages" nor one with "text"')
+    record = {key: value for key, value in record.items() if value is not None}
+    _refuse_other_keys(record)
+    images = [pictures.find(image) for image in _listed(record)]
+    match [name for name in (*CHATS, "texts") if name in record]:
+        case []:
+            return _text_row(record, images)
+        case ["texts"]:
+            shape, messages = "texts", list(_turns(record["texts"]))
+        case [name]:
+            shape, messages = _shape(name, record), _messages(record[name], name)
+        case several:
+            raise UnusableRow(f"several chats, in {' and '.join(map(json.dumps, several))}")
+    if "system" in record:
+        messages.insert(0, {"role": "system", "content": _text_of(record["system"], "system")})
+    messages, placed = _place_images([_with_parts(message) for message in messages], images, pictures)
+    if for_training:
+        _refuse_without_answer(messages)
+    return Row(messages=messages, images=placed, tools=_tools(record, messages), shape=shape)
+
+
+def _shape(name: str, record: Mapping[str, Any]) -> str:
+    """What a chat is called when it is counted."""
+    if name == "conversations":
+        return "LLaVA" if "image" in record or "images" not in record else "ShareGPT"
+    return f"{name} with images" if "images" in record or "image" in record else name
+
+
+def _refuse_other_keys(record: Mapping[str, Any]) -> None:
+    """Refuse keys that look like media and are not read, and keys that look like ours.
+
+    Raises:
+        UnusableRow: there are such keys.
+    """
+    others = [key for key in record if key not in KEYS]
+    unread = [key for key in others if _looks_like_media(key) and not _is_empty(record[key])]
+    if unread:
+        raise UnusableRow(f'{", ".join(map(json.dumps, unread))} is not read; images are given as parts or as "images"')
+    for key in others:
+        if (meant := _meant(key)) is not None:
+            raise UnusableRow(f'{json.dumps(key)} is not read; is "{meant}" meant?')
+
+
+def _looks_like_media(key: str) -> bool:
+    return key.lower().startswith(MEDIA) and not key.lower().endswith(DESCRIBES)
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str | Sequence | Mapping) and not value)
+
+
+@lru_cache(maxsize=1024)
+def _meant(key: str) -> str | None:
+    """The key of ours that another one looks like."""
+    if key.startswith(tuple(f"{known}_" for known in KEYS)):
+        return None
+    near = (known for known in KEYS if abs(len(key) - len(known)) <= 2)
+    return next((known for known in near if SequenceMatcher(None, key.lower(), known).ratio() >= SIMILAR), None)
+
+
+def _listed(record: Mapping[str, Any]) -> list[Any]:
+    """The images of a record.
+
+    Raises:
+        UnusableRow: both keys are used, or one of them holds something else.
+    """
+    if "image" in record and "images" in record and record["images"] != []:
+        raise UnusableRow('images in "image" and in "images"')
+    images = record.get("image", record.get("images", []))
+    if not isinstance(images, list | tuple):
+        images = [images]
+    if any(image is None for image in images):
+        raise UnusableRow('"images" holds null')
+    return list(images)
+
+
+def _text_row(record: Mapping[str, Any], images: list[Picture]) -> Row:
+    match record:
+        case {"text": str(text)}:
+            return Row(text=text, images=tuple(images), shape="text with images" if images else "text")
+        case {"text": _}:
+            raise UnusableRow('"text" is no text')
+    raise UnusableRow('neither an object with "messages" nor one with "text"')
+
+
+def _turns(texts: Any) -> Iterator[dict[str, Any]]:
+    """The messages of Cauldron's and FineVision's turns."""
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(turn, dict) for turn in texts):
+        raise UnusableRow('"texts" is not a list of objects')
+    for turn in texts:
+        for role in ("user", "assistant"):
+            if not isinstance(turn.get(role), str):
+                raise UnusableRow(f'a turn of "texts" without "{role}"')
+            yield {"role": role, "content": turn[role]}
+
+
+def _messages(messages: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(messages, list | tuple) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise UnusableRow(f'"{name}" is not a list of objects')
+    return [_message(message) for message in messages]
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with our keys and roles."""
+    message = {RENAMED.get(key, key): value for key, value in message.items() if value is not None}
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise UnusableRow(f"unknown role {role!r:.40}")
+    if unknown := message.keys() - MESSAGE_KEYS:
+        known = ", ".join(sorted(MESSAGE_KEYS))
+        raise UnusableRow(f"a message has {', '.join(sorted(unknown))}, and only {known} are read")
+    if not all(isinstance(message.get(key, ""), str) for key in ("thinking", "name")):
+        raise UnusableRow('"thinking" and "name" must be texts')
+    message.pop("tool_call_id", None)  # a result follows its call
+    message["role"] = ROLES[role]
+    if role == "function_call":
+        message["tool_calls"] = [_call(_parsed(message.pop("content", None), "a function_call"))]
+    elif calls := message.pop("tool_calls", None):
+        if message["role"] != "assistant" or not isinstance(calls, list | tuple):
+            raise UnusableRow("tool_calls are a list, of an assistant's message")
+        message["tool_calls"] = [_call(call) for call in calls]
+    return message
+
+
+def _call(call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UnusableRow(f"a call of a tool without a name: {call!r:.80}")
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, str | dict):
+        raise UnusableRow(f"the arguments of a call are neither an object nor a text: {arguments!r:.40}")
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> list[Any] | None:
+    """The definitions of tools; a text is parsed."""
+    tools = _parsed(record["tools"], '"tools"') if "tools" in record else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UnusableRow('"tools" is not a list of objects')
+    if messages[0]["role"] != "system":
+        raise UnusableRow('"tools" without a system message, for which the chat template would write today\'s date')
+    return tools
+
+
+def _parsed(value: Any, what: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise UnusableRow(f"{what} is malformed JSON ({error})") from error
+
+
+def _text_of(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise UnusableRow(f'"{name}" is no text')
+    return value
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content is a list of parts."""
+    content = message.get("content", [] if "tool_calls" in message else None)
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple):
+        raise UnusableRow('"content" is neither a text nor a list of parts')
+    return message | {"content": [_part(part) for part in content]}
+
+
+def _part(part: Any) -> dict[str, Any]:
+    """A part as {"type": "text", "text"}, or {"type": "image"} with the image as "image" unless the record has it."""
+    if isinstance(part, dict):  # of a table, whose rows all have all keys
+        part = {key: value for key, value in part.items() if value is not None}
+    match part:
+        case str():
+            return {"type": "text", "text": part}
+        case {"type": "text" | "input_text" | "output_text", "text": str(text)}:
+            return {"type": "text", "text": text}
+        case {"type": "image_url", "image_url": {"url": str(url)} | str(url)} | {
+            "type": "input_image",
+            "image_url": url,
+        }:
+            return {"type": "image", "image": url}
+        case {"type": "image", "source": {"type": "base64", "data": str(data)}} | {
+            "type": "image",
+            "base64": str(data),
+        }:
+            return {"type": "image", "image": from_base64(data.partition(",")[2] if data.startswith("data:") else data)}
+        case {"type": "image", "source": {"type": "url", "url": str(url)}}:
+            return {"type": "image", "image": url}
+        case {"type": "image", "image": image} | {"type": "image", "path": image} | {"type": "image", "url": image}:
+            return {"type": "image", "image": image}
+        case {"type": "image"} if part.keys() <= {"type", "text", "index"}:
+            return {"type": "image"}
+    raise UnusableRow(f"neither a text part nor an image part of a format that is read: {part!r:.80}")
+
+
+def _place_images(
+    messages: list[dict[str, Any]], images: list[Picture], pictures: Pictures
+) -> tuple[list[dict[str, Any]], tuple[Picture, ...]]:
+    """Messages whose image parts are all {"type": "image"}, and the images in their order.
+
+    Raises:
+        UnusableRow: images, and places for them, differ in number.
+    """
+    parts = [part for message in messages for part in message["content"]]
+    own = sum("image" in part for part in parts)
+    bare = sum(part == {"type": "image"} for part in parts)
+    marks = sum(part["text"].count(IMAGE_TAG) for part in parts if part["type"] == "text") if images else 0
+    if own and images:
+        raise UnusableRow(f'{own} images in parts of messages, and {len(images)} in "images"')
+    if images and not bare and not marks:
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise UnusableRow(f"{len(images)} images, and no message of the user")
+        first["content"] = [{"type": "image"}] * len(images) + first["content"]
+    elif bare + marks != len(images):
+        raise UnusableRow(
+            f"{bare + marks} places for images ({marks} times {IMAGE_TAG}, {bare} parts), and {len(images)} images"
+        )
+    rest, placed = iter(images), []
+    for message in messages:
+        content = []
+        for part in message["content"]:
+            for piece in _split(part) if images else [part]:
+                if piece["type"] == "image":
+                    placed.append(pictures.find(piece["image"]) if "image" in piece else next(rest))
+                    piece = {"type": "image"}
+                content.append(piece)
+        message["content"] = content
+    return messages, tuple(placed)
+
+
+def _split(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A text part, cut at its marks."""
+    if part["type"] != "text":
+        yield part
+        return
+    for number, text in enumerate(part["text"].split(IMAGE_TAG)):
+        if number:
+            yield {"type": "image"}
+        if text:
+            yield {"type": "text", "text": text}
+
+
+def _refuse_without_answer(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a chat in which nothing can be learned."""
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise UnusableRow("no assistant message to learn")
+    for message in answers:
+        texts = (part["text"] for part in message["content"] if part["type"] == "text")
+        if "tool_calls" not in message and not any(text.strip() for text in texts):
+            raise UnusableRow("an assistant message without text")

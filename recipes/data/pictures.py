@@ -1,0 +1,184 @@
+"""Images as rows name them: files, parts of files, bytes, and addresses on hosts that the user allows."""
+
+import base64
+import binascii
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path, PureWindowsPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import urlopen
+
+from PIL import Image
+
+from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ...errors import UserError
+
+# What Pillow raises for a file that is missing, cut off, too large or no image: it has no base class for them.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+SECONDS = 30
+"""How long a host may take to answer."""
+
+
+class UnusableRow(UserError):
+    """Why one row can't be used, without its file and line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image that is not read yet: a file or a part of one, bytes, or an address.
+
+    Attributes:
+        name: for messages.
+        path: the file that holds it; None for bytes and addresses.
+        start: byte of the file where it begins.
+        size: number of bytes; None for all that follow.
+        content: the bytes.
+        address: where it is fetched from at every access.
+    """
+
+    name: str
+    path: Path | None = None
+    start: int = 0
+    size: int | None = None
+    content: bytes | None = field(default=None, repr=False)
+    address: str | None = None
+
+    def read(self) -> bytes:
+        """The bytes of the image file.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        if self.content is not None:
+            return self.content
+        if self.address is not None:
+            with urlopen(self.address, timeout=SECONDS) as answer:
+                return answer.read()
+        assert self.path is not None
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return file.read(-1 if self.size is None else self.size)
+
+    def source(self) -> str | Image.Image:
+        """What the processor opens: the path of a file, or the decoded image."""
+        if self.path is not None and self.size is None:
+            return str(self.path)
+        image = Image.open(BytesIO(self.read()))
+        image.load()
+        return image
+
+    def check(self, processor: GPTOSSVisionProcessor, decode: bool) -> tuple[int, int, str]:
+        """Read the header, or with `decode` all of it; return width, height and mode.
+
+        Raises:
+            UnusableRow: it is missing or broken.
+        """
+        try:
+            with self._opened() as image:
+                found = image.width, image.height, image.mode
+                # The processor's own steps: it refuses more than PIL, such as floats without a range.
+                processor.image_processor(image) if decode else image.verify()
+        except FileNotFoundError as error:
+            raise UnusableRow(f"image {self.name} is missing") from error
+        except UNREADABLE as error:
+            raise UnusableRow(f"image {self.name} is broken ({error})") from error
+        return found
+
+    def _opened(self) -> Image.Image:
+        return Image.open(self.path if self.path is not None and self.size is None else BytesIO(self.read()))
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Where the images of a row are looked up.
+
+    Attributes:
+        folder: that relative paths start from, and must stay inside.
+        hosts: from which images may be fetched.
+        members: images that are stored with the row, by name.
+    """
+
+    folder: Path
+    hosts: frozenset[str] = frozenset()
+    members: Mapping[str, Picture] = field(default_factory=dict)
+
+    def find(self, value: Any) -> Picture:
+        """The image that a row gives as a path, an address, bytes, or a mapping that holds one of them.
+
+        Raises:
+            UnusableRow: it is none of them, leaves the folder, or is on a host that is not allowed.
+        """
+        match value:
+            case Picture():
+                return value
+            case str() if value in self.members:
+                return self.members[value]
+            case str():
+                return self._named(value)
+            case bytes() | bytearray():
+                return Picture(f"of {len(value):,} bytes", content=bytes(value))
+            case {"bytes": bytes() as content, **rest}:
+                return Picture(str(rest.get("path") or f"of {len(content):,} bytes"), content=content)
+            case {"path": str(name)} | {"url": str(name)}:
+                return self.find(name)
+        raise UnusableRow(f"an image is neither a path, an address nor bytes but {value!r:.40}")
+
+    def _named(self, name: str) -> Picture:
+        scheme = name.partition(":")[0].lower()
+        if scheme == "data":
+            return from_base64(name.partition(",")[2])
+        if scheme in ("http", "https"):
+            return self._on_host(name)
+        if scheme == "file":
+            return self._named(unquote(urlsplit(name).path))
+        return Picture(name, path=resolve_image(name, self.folder))
+
+    def _on_host(self, address: str) -> Picture:
+        host = urlsplit(address).hostname
+        if host not in self.hosts:
+            raise UnusableRow(
+                f"image {address:.80} is on a network; download it, or allow the host by data.allowed_hosts=[{host}]"
+            )
+        return Picture(address, address=address)
+
+
+def from_base64(text: str) -> Picture:
+    """An image in base64.
+
+    Raises:
+        UnusableRow: it is not base64.
+    """
+    try:
+        content = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise UnusableRow(f"an image is not in base64 ({error})") from error
+    return Picture(f"of {len(content):,} bytes", content=content)
+
+
+def resolve_image(name: str, folder: Path) -> Path:
+    """The absolute path of an image. A relative one must stay inside `folder`, with `..` and symbolic links followed.
+
+    Backslashes separate folders where there is no slash, as in paths that were written on Windows.
+
+    Raises:
+        UnusableRow: it leaves the folder. A file elsewhere can be named by its absolute path.
+    """
+    if "\\" in name and "/" not in name:
+        windows = PureWindowsPath(name)
+        if windows.drive:
+            raise UnusableRow(f"image {name:.80} is on a drive of Windows")
+        name = windows.as_posix()
+    if Path(name).is_absolute():
+        return Path(name)
+    try:
+        folder = folder.resolve()
+        path = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UnusableRow(f"image {name!r:.80} is no path ({error})") from error
+    if not path.is_relative_to(folder):
+        raise UnusableRow(f"image {name} leaves the data folder; a file elsewhere needs its absolute path")
+    return path

@@ -1,0 +1,196 @@
+"""JSON: a record per line, an array of records, or records one after the other; compressed or not."""
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copyfileobj
+from typing import Any, TextIO
+
+import numpy as np
+import xxhash
+import zstandard
+
+from ....atomic import atomic_file
+from ....errors import UserError
+from ..formats import parse_record
+from ..pictures import Pictures, UnusableRow
+from ..rows import Row
+from .base import Source
+
+WINDOW = 2**23
+"""Bytes of an array that are scanned at once."""
+LONGEST = 2**28
+"""Bytes of a record."""
+BLANK = b" \t\r\n"
+BLANKS, FIRST, NEXT = (re.compile(rf"[ \t\r\n]*{mark}[ \t\r\n]*") for mark in ("", r"\[", ","))
+LAST, END = re.compile(r"[ \t\r\n]*(\[[ \t\r\n]*)?\][ \t\r\n]*\Z"), re.compile(r"[ \t\r\n]*\Z")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard"}
+WIDE = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+"""Byte order marks of encodings whose records cannot be found by their bytes."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+PLACE = np.dtype([("line", np.int64), ("start", np.int64), ("size", np.int64)])
+
+
+class JSONFile(Source):
+    """A file of JSON, of which the places of its records are held in memory.
+
+    What is compressed, or in UTF-16 or UTF-32, is written once as plain UTF-8 into the cache folder of the user.
+
+    Raises:
+        UserError: an array ends in the middle, or is malformed.
+    """
+
+    def __init__(self, path: Path, pictures: Pictures) -> None:
+        self.path = path
+        self.pictures = pictures
+        self.files = (path,)
+        self._plain = _plain(path)
+        is_lines, found = _records(self._plain, path)
+        self.kind = "JSON lines" if is_lines else "JSON"
+        self._places = np.fromiter(found, dtype=PLACE)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def row(self, index: int, *, for_training: bool = True) -> Row:
+        """Parse one record."""
+        _, start, size = self._places[index]
+        # Opened each time: forked loader workers would share the position of an open file.
+        with self._plain.open("rb") as file:
+            file.seek(start)
+            content = file.read(size)
+        return parse_record(parse_json(content), self.pictures, for_training=for_training)
+
+    def place(self, index: int) -> tuple[str, int | str]:
+        """The line at which it begins."""
+        return str(self.path), int(self._places[index]["line"])
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        UnusableRow: it is malformed, or an object has a key twice.
+    """
+    try:
+        return json.loads(content, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise UnusableRow(f"malformed JSON ({error})") from error
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise UnusableRow(f"the key {json.dumps(next(key for key in keys if keys.count(key) > 1))} is there twice")
+    return record
+
+
+def _plain(path: Path) -> Path:
+    """The file, or its copy in plain UTF-8."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    encoding = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
+    compression = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
+    if encoding is None and compression is None:
+        return path
+    state = path.stat()
+    name = xxhash.xxh3_64_hexdigest(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gpt-oss-vision", "plain")
+    copy = cache / f"{name}.json"
+    if not copy.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with atomic_file(copy) as target:
+            _decode(path, compression, encoding, target)
+    return copy
+
+
+def _decode(path: Path, compression: str | None, encoding: str | None, target: TextIO) -> None:
+    try:
+        if compression == "gzip":
+            with gzip.open(path) as file:
+                copyfileobj(file, target.buffer)
+        elif compression == "zstandard":
+            with path.open("rb") as file:
+                zstandard.ZstdDecompressor().copy_stream(file, target.buffer)
+        else:
+            with path.open(encoding=encoding) as file:
+                copyfileobj(file, target)
+    except (EOFError, zstandard.ZstdError, gzip.BadGzipFile, UnicodeError) as error:
+        raise UserError(f"{path} is cut off or damaged ({error})") from error
+
+
+def _records(plain: Path, path: Path) -> tuple[bool, Iterator[tuple[int, int, int]]]:
+    """Whether each line is a record; and line, start and size of each record."""
+    with plain.open("rb") as file:
+        head = file.read(WINDOW)
+    start = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
+    text = head[start:].lstrip(BLANK)
+    is_array = text.startswith(b"[")
+    if not is_array and not _goes_over_lines(text):
+        return True, _lines(plain, start)
+    return False, _values(plain, path, start, is_array)
+
+
+def _goes_over_lines(text: bytes) -> bool:
+    """Whether the first value is whole and does not end in its first line."""
+    first = text.partition(b"\n")[0]
+    try:
+        json.loads(first)
+    except RecursionError:
+        return False
+    except ValueError:
+        pass
+    else:
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(text.decode("latin-1"))
+    except (ValueError, RecursionError):
+        return False
+    return end > len(first)
+
+
+def _lines(path: Path, start: int) -> Iterator[tuple[int, int, int]]:
+    """The lines that are not blank."""
+    with path.open("rb") as file:
+        file.seek(start)
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, start, len(line)
+            start += len(line)
+
+
+def _values(plain: Path, path: Path, start: int, is_array: bool) -> Iterator[tuple[int, int, int]]:
+    """The elements of an array, or values one after the other."""
+    decoder, size, line = json.JSONDecoder(), plain.stat().st_size, 1
+    separator, between = (FIRST, NEXT) if is_array else (BLANKS, BLANKS)
+    closing = LAST if is_array else END
+    # As latin-1 each byte is a character, so places in the text are places in the file.
+    text, at = "", 0
+    with plain.open("rb") as file:
+        while True:
+            found = separator.match(text, at)
+            try:
+                if found is None:
+                    raise ValueError("no separator")
+                _, end = decoder.raw_decode(text, found.end())
+                if end == len(text) and start + end < size:
+                    raise ValueError("a number may go on")
+            except (ValueError, RecursionError) as error:
+                held = len(text) - at
+                if start + len(text) == size and closing.match(text, at):
+                    return
+                if start + len(text) == size or held > LONGEST or isinstance(error, RecursionError):
+                    line += text.count("\n", at, found.end() if found else at)
+                    raise UserError(f"{path} is malformed JSON, or cut off, behind line {line}") from None
+                start += at
+                file.seek(start)
+                text, at = file.read(max(WINDOW, 2 * held)).decode("latin-1"), 0
+                continue
+            line += text.count("\n", at, found.end())
+            yield line, start + found.end(), end - found.end()
+            line += text.count("\n", found.end(), end)
+            at, separator = end, between
