@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -175,10 +176,17 @@ def resolve_image(name: str, folder: Path) -> Path:
     if Path(name).is_absolute():
         return Path(name)
     try:
-        folder = folder.resolve()
-        path = (folder / name).resolve()
+        folder, path = _resolved(folder), _resolved((folder / name).parent) / Path(name).name
+        if path.name in ("", "..") or path.is_symlink():
+            path = path.resolve()
     except (OSError, ValueError, RuntimeError) as error:
         raise UnusableRow(f"image {name!r:.80} is no path ({error})") from error
     if not path.is_relative_to(folder):
         raise UnusableRow(f"image {name} leaves the data folder; a file elsewhere needs its absolute path")
     return path
+
+
+@lru_cache(maxsize=4096)
+def _resolved(folder: Path) -> Path:
+    """A folder without links; the images of a source are in few folders."""
+    return folder.resolve()

@@ -7,9 +7,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG, GPTOSSVisionProcessor
+from ...bridge.hf.tokenization_gpt_oss_vision import CHAT_TEMPLATE
 from .pictures import Picture, UnusableRow
 
 NAMED_AT_MOST = 5
+BEFORE = {
+    "system": "<|message|>",
+    "developer": "<|message|># Instructions\n\n",
+    "user": "<|message|>",
+    "assistant": "<|channel|>final<|message|>",
+}
+"""What the chat template writes between a role and a content."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +93,25 @@ def render(row: Row, processor: GPTOSSVisionProcessor) -> str:
     """The text of a row, with the mark of the processor for each image."""
     if row.text is not None:
         return row.text
+    assert row.messages is not None
+    if row.tools is None and processor.chat_template == CHAT_TEMPLATE and all(map(_is_plain, row.messages)):
+        return _render_plain(row.messages)
     return processor.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
+
+
+def _is_plain(message: dict[str, Any]) -> bool:
+    return message["role"] in BEFORE and message.keys() == {"role", "content"}
+
+
+def _render_plain(messages: Sequence[dict[str, Any]]) -> str:
+    """What the chat template makes of messages without thoughts, names and calls, in a fiftieth of its time."""
+    text = ""
+    for number, message in enumerate(messages):
+        content = "".join(IMAGE_TAG if part["type"] == "image" else part["text"] for part in message["content"])
+        is_answer = message["role"] == "assistant" and number == len(messages) - 1
+        start = f"<|start|>{message['role']}{BEFORE[message['role']]}"
+        text += f"{start}{content}{'<|return|>' if is_answer else '<|end|>'}"
+    return text
 
 
 def check_text(row: Row, processor: GPTOSSVisionProcessor) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
@@ -17,9 +19,10 @@ from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.data.formats import parse_record
 from gpt_oss_vision.recipes.data.order import Order
 from gpt_oss_vision.recipes.data.pictures import Pictures, UnusableRow, resolve_image
-from gpt_oss_vision.recipes.data.rows import Row, Skipped
+from gpt_oss_vision.recipes.data.rows import Row, Skipped, render
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate, encode_row, loss_mask_of
 from gpt_oss_vision.recipes.data.sources.opening import open_source
+from gpt_oss_vision.recipes.data.tiny import tiny_processor
 
 SEQ_LENGTH = 64
 
@@ -103,6 +106,19 @@ def test_the_mask_is_that_of_the_chat_templates_generation_blocks(folder, proces
     )
     expected = torch.as_tensor(inputs["assistant_masks"])[0].bool()
     assert loss_mask_of(inputs["input_ids"][0].numpy(), processor).tolist() == expected.tolist()
+
+
+texts = st.lists(
+    st.one_of(st.just({"type": "image"}), st.builds(lambda text: {"type": "text", "text": text}, st.text("ab <\n")))
+)
+roles = st.sampled_from(["system", "developer", "user", "assistant"])
+
+
+@given(st.lists(st.builds(lambda role, content: {"role": role, "content": content}, roles, texts), min_size=1))
+def test_a_chat_is_rendered_as_by_the_chat_template(messages):
+    processor = tiny_processor()
+    by_template = processor.apply_chat_template(messages, tokenize=False)
+    assert render(Row(messages=messages), processor) == by_template
 
 
 def test_a_row_becomes_the_processor_s_output_for_its_messages(folder, processor):
