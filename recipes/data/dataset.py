@@ -14,7 +14,7 @@ from .order import Order
 from .pictures import UNREADABLE, Picture, UnusableRow
 from .rows import Skipped, check_text, describe_skipped
 from .samples import Sample, count_tokens, encode_row
-from .sources.base import Source
+from .sources.base import Joined, Source
 from .sources.opening import open_source
 
 REMEMBERED = 100_000
@@ -61,6 +61,11 @@ class Findings:
             self.shapes += other.shapes
         self.skipped.sort()
 
+    def part(self, start: int, end: int) -> "Findings":
+        """Those of the rows from `start` to `end`; without the formats."""
+        numbers = {name: getattr(self, name)[start:end] for name in ("lengths", "learned", "images")}
+        return Findings(**numbers, skipped=[row for row in self.skipped if start <= row.row < end])
+
     def refuse_too_many(self, path: object, max_skipped: float) -> None:
         """Refuse a source without rows, or with too many that cannot be used.
 
@@ -76,34 +81,47 @@ class Findings:
 
 
 class ChatDataset(Dataset[Sample]):
-    """The usable rows of a source, in its order, as samples.
+    """The usable rows of one source or several, in their order, as samples.
 
     A row is read and its images are decoded on access. Which rows are usable is decided when the dataset is made, never
     later, so that row i is the same on all ranks and in all runs: `findings` are what the ranks found together, or None
     to check the rows in this process.
 
+    Attributes:
+        rows: the number of each sample's row, ``[samples]``.
+        lengths: tokens of each sample, ``[samples]``.
+        image_counts: images of each sample, ``[samples]``.
+        source_of: the source of each sample, ``[samples]``.
+        samples_of: samples of each source.
+
     Raises:
-        UserError: more than `max_skipped` (a fraction) of the rows can't be used, or none can; it names the first few.
-            On access: a row that had passed the check can't be read.
+        UserError: more than `max_skipped` (a fraction) of the rows of a source can't be used, or none can; it names the
+            first few. On access: a row that had passed the check can't be read.
     """
 
     def __init__(
         self,
-        source: Source | str | Path,
+        sources: Source | str | Path | Sequence[Source],
         processor: GPTOSSVisionProcessor,
         seq_length: int,
         *,
         max_skipped: float = 0.01,
         findings: Findings | None = None,
     ) -> None:
-        self.source = open_source(source) if isinstance(source, str | Path) else source
+        opened = [open_source(sources)] if isinstance(sources, str | Path) else sources
+        opened = [opened] if isinstance(opened, Source) else opened
+        self.source = Joined(opened) if len(opened) > 1 else opened[0]
         self.processor = processor
         self.seq_length = seq_length
         found = examine(self.source, processor, seq_length) if findings is None else findings
-        found.refuse_too_many(", ".join(map(str, self.source.files[:3])), max_skipped)
+        starts = np.cumsum([0, *map(len, opened)])
+        for source, start, end in zip(opened, starts, starts[1:], strict=False):
+            found.part(start, end).refuse_too_many(source.title, max_skipped)
         self.skipped = tuple(found.skipped)
         self.rows = found.usable
         self.lengths, self.image_counts = found.lengths[self.rows], found.images[self.rows]
+        self.source_of = (np.searchsorted(starts, self.rows, side="right") - 1).astype(np.int32)
+        self.samples_of = np.bincount(self.source_of, minlength=len(opened)).tolist()
 
     def __len__(self) -> int:
         return len(self.rows)

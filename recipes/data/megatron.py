@@ -7,7 +7,7 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,11 @@ from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .dataset import ChatDataset, Findings, ShuffledEpochs, examine
 from .digits import write_digits
+from .mixture import Part, parse_parts, per_epoch
 from .order import Order
 from .rows import describe_skipped
 from .samples import Sample, collate
-from .sources.base import Source
+from .sources.base import Joined, Source
 from .sources.opening import open_source
 from .tiny import write_processor
 
@@ -62,9 +63,16 @@ class ChatDatasetProvider(DatasetProvider):
     Every epoch has its own order, by `seed`; all samples are the same in every parallel layout and after a resume.
     Batches are `seq_length` long, which must be the model's. `processor_path` is a folder or a name on the Hub. In a
     recipe `path` and `processor_path` are None: only the user knows them.
+
+    The training data are `path`, one source, or `sources`, a mixture (`mixture.py`). `image_folder` is where relative
+    paths of images start, unless a source has its own; None is the folder of each file. Images are fetched from
+    `allowed_hosts` alone.
     """
 
     path: str | None = None
+    sources: list[Any] | None = None
+    image_folder: str | None = None
+    allowed_hosts: list[str] = field(default_factory=list)
     processor_path: str | None = None
     seq_length: int
     valid_path: str | None = None
@@ -92,9 +100,12 @@ class ChatDatasetProvider(DatasetProvider):
             )
 
     def _check_paths(self) -> None:
-        for field, what in (("path", "the data with data.path=FILE"), ("processor_path", PROCESSOR)):
-            if getattr(self, field) is None:
-                raise UserError(f"dataset.{field} is not set; name {what}")
+        if self.path is not None and self.sources is not None:
+            raise UserError("dataset.path and dataset.sources are both set; put the path into the sources")
+        if self.path is None and self.sources is None:
+            raise UserError("dataset.path is not set; name the data with data.path=FILE")
+        if self.processor_path is None:
+            raise UserError(f"dataset.processor_path is not set; name {PROCESSOR}")
 
     def build_datasets(
         self, context: DatasetBuildContext
@@ -102,10 +113,18 @@ class ChatDatasetProvider(DatasetProvider):
         """The three datasets, None for those without a path. Called on every rank: the ranks share the check."""
         processor = self.processor()
         return (
-            self._split(self.path, context.train_samples, processor),
-            self._split(self.valid_path, context.valid_samples, processor),
-            self._split(self.test_path, context.test_samples, processor),
+            self._split(self.parts(), context.train_samples, processor),
+            self._split(self._part_of(self.valid_path), context.valid_samples, processor),
+            self._split(self._part_of(self.test_path), context.test_samples, processor),
         )
+
+    def parts(self) -> list[Part]:
+        """The sources of the training data."""
+        self._check_paths()
+        return self._part_of(self.path) if self.sources is None else parse_parts(self.sources)
+
+    def _part_of(self, path: str | None) -> list[Part]:
+        return [] if path is None else [Part(path=path)]
 
     def prepare(self) -> None:
         """Make the files that are read, where the provider makes any. Called on every rank."""
@@ -117,44 +136,54 @@ class ChatDatasetProvider(DatasetProvider):
         return GPTOSSVisionProcessor.from_pretrained(self.processor_path)
 
     def fingerprint_of_data(self) -> str:
-        """A hash of the training file: of its size and of 64 pieces of 64 KiB, spread over it evenly."""
-        digest = xxhash.xxh3_128()
-        with Path(str(self.path)).open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(str(size).encode())
-            for piece in range(PIECES):
-                file.seek(max(0, size - PIECE_SIZE) * piece // (PIECES - 1))
-                digest.update(file.read(PIECE_SIZE))
-        return digest.hexdigest()
+        """A hash of each source of the training data, joined by spaces."""
+        return " ".join(fingerprint(self._source(part).files) for part in self.parts())
 
     def count(self) -> tuple[int, int]:
-        """Usable and skipped rows of the training data. Called on every rank: the ranks share the check.
+        """Samples of an epoch, and skipped rows, of the training data. Called on every rank: the ranks share the check.
 
         Raises:
             UserError: the data cannot be used, or too many rows cannot.
         """
-        dataset = self._open(str(self.path), self.processor())
-        return len(dataset), len(dataset.skipped)
+        dataset = self.training_data()
+        return len(self._order(self.parts(), dataset)), len(dataset.skipped)
+
+    def training_data(self) -> ChatDataset:
+        """The training data, not shuffled. Called on every rank: the ranks share the check."""
+        return self._open(self.parts(), self.processor())
 
     def count_with_images(self) -> tuple[int, int, int]:
-        """Usable rows, skipped rows, and images of the training data; by this process alone, which parses all rows."""
-        dataset = self._open(str(self.path), self.processor())
-        return len(dataset), len(dataset.skipped), int(dataset.image_counts.sum())
+        """Samples of an epoch, skipped rows, and images of an epoch; by this process alone, which parses all rows."""
+        dataset = self.training_data()
+        order = self._order(self.parts(), dataset)
+        images = [dataset.image_counts[dataset.source_of == source].mean() for source in range(len(order.rows))]
+        in_epoch = sum(mean * samples for mean, samples in zip(images, order.per_epoch, strict=True))
+        return len(order), len(dataset.skipped), round(in_epoch)
 
-    def _split(self, path: str | None, num_samples: int, processor: GPTOSSVisionProcessor) -> ChatBatches | None:
-        if path is None or num_samples == 0:
+    def _split(self, parts: list[Part], num_samples: int, processor: GPTOSSVisionProcessor) -> ChatBatches | None:
+        if not parts or num_samples == 0:
             return None
-        dataset = self._open(path, processor)
+        dataset = self._open(parts, processor)
         if dataset.skipped and _rank() == 0:
             rows = len(dataset) + len(dataset.skipped)
-            logger.warning("Skipped: %s", describe_skipped(path, dataset.skipped, rows))
-        return ChatBatches(dataset, Order((len(dataset),), seed=self.seed), num_samples)
+            logger.warning("Skipped: %s", describe_skipped(dataset.source.title, dataset.skipped, rows))
+        return ChatBatches(dataset, self._order(parts, dataset), num_samples)
 
-    def _open(self, path: str, processor: GPTOSSVisionProcessor) -> ChatDataset:
-        source, found = _examine_together(
-            lambda: open_source(path), processor, self.seq_length, decode_images=self.decode_images
+    def _order(self, parts: list[Part], dataset: ChatDataset) -> Order:
+        return Order(dataset.samples_of, per_epoch(parts, dataset.samples_of), seed=self.seed)
+
+    def _open(self, parts: list[Part], processor: GPTOSSVisionProcessor) -> ChatDataset:
+        sources, found = _examine_together(
+            lambda: [self._source(part) for part in parts],
+            processor,
+            self.seq_length,
+            decode_images=self.decode_images,
         )
-        return ChatDataset(source, processor, self.seq_length, max_skipped=self.max_skipped, findings=found)
+        return ChatDataset(sources, processor, self.seq_length, max_skipped=self.max_skipped, findings=found)
+
+    def _source(self, part: Part) -> Source:
+        folder = part.image_folder or self.image_folder
+        return open_source(part.path, image_folder=folder, allowed_hosts=frozenset(self.allowed_hosts))
 
 
 @dataclass(kw_only=True)
@@ -174,7 +203,7 @@ class DigitsDatasetProvider(ChatDatasetProvider):
         Raises:
             UserError: `folder` is not set and needed, or as of `ChatDatasetProvider.finalize`.
         """
-        if self.path is None:
+        if self.path is None and self.sources is None:
             self.path, self.valid_path = self._within("train.jsonl"), self.valid_path or self._within("test.jsonl")
         if self.processor_path is None:
             self.processor_path = self._within("processor")
@@ -233,18 +262,32 @@ def on_rank_0[T](call: Callable[[], T]) -> T:
     return shared[0]
 
 
+def fingerprint(files: Sequence[Path]) -> str:
+    """A hash of some files: of the size of each and of 64 pieces of 64 KiB, spread over it evenly."""
+    digest = xxhash.xxh3_128()
+    for path in files:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            for piece in range(PIECES):
+                file.seek(max(0, size - PIECE_SIZE) * piece // (PIECES - 1))
+                digest.update(file.read(PIECE_SIZE))
+    return digest.hexdigest()
+
+
 def _examine_together(
-    open_rows: Callable[[], Source], processor: GPTOSSVisionProcessor, seq_length: int, *, decode_images: bool
-) -> tuple[Source, Findings]:
-    """Open a source, and `examine` all of its rows, on every rank; each checks its share of the rows."""
+    open_all: Callable[[], list[Source]], processor: GPTOSSVisionProcessor, seq_length: int, *, decode_images: bool
+) -> tuple[list[Source], Findings]:
+    """Open sources, and `examine` all of their rows, on every rank; each checks its share of the rows."""
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if ranks == 1:
-        source = open_rows()
-        return source, examine(source, processor, seq_length, decode_images=decode_images)
-    source, mine = None, None
+        sources = open_all()
+        return sources, examine(Joined(sources), processor, seq_length, decode_images=decode_images)
+    sources, mine = [], None
     try:
-        source = open_rows()
-        mine = examine(source, processor, seq_length, decode_images=decode_images, shard=_rank(), shards=ranks)
+        sources = open_all()
+        shard = {"shard": _rank(), "shards": ranks}
+        mine = examine(Joined(sources), processor, seq_length, decode_images=decode_images, **shard)
     except Exception as error:  # noqa: BLE001 - raised below on all ranks; alone, it would leave the others waiting
         kind = next((kind for kind in (OSError, UserError, MemoryError) if isinstance(error, kind)), RuntimeError)
         mine = kind(f"{type(error).__name__}: {error}" if kind is RuntimeError else str(error))
@@ -253,10 +296,9 @@ def _examine_together(
     for rank, found in enumerate(everyone):
         if isinstance(found, Exception):
             raise type(found)(f"Rank {rank} can't check the dataset: {found}")
-    assert source is not None
-    merged = Findings.of_rows(len(source))
+    merged = Findings.of_rows(sum(map(len, sources)))
     merged.merge(everyone)
-    return source, merged
+    return sources, merged
 
 
 def _rank() -> int:

@@ -252,8 +252,9 @@ def cost(config: ConfigContainer, hardware: Hardware) -> Cost:
 def cost_without_data(config: ConfigContainer, hardware: Hardware) -> Cost:
     """What a run costs whose paths are not known yet."""
     config = copy.deepcopy(config)
-    for name in ("path", "processor_path"):
-        setattr(config.dataset, name, getattr(config.dataset, name) or "not named")
+    if config.dataset.sources is None:
+        config.dataset.path = config.dataset.path or "not named"
+    config.dataset.processor_path = config.dataset.processor_path or "not named"
     if config.peft is not None:  # Megatron-Bridge wants a folder that exists
         config.checkpoint.pretrained_checkpoint = "."
     return cost(validate(config, hardware), hardware)

@@ -20,6 +20,12 @@ class Source(ABC):
     kind: str
     files: tuple[Path, ...]
 
+    @property
+    def title(self) -> str:
+        """Its files, for messages."""
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return f"{self.files[0]}{more}"
+
     @abstractmethod
     def __len__(self) -> int: ...
 

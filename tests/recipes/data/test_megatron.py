@@ -67,14 +67,21 @@ def train_set(fields: dict[str, Any], num_samples: int = 12) -> ChatBatches:
     return train
 
 
-def loader(dataset: ChatBatches, consumed: int = 0, rank: int = 0, ranks: int = 1, micro_batch_size: int = 2) -> Any:
+def loader(
+    dataset: ChatBatches,
+    consumed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    micro_batch_size: int = 2,
+    workers: int = 0,
+) -> Any:
     """Megatron-Bridge's data loader, as its training loop builds it."""
     return build_pretraining_data_loader(
         dataset,
         consumed,
         "single",
         micro_batch_size,
-        num_workers=0,
+        num_workers=workers,
         data_sharding=True,
         collate_fn=dataset.collate_fn,
         pin_memory=False,
@@ -136,6 +143,55 @@ def test_rows_that_cannot_be_used_are_logged(fields, caplog):
 def test_all_ranks_leave_out_the_same_rows(fields):
     found = cpu.run_ranks(2, _skipped_on_this_rank, fields)
     assert found[0] == found[1] == [4]
+
+
+@pytest.fixture
+def mixed(fields, folder) -> dict[str, Any]:
+    """The six rows with weight 3, and two texts with weight 1."""
+    (folder / "texts.jsonl").write_text('{"text": "one two"}\n{"text": "two one"}\n')
+    sources = [{"path": fields["path"], "weight": 3}, {"path": str(folder / "texts.jsonl"), "weight": 1}]
+    return fields | {"path": None, "sources": sources}
+
+
+def kinds(batches: list[dict[str, Any]], dataset: ChatBatches) -> list[bool]:
+    """Whether each row is a chat."""
+    start = dataset.dataset.processor.tokenizer.convert_tokens_to_ids("<|start|>")
+    return [start in row for batch in batches for row in batch["tokens"].tolist()]
+
+
+def test_a_mixture_has_the_shares_of_its_weights_in_every_epoch(mixed):
+    dataset = train_set(mixed, num_samples=40)
+    assert (dataset.order.rows, dataset.order.per_epoch) == ((6, 2), (6, 2))
+    found = kinds(list(loader(dataset)), dataset)
+    assert [sum(found[start : start + 8]) for start in range(0, 40, 8)] == [6] * 5
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (4, 1)])
+def test_a_mixture_is_the_same_at_any_number_of_ranks_and_workers_and_after_a_resume(mixed, ranks, workers):
+    whole = [row.tolist() for batch in loader(train_set(mixed, 48), micro_batch_size=1) for row in batch["tokens"]]
+    dataset, options = train_set(mixed, 48), {"ranks": ranks, "micro_batch_size": 1, "workers": workers}
+    read = [list(loader(dataset, consumed=16, rank=rank, **options)) for rank in range(ranks)]
+    joined = [batch["tokens"][0].tolist() for batches in zip(*read, strict=True) for batch in batches]
+    assert joined == whole[16:]
+
+
+def test_rows_that_cannot_be_used_are_counted_for_each_source(mixed, folder):
+    (folder / "texts.jsonl").write_text('{"text": "one two"}\n' + "{\n" * 2)
+    with pytest.raises(UserError, match=r"texts.jsonl: 2 of 3 rows can't be used .*line 2: malformed"):
+        train_set(mixed)
+
+
+def test_the_images_of_a_source_may_be_in_another_folder(fields, folder, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (folder / "red.png").rename(tmp_path / "pictures" / "red.png")
+    source = {"path": fields["path"], "image_folder": str(tmp_path / "pictures")}
+    assert len(train_set(fields | {"path": None, "sources": [source]}).dataset) == 6
+    assert len(train_set(fields | {"image_folder": str(tmp_path / "pictures")}).dataset) == 6
+
+
+def test_a_path_and_sources_contradict_each_other(fields):
+    with pytest.raises(UserError, match="both set"):
+        train_set(fields | {"sources": ["a.jsonl"]})
 
 
 def test_a_file_that_one_rank_cannot_read_stops_all_ranks(fields):
