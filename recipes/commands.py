@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,21 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     text = "Look at data before a run."
     group = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
     add = add_command(group.add_subparsers(title="actions", metavar="ACTION", required=True), check).add_argument
-    add("file", type=Path, metavar="FILE", help="a JSONL file")
+    add("file", nargs="+", metavar="FILE", help="a file, a folder or a pattern in quotes")
     add("--processor", type=Path, metavar="DIR", help="processor of the weights (that of the tiny model)")
-    add("--seq-length", type=at_least(1), default=8192, metavar="N", help="longest row in tokens (%(default)s)")
+    add("--recipe", metavar="RECIPE", help="count the steps that this recipe takes")
+    add("--seq-length", type=at_least(1), metavar="N", help="longest row in tokens (that of the recipe, or 8192)")
+    add("--image-folder", type=Path, metavar="DIR", help="where paths of images start (the folder of each file)")
+    add("--decode", action="store_true", help="decode all images, and not only read their headers")
+    add(
+        "--max-skipped",
+        type=at_least(0.0),
+        default=0.01,
+        metavar="F",
+        help="fraction that may be skipped (%(default)s)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the numbers, and all skipped rows, to this file")
+    add("--no-lock", action="store_true", help="do not write FILE.lock, which a run takes in place of checking again")
 
     add = add_command(commands, quickstart).add_argument
     add("--out", type=Path, default="out", metavar="DIR", help="folder for checkpoints, plots and report (%(default)s)")
@@ -82,19 +95,55 @@ def train(recipe: str, settings: Sequence[str], dry_run: bool) -> int:
         return run(_stages(recipes, found, options), out, weights=_weights(options), seconds=options.get("time"))
 
 
-def check(file: Path, processor: Path | None, seq_length: int) -> int:
-    """Count rows, images and tokens of a file, and name the rows that cannot be used; all images are decoded.
+def check(
+    file: Sequence[str],
+    processor: Path | None,
+    recipe: str | None,
+    seq_length: int | None,
+    image_folder: Path | None,
+    decode: bool,
+    max_skipped: float,
+    json: Path | None,
+    no_lock: bool,
+) -> int:
+    """Count rows, images and tokens of files, and name the rows that cannot be used.
 
-    The exit code is 1 where there are such rows.
+    What was found is kept beside each file, as FILE.lock; a run takes it in place of checking again. The exit code is 1
+    where more than --max-skipped of the rows cannot be used.
     """
+    from .catalog import find
+
+    chosen = None if recipe is None else find(recipe)
+    length = seq_length or (chosen.seq_length if chosen else 8192)
+    if json is not None:
+        from ..atomic import check_file
+
+        check_file(json, "--json", overwrite=True)
+    from rich.console import Console
+
     from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-    from .data.check import check_file
+    from .data.check import check_files
     from .data.tiny import tiny_processor
 
-    chosen = tiny_processor() if processor is None else GPTOSSVisionProcessor.from_pretrained(processor)
-    found = check_file(file, chosen, seq_length)
-    print(_table(str(file), found))
-    return 1 if found.skipped else 0
+    found = []
+    for each in check_files(
+        file,
+        tiny_processor if processor is None else lambda: GPTOSSVisionProcessor.from_pretrained(processor),
+        length,
+        rows_per_step=chosen and chosen.tokens_per_step // chosen.seq_length,
+        image_folder=image_folder,
+        decode_images=decode,
+        writes_lock=not no_lock,
+        console=Console(stderr=True, highlight=False),
+    ):
+        print(_table(str(each.source.title), each), flush=True)
+        found.append(each)
+    if json is not None:
+        from ..atomic import atomic_file
+
+        with atomic_file(json) as out:
+            out.write(dumps([each.as_json() for each in found], indent=2) + "\n")
+    return 1 if any(each.share_skipped > max_skipped for each in found) else 0
 
 
 def _dry_run(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any], out: Path) -> int:

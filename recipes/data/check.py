@@ -1,71 +1,198 @@
-"""What `data check` finds in a file: rows by kind, images, tokens, and the rows that cannot be used."""
+"""What `data check` finds in sources: rows by format, images, tokens, duplicates, and the rows that cannot be used."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from .dataset import examine
-from .rows import Skipped, describe_skipped
+from ...errors import UserError
+from ...terminal import Progress
+from .findings import Findings, examine
+from .lock import lock_of, write_lock
+from .order import Order
+from .packing import PackedOrder, PackStatistics
+from .rows import describe_skipped
+from .sources.base import Source
 from .sources.opening import open_source
+
+CHUNK = 2000
+"""Rows that a process checks at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """What was found.
+    """What was found in a source.
 
     Attributes:
-        path: the file.
-        rows: rows in it.
-        skipped: those that cannot be used.
-        images: number of images of each usable row.
-        tokens: length of each usable row.
-        learned: number of tokens of each usable row that are learned.
+        source: the rows.
+        found: of all rows, with those left out that are too long.
+        seq_length: longest row in tokens.
+        rows_per_step: of a recipe; None without one.
     """
 
-    path: Path
-    rows: int
-    skipped: tuple[Skipped, ...]
-    images: np.ndarray
-    tokens: np.ndarray
-    learned: np.ndarray
+    source: Source
+    found: Findings
+    seq_length: int
+    rows_per_step: int | None = None
+
+    @property
+    def share_skipped(self) -> float:
+        """Rows that cannot be used, of all."""
+        return len(self.found.skipped) / len(self.found)
+
+    @property
+    def packs(self) -> PackStatistics:
+        """If the rows are packed."""
+        usable = self.found.usable
+        lengths, images = self.found.lengths[usable], self.found.images[usable]
+        return PackedOrder(Order((len(usable),), seed=0), lengths, images, seq_length=self.seq_length).statistics()
+
+    @property
+    def repeated(self) -> int:
+        """Usable rows that are the same as one before."""
+        hashes = self.found.hashes[self.found.usable]
+        return len(hashes) - len(np.unique(hashes))
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Titles and values."""
-        yield "rows", f"{self.rows:,}, of which {len(self.skipped):,} cannot be used"
-        if len(self.tokens):
-            without = int((self.images == 0).sum())
-            yield "images", f"{self.images.sum():,}; {without:,} rows have none, at most {self.images.max()} in a row"
-            low, half, high = np.percentile(self.tokens, (0, 50, 100)).round().astype(int)
-            yield "tokens", f"{self.tokens.sum():,}; a row has {low:,} to {high:,}, the median is {half:,}"
-            yield "learned", f"{self.learned.sum() / self.tokens.sum():.1%} of the tokens"
-        if self.skipped:
-            yield "skipped", describe_skipped(self.path, self.skipped, self.rows)
+        found, usable = self.found, self.found.usable
+        shapes = ", ".join(f"{count:,} {shape}" for shape, count in found.shapes.most_common())
+        yield "format", f"{self.source.kind}: {shapes or 'no row that can be used'}"
+        yield "rows", f"{len(found):,}, of which {len(found.skipped):,} cannot be used; {self.repeated:,} are repeated"
+        if len(usable):
+            images, tokens, learned = found.images[usable], found.lengths[usable], found.learned[usable]
+            without = int((images == 0).sum())
+            yield "images", f"{images.sum():,}; {without:,} rows have none, at most {images.max()} in a row"
+            if found.modes:
+                modes = ", ".join(f"{count:,} {mode}" for mode, count in found.modes.most_common())
+                sides = ", ".join(f"{count:,} to {side}" for side, count in sorted(found.sides.items()))
+                yield "", f"by mode: {modes}; by longer side in pixels: {sides}"
+            low, half, high = np.percentile(tokens, (0, 50, 100)).round().astype(int)
+            yield "tokens", f"{tokens.sum():,}; a row has {low:,} to {high:,}, the median is {half:,}"
+            for start, end, count in histogram(tokens):
+                yield "", f"{start:>7,} to {end:>7,}  {count:>9,}  {'█' * round(30 * count / len(usable))}"
+            yield "learned", f"{learned.sum() / tokens.sum():.1%} of the tokens"
+            yield "packs", f"of {self.seq_length:,} tokens, with data.packing=true: {self.packs}"
+            if self.rows_per_step is not None:
+                rows, packs = (math.ceil(count / self.rows_per_step) for count in (len(usable), self.packs.packs))
+                yield "steps", f"{rows:,} an epoch of {self.rows_per_step:,} rows, or {packs:,} of as many packs"
+        if found.skipped:
+            yield "skipped", describe_skipped(self.source.title, found.skipped, len(found))
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for programs, with all rows that are left out."""
+        found, usable = self.found, self.found.usable
+        images, tokens = found.images[usable], found.lengths[usable]
+        return {
+            "files": [str(file) for file in self.source.files],
+            "format": {"kind": self.source.kind, "rows": dict(found.shapes)},
+            "rows": len(found),
+            "usable": len(usable),
+            "repeated": self.repeated,
+            "skipped": [{"file": row.file, "line": row.line, "reason": row.reason} for row in found.skipped],
+            "images": int(images.sum()),
+            "tokens": int(tokens.sum()),
+            "learned_tokens": int(found.learned[usable].sum()),
+            "tokens_per_row": [[*map(int, bar)] for bar in histogram(tokens)],
+            "images_per_row": {str(number): int((images == number).sum()) for number in np.unique(images)},
+            "packs": None if not len(usable) else asdict(self.packs),
+            "image_modes": dict(found.modes),
+            "image_sides": {str(side): count for side, count in sorted(found.sides.items())},
+        }
 
 
-def check_file(path: Path, processor: GPTOSSVisionProcessor, seq_length: int) -> Check:
-    """Check a file as a run does before its first step, but decode all images.
+def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """First and last length, and number of rows, between powers of two."""
+    if not len(lengths):
+        return []
+    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    bars = range(exponents.min(), exponents.max() + 1)
+    return [(2 ** (bar - 1) + 1 if bar else 1, 2**bar, int((exponents == bar).sum())) for bar in bars]
+
+
+def check_files(
+    paths: Sequence[str],
+    make_processor: Callable[[], GPTOSSVisionProcessor],
+    seq_length: int,
+    *,
+    rows_per_step: int | None = None,
+    image_folder: Path | None = None,
+    decode_images: bool = False,
+    writes_lock: bool = True,
+    console: Console | None = None,
+) -> Iterator[Check]:
+    """Check sources, and write a lock for each.
 
     Args:
-        path: JSONL.
-        processor: of the model.
+        paths: as of `open_source`.
+        make_processor: called in each process.
         seq_length: longest row in tokens.
+        rows_per_step: of a recipe.
+        image_folder: as of `open_source`.
+        decode_images: whether pixels are checked.
+        writes_lock: whether locks are written.
+        console: for progress.
 
     Raises:
-        UserError: the file has no rows.
-        OSError: it cannot be read.
+        UserError: a source is not of a kind that is read, or has no rows.
+        OSError: a source cannot be read, or its lock not be written.
     """
-    source = open_source(path)
-    found = examine(source, processor, seq_length, decode_images=True)
-    found.refuse_too_many(path, max_skipped=1.0)
-    usable = found.usable
-    return Check(
-        path=path,
-        rows=len(source),
-        skipped=tuple(found.skipped),
-        images=found.images[usable],
-        tokens=found.lengths[usable],
-        learned=found.learned[usable],
-    )
+    for path in paths:
+        source = open_source(path, image_folder=image_folder)
+        if not len(source):
+            raise UserError(f"{source.title} has no rows.")
+        found = check_source(source, make_processor, decode_images=decode_images, console=console)
+        if writes_lock:
+            write_lock(lock_of(path), source, found, make_processor(), decode_images=decode_images)
+        limited = found.limited_to(seq_length, source)
+        yield Check(source=source, found=limited, seq_length=seq_length, rows_per_step=rows_per_step)
+
+
+def check_source(
+    source: Source,
+    make_processor: Callable[[], GPTOSSVisionProcessor],
+    *,
+    decode_images: bool = False,
+    processes: int | None = None,
+    console: Console | None = None,
+) -> Findings:
+    """Check all rows of a source in several processes.
+
+    Args:
+        source: the rows.
+        make_processor: called in each process.
+        decode_images: whether pixels are checked.
+        processes: None for one per core.
+        console: for progress.
+    """
+    chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
+    processes = min(processes or len(os.sched_getaffinity(0)), max(len(chunks), 1))
+    found = Findings.of_rows(range(len(source)))
+    # Forked: the source, with the places of all rows, is shared.
+    setting = (source, make_processor, decode_images)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _set_up, setting) as pool:
+        parts = pool.map(_examine, chunks)
+        with Progress("Rows checked", len(source), console) as progress:
+            for part in parts:
+                found.merge([part])
+                progress.advance(len(part))
+    return found
+
+
+_state: dict[str, Any] = {}
+
+
+def _set_up(source: Source, make_processor: Callable[[], GPTOSSVisionProcessor], decode_images: bool) -> None:
+    _state.update(source=source, processor=make_processor(), decode_images=decode_images)
+
+
+def _examine(numbers: range) -> Findings:
+    return examine(_state["source"], _state["processor"], decode_images=_state["decode_images"], numbers=numbers)

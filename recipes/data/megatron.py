@@ -19,13 +19,15 @@ from megatron.bridge.utils.common_utils import get_rank_safe
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
-from .dataset import ChatDataset, Findings, ShuffledEpochs, examine
+from .dataset import ChatDataset, ShuffledEpochs
 from .digits import write_digits
+from .findings import Findings, examine
+from .lock import lock_of, read_lock
 from .mixture import Part, parse_parts, per_epoch
 from .order import Order
 from .rows import describe_skipped
 from .samples import Sample, collate
-from .sources.base import Joined, Source
+from .sources.base import Source
 from .sources.opening import open_source
 from .tiny import write_processor
 
@@ -173,13 +175,17 @@ class ChatDatasetProvider(DatasetProvider):
         return Order(dataset.samples_of, per_epoch(parts, dataset.samples_of), seed=self.seed)
 
     def _open(self, parts: list[Part], processor: GPTOSSVisionProcessor) -> ChatDataset:
-        sources, found = _examine_together(
-            lambda: [self._source(part) for part in parts],
-            processor,
-            self.seq_length,
-            decode_images=self.decode_images,
-        )
+        sources, found = _together(lambda: self._examine(parts, processor))
         return ChatDataset(sources, processor, self.seq_length, max_skipped=self.max_skipped, findings=found)
+
+    def _examine(self, parts: list[Part], processor: GPTOSSVisionProcessor) -> tuple[list[Source], list[Findings]]:
+        """The sources, and what was found in each: all of it where it has a lock, else in this rank's share of rows."""
+        sources, found = [self._source(part) for part in parts], []
+        for part, source in zip(parts, sources, strict=True):
+            locked = read_lock(lock_of(part.path), source, processor, decode_images=self.decode_images)
+            share = range(_rank(), len(source), _ranks())
+            found.append(locked or examine(source, processor, decode_images=self.decode_images, numbers=share))
+        return sources, found
 
     def _source(self, part: Part) -> Source:
         folder = part.image_folder or self.image_folder
@@ -275,31 +281,40 @@ def fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _examine_together(
-    open_all: Callable[[], list[Source]], processor: GPTOSSVisionProcessor, seq_length: int, *, decode_images: bool
-) -> tuple[list[Source], Findings]:
-    """Open sources, and `examine` all of their rows, on every rank; each checks its share of the rows."""
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if ranks == 1:
-        sources = open_all()
-        return sources, examine(Joined(sources), processor, seq_length, decode_images=decode_images)
-    sources, mine = [], None
+def _together(
+    examine_share: Callable[[], tuple[list[Source], list[Findings]]],
+) -> tuple[list[Source], list[Findings]]:
+    """Sources, and what all ranks have found in them, on every rank.
+
+    Raises:
+        UserError | OSError | MemoryError: on every rank, when one rank cannot check its share.
+    """
+    if _ranks() == 1:
+        return examine_share()
+    sources: list[Source] = []
+    mine: Any = None
     try:
-        sources = open_all()
-        shard = {"shard": _rank(), "shards": ranks}
-        mine = examine(Joined(sources), processor, seq_length, decode_images=decode_images, **shard)
+        sources, mine = examine_share()
     except Exception as error:  # noqa: BLE001 - raised below on all ranks; alone, it would leave the others waiting
         kind = next((kind for kind in (OSError, UserError, MemoryError) if isinstance(error, kind)), RuntimeError)
         mine = kind(f"{type(error).__name__}: {error}" if kind is RuntimeError else str(error))
-    everyone: list[Any] = [None] * ranks
-    torch.distributed.all_gather_object(everyone, mine)
+    # A share of the rows has as many rows between two of its own as there are ranks; what comes from a lock is whole.
+    shares = mine if isinstance(mine, Exception) else [None if each.numbers.step == 1 else each for each in mine]
+    everyone: list[Any] = [None] * _ranks()
+    torch.distributed.all_gather_object(everyone, shares)
     for rank, found in enumerate(everyone):
         if isinstance(found, Exception):
             raise type(found)(f"Rank {rank} can't check the dataset: {found}")
-    merged = Findings.of_rows(sum(map(len, sources)))
-    merged.merge(everyone)
-    return sources, merged
+    for number, share in enumerate(shares):
+        if share is not None:
+            mine[number] = Findings.of_rows(range(len(sources[number])))
+            mine[number].merge([found[number] for found in everyone])
+    return sources, mine
 
 
 def _rank() -> int:
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
 
+import xxhash
 from PIL import Image
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
@@ -47,6 +48,12 @@ class Picture:
     size: int | None = None
     content: bytes | None = field(default=None, repr=False)
     address: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """Of two pictures that are the same image in the same place, the same text."""
+        place = self.path or self.address or xxhash.xxh3_128_hexdigest(self.content or b"")
+        return f"{place} {self.start} {self.size}"
 
     def read(self) -> bytes:
         """The bytes of the image file.

@@ -14,8 +14,9 @@ from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from gpt_oss_vision.errors import UserError
-from gpt_oss_vision.recipes.data.dataset import ChatDataset, Findings, ShuffledEpochs, examine
+from gpt_oss_vision.recipes.data.dataset import ChatDataset, ShuffledEpochs
 from gpt_oss_vision.recipes.data.digits import write_digits
+from gpt_oss_vision.recipes.data.findings import KINDS, Findings, examine
 from gpt_oss_vision.recipes.data.formats import parse_record
 from gpt_oss_vision.recipes.data.order import Order
 from gpt_oss_vision.recipes.data.pictures import Pictures, UnusableRow, resolve_image
@@ -53,7 +54,8 @@ def parse(row: dict[str, Any], folder: Path) -> Row:
 
 
 def unusable(path: Path, processor: GPTOSSVisionProcessor, seq_length: int, **options: Any) -> list[Skipped]:
-    return examine(open_source(path), processor, seq_length, **options).skipped
+    source = open_source(path)
+    return examine(source, processor, **options).limited_to(seq_length, source).skipped
 
 
 def encode(row: dict[str, Any], folder: Path, processor: GPTOSSVisionProcessor) -> Any:
@@ -415,18 +417,23 @@ def test_images_are_found_from_any_working_directory(folder, processor, monkeypa
 @pytest.mark.parametrize("shards", [2, 5])
 def test_ranks_together_find_what_one_finds_alone(folder, processor, shards):
     path = write(folder, *[chat("Hi", "one"), "{", "", chat([picture("gone.png")], "one")] * 5)
-    together = [unusable(path, processor, SEQ_LENGTH, shard=i, shards=shards) for i in range(shards)]
-    assert sorted(row for found in together for row in found) == unusable(path, processor, SEQ_LENGTH)
+    source = open_source(path)
+    alone, merged = examine(source, processor), Findings.of_rows(range(15))
+    merged.merge([examine(source, processor, numbers=range(shard, 15, shards)) for shard in range(shards)])
+    assert merged.skipped == alone.skipped and len(alone.skipped) == 10
+    assert merged.shapes == alone.shapes
+    for name in KINDS:
+        assert getattr(merged, name).tolist() == getattr(alone, name).tolist()
 
 
 def test_a_dataset_takes_over_what_the_ranks_have_found(folder, processor):
     path = write(folder, *[chat("Hi", word) for word in ("one", "two", "three")])
-    found = [examine(open_source(path), processor, SEQ_LENGTH, shard=shard, shards=2) for shard in range(2)]
-    found[1].lengths[1] = 0
+    found = [examine(open_source(path), processor, numbers=range(rank, 3, 2)) for rank in range(2)]
+    found[1].lengths[0] = 0
     found[1].skipped.append(Skipped(1, str(path), 2, "on a disk that only rank 1 lacks"))
-    merged = Findings.of_rows(3)
+    merged = Findings.of_rows(range(3))
     merged.merge(found)
-    dataset = ChatDataset(path, processor, SEQ_LENGTH, findings=merged, max_skipped=0.5)
+    dataset = ChatDataset(path, processor, SEQ_LENGTH, findings=[merged], max_skipped=0.5)
     assert answers(dataset) == ["one", "three"]
 
 

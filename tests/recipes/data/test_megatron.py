@@ -29,6 +29,7 @@ from megatron.bridge.training.vlm_step import get_batch_from_iterator
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data import megatron
+from gpt_oss_vision.recipes.data.findings import Findings
 from gpt_oss_vision.recipes.data.megatron import ChatBatches, ChatDatasetProvider, DigitsDatasetProvider
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX
 
@@ -200,10 +201,10 @@ def test_a_file_that_one_rank_cannot_read_stops_all_ranks(fields):
 
 
 def test_any_failure_of_the_check_on_one_rank_stops_all_ranks(fields, monkeypatch):
-    def fails(*_: object, shard: int, **__: object) -> list:
-        if shard == 1:
+    def fails(*_: object, numbers: range, **__: object) -> Findings:
+        if numbers.start == 1:
             raise TemplateError("no such filter")
-        return []
+        return Findings.of_rows(numbers)
 
     monkeypatch.setattr(megatron, "examine", fails)
     found = cpu.run_ranks(2, _failure_on_this_rank, fields, timeout=60)

@@ -1,0 +1,173 @@
+"""The check of rows: which can be trained on, why the others cannot, and how many tokens and images each has."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from ...errors import UserError
+from .pictures import Picture, UnusableRow
+from .rows import Skipped, check_text, describe_skipped
+from .samples import count_tokens
+from .sources.base import Source
+
+REMEMBERED = 100_000
+"""Images whose check is remembered, for rows that share them."""
+
+KINDS = {"lengths": np.int32, "learned": np.int32, "images": np.int32, "hashes": np.uint64}
+"""The arrays of `Findings`."""
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What the check has found in some rows.
+
+    Attributes:
+        numbers: the numbers of the rows in their source.
+        lengths: tokens of each row, ``[rows]``, those of images included; 0 where it cannot be used.
+        learned: learned tokens of each row, ``[rows]``.
+        images: images of each row, ``[rows]``.
+        hashes: of the text and the names of the images of each row, ``[rows]``.
+        skipped: the rows that cannot be used, in their order.
+        shapes: usable rows by format.
+        modes: images by PIL's mode; an image file that several rows share counts once in each process.
+        sides: images by their longer side in pixels, rounded up to a power of two.
+    """
+
+    numbers: range
+    lengths: np.ndarray
+    learned: np.ndarray
+    images: np.ndarray
+    hashes: np.ndarray
+    skipped: list[Skipped] = field(default_factory=list)
+    shapes: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    sides: Counter[int] = field(default_factory=Counter)
+
+    @classmethod
+    def of_rows(cls, numbers: range) -> "Findings":
+        """Nothing found yet."""
+        return cls(numbers=numbers, **{name: np.zeros(len(numbers), dtype=kind) for name, kind in KINDS.items()})
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def usable(self) -> np.ndarray:
+        """The places in the arrays of the rows that can be used."""
+        return np.flatnonzero(self.lengths)
+
+    def merge(self, others: Sequence["Findings"]) -> None:
+        """Add what was found in some of the rows."""
+        for other in others:
+            for name in KINDS:
+                getattr(self, name)[np.asarray(other.numbers) - self.numbers.start] = getattr(other, name)
+            for name in ("skipped", "shapes", "modes", "sides"):
+                setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.skipped.sort()
+
+    def limited_to(self, seq_length: int, source: Source) -> "Findings":
+        """The same without the rows of more than `seq_length` tokens, which are skipped."""
+        too_long = np.flatnonzero(self.lengths > seq_length)
+        reasons = [
+            Skipped(number, *source.place(number), f"{self.lengths[place]} tokens don't fit seq_length {seq_length}")
+            for place in too_long.tolist()
+            for number in [self.numbers[place]]
+        ]
+        lengths = np.where(self.lengths > seq_length, 0, self.lengths)
+        return replace(self, lengths=lengths, skipped=sorted(self.skipped + reasons))
+
+    def refuse_too_many(self, title: object, max_skipped: float) -> None:
+        """Refuse a source without rows, or with too many that cannot be used.
+
+        Raises:
+            UserError: more than `max_skipped` (a fraction) of the rows can't be used, or none can; it names a few.
+        """
+        if not len(self):
+            raise UserError(f"{title} has no rows.")
+        if len(self.skipped) == len(self) or len(self.skipped) > max_skipped * len(self):
+            raise UserError(
+                f"{describe_skipped(title, self.skipped, len(self))} At most {max_skipped:.1%} may be skipped."
+            )
+
+
+assert {*KINDS} < {each.name for each in fields(Findings)}
+
+
+def examine(
+    source: Source,
+    processor: GPTOSSVisionProcessor,
+    *,
+    decode_images: bool = False,
+    numbers: range | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Findings:
+    """Check rows, and count their tokens.
+
+    A row is usable when it parses, has something to learn, and its images open. Image headers are read (of PNG files
+    the checksums too), and an image's tokens are counted without its pixels, so nothing is decoded without
+    `decode_images`, which also finds a file that is cut off behind a good header.
+
+    Args:
+        source: the rows.
+        processor: of the model.
+        decode_images: whether pixels are checked.
+        numbers: of the rows; None for all.
+        advance: called after each row.
+    """
+    found = Findings.of_rows(range(len(source)) if numbers is None else numbers)
+    images = _Images(processor, decode_images, found)
+    for place, number in enumerate(found.numbers):
+        try:
+            row = source.row(number)
+            text = check_text(row, processor) if row.tokens is None else None
+            tokens, learned = count_tokens(row, text, processor)
+            if not learned:
+                raise UnusableRow("no token to learn")
+            for picture in row.images:
+                images.check(picture)
+        except UnusableRow as error:
+            found.skipped.append(Skipped(number, *source.place(number), str(error)))
+        else:
+            found.lengths[place], found.learned[place], found.images[place] = tokens, learned, len(row.images)
+            content = row.tokens.tobytes() if text is None else text.encode()
+            pictures = "\0".join(picture.identity for picture in row.images).encode()
+            found.hashes[place] = xxhash.xxh3_64_intdigest(content, xxhash.xxh3_64_intdigest(pictures))
+            found.shapes[row.shape] += 1
+        advance()
+    return found
+
+
+class _Images:
+    """Checks of images, of which those of files are remembered."""
+
+    def __init__(self, processor: GPTOSSVisionProcessor, decode: bool, found: Findings) -> None:
+        self._processor, self._decode, self._found = processor, decode, found
+        self._of_files: dict[Path, str | None] = {}
+
+    def check(self, picture: Picture) -> None:
+        """Refuse an image that can't be used.
+
+        Raises:
+            UnusableRow: it is missing or broken.
+        """
+        file = picture.path if picture.size is None else None
+        if file in self._of_files:
+            if (reason := self._of_files[file]) is not None:
+                raise UnusableRow(reason)
+            return
+        reason = None
+        try:
+            width, height, mode = picture.check(self._processor, self._decode)
+        except UnusableRow as error:
+            reason = str(error)
+            raise
+        finally:
+            if file is not None and len(self._of_files) < REMEMBERED:
+                self._of_files[file] = reason
+        self._found.modes[mode] += 1
+        self._found.sides[1 << (max(width, height) - 1).bit_length()] += 1
