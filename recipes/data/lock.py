@@ -43,7 +43,7 @@ def lock_of(path: str | Path) -> Path:
     if not has_magic(str(path)) or Path(path).exists():
         return Path(f"{str(path).rstrip('/')}.lock")
     folder = next(parent for parent in Path(path).parents if not has_magic(str(parent)))
-    return folder / f"{xxhash.xxh3_64_hexdigest(str(Path(path).name))}.lock"
+    return folder / f"{xxhash.xxh3_64_hexdigest(str(Path(path).relative_to(folder)).encode())}.lock"
 
 
 def write_lock(

@@ -1,0 +1,163 @@
+"""The check of data: what it prints and writes, in any number of processes; and locks that training takes up."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from gpt_oss_vision.errors import UserError
+from gpt_oss_vision.recipes.data.check import Check, check_source, histogram
+from gpt_oss_vision.recipes.data.findings import KINDS, Findings, examine
+from gpt_oss_vision.recipes.data.lock import lock_of, read_lock, write_lock
+from gpt_oss_vision.recipes.data.sources.opening import open_source
+
+
+@pytest.fixture
+def rows(folder: Path) -> Path:
+    """Eight chats, each second one with an image, one that is repeated, and three rows that cannot be used."""
+    chats = [
+        {"conversations": [{"from": "human", "value": f"{'<image>' * (i % 2)}What?"}, {"from": "gpt", "value": f"{i}"}]}
+        | ({"image": "red.png"} if i % 2 else {})
+        for i in range(8)
+    ]
+    bad = [{"text": "A cat.", "video": "a.mp4"}, {"text": "A cat.", "image": "gone.png"}, {"text": " "}]
+    (folder / "rows.json").write_text(json.dumps([*chats, chats[0], *bad], indent=1))
+    return folder / "rows.json"
+
+
+def lock(path: Path, processor: GPTOSSVisionProcessor, **options: Any) -> Findings:
+    source = open_source(path)
+    found = examine(source, processor, **options)
+    write_lock(lock_of(path), source, found, processor, decode_images=options.get("decode_images", False))
+    return found
+
+
+def read(path: Path, processor: GPTOSSVisionProcessor, **options: Any) -> Findings | None:
+    return read_lock(lock_of(path), open_source(path), processor, **({"decode_images": False} | options))
+
+
+def test_the_numbers_of_a_check(rows, processor):
+    source = open_source(rows)
+    check = Check(source=source, found=examine(source, processor).limited_to(64, source), seq_length=64)
+    found = check.as_json()
+    assert (found["rows"], found["usable"], found["repeated"], found["images"]) == (12, 9, 1, 4)
+    assert found["format"] == {"kind": "JSON", "rows": {"LLaVA": 9}}
+    assert [(row["file"], row["line"]) for row in found["skipped"]] == [(str(rows), line) for line in (114, 118, 122)]
+    assert [row["reason"].split()[0] for row in found["skipped"]] == ['"video"', "image", "an"]
+    assert found["images_per_row"] == {"0": 5, "1": 4}
+    assert sum(count for _, _, count in found["tokens_per_row"]) == 9
+    assert found["image_modes"] == {"RGB": 1} and found["image_sides"] == {"8": 1}  # one file, shared by four rows
+    assert found["tokens"] == examine(source, processor).lengths.sum()
+    assert found["packs"]["samples"] == 9
+
+
+def test_lines_for_a_terminal_name_the_rows_that_cannot_be_used(rows, processor):
+    source = open_source(rows)
+    check = Check(
+        source=source, found=examine(source, processor).limited_to(64, source), seq_length=64, rows_per_step=4
+    )
+    lines = "\n".join(f"{name} {value}" for name, value in check.lines())
+    assert "JSON: 9 LLaVA" in lines
+    assert "12, of which 3 cannot be used; 1 are repeated" in lines
+    assert 'line 114: "video" is not read' in lines
+    assert "3 an epoch of 4 rows" in lines
+
+
+def test_several_processes_find_what_one_finds(folder, processor, tmp_path):
+    processor.save_pretrained(tmp_path / "processor")
+    lines = [json.dumps({"text": f"A cat {i}."} if i % 7 else {"text": ""}) for i in range(5000)]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    source = open_source(folder / "texts.jsonl")
+    alone = examine(source, processor)
+    make = lambda: GPTOSSVisionProcessor.from_pretrained(tmp_path / "processor")  # noqa: E731
+    together = check_source(source, make, processes=2)
+    assert (together.skipped, together.shapes) == (alone.skipped, alone.shapes)
+    assert all((getattr(together, name) == getattr(alone, name)).all() for name in KINDS)
+
+
+def test_histograms_have_every_length_in_one_bar():
+    lengths = np.array([1, 2, 3, 4, 5, 8, 9, 100])
+    assert histogram(lengths)[:4] == [(1, 1, 1), (2, 2, 1), (3, 4, 2), (5, 8, 2)]
+    assert sum(count for _, _, count in histogram(lengths)) == len(lengths)
+    assert histogram(np.array([], dtype=int)) == []
+
+
+# --- locks
+
+
+def test_a_lock_holds_what_was_found(rows, processor):
+    written = lock(rows, processor)
+    held = read(rows, processor)
+    assert held is not None
+    assert (held.skipped, held.shapes, held.modes, held.sides) == (
+        *(written.skipped, written.shapes, written.modes, written.sides),
+    )
+    assert all((getattr(held, name) == getattr(written, name)).all() for name in KINDS)
+
+
+def test_without_a_lock_nothing_is_held(rows, processor):
+    assert read(rows, processor) is None
+
+
+def test_a_file_that_was_only_copied_keeps_its_lock(rows, processor):
+    lock(rows, processor)
+    os.utime(rows, (time.time() + 100,) * 2)
+    assert read(rows, processor) is not None
+
+
+@pytest.mark.parametrize("change", ["longer", "same size", "processor", "decoded", "damaged", "version"])
+def test_a_lock_that_does_not_fit_is_refused(rows, processor, change):
+    lock(rows, processor)
+    options, content = {}, rows.read_text()
+    if change == "longer":
+        rows.write_text(content + " ")
+    elif change == "same size":
+        rows.write_text(content.replace("What?", "Whit?"))
+        os.utime(rows, (time.time() + 100,) * 2)
+    elif change == "processor":
+        processor.num_image_tokens += 1
+    elif change == "decoded":
+        options = {"decode_images": True}
+    elif change == "damaged":
+        lock_of(rows).write_bytes(lock_of(rows).read_bytes()[:100])
+    else:
+        whole = lock_of(rows).read_bytes()
+        lock_of(rows).write_bytes(whole.replace(b'\\"version\\": 1', b'\\"version\\": 9'))
+    why = {
+        "longer": r"rows.json has [\d,]+ bytes and had",
+        "same size": "the content of .*rows.json has changed",
+        "processor": "the processor is another",
+        "decoded": "the images were not decoded",
+        "damaged": "damaged, or no lock",
+        "version": "it has version 9",
+    }
+    try:
+        with pytest.raises(UserError, match=rf"{why[change]}.*data check` again, or remove .*rows.json.lock"):
+            read(rows, processor, **options)
+    finally:
+        if change == "processor":
+            processor.num_image_tokens -= 1
+
+
+def test_the_lock_of_a_pattern_is_in_the_folder_in_front_of_it(folder):
+    assert lock_of(folder / "a.jsonl") == folder / "a.jsonl.lock"
+    assert lock_of(f"{folder}/") == Path(f"{folder}.lock")
+    assert lock_of(folder / "*" / "b?.jsonl").parent == folder
+    assert lock_of(folder / "b?.jsonl") != lock_of(folder / "b*.jsonl")
+
+
+def test_an_image_that_rows_share_is_read_once(folder, processor, monkeypatch):
+    opened = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda *arguments: opened.append(arguments) or real(*arguments))
+    rows = [{"text": f"A cat {i}.", "image": name} for i in range(5) for name in ("red.png", "gone.png")]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = examine(open_source(folder / "rows.jsonl"), processor)
+    assert len(opened) == 2
+    assert len(found.skipped) == 5
