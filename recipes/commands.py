@@ -119,8 +119,6 @@ def check(
         from ..atomic import check_file
 
         check_file(json, "--json", overwrite=True)
-    from rich.console import Console
-
     from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
     from .data.check import check_files
     from .data.tiny import tiny_processor
@@ -134,7 +132,6 @@ def check(
         image_folder=image_folder,
         decode_images=decode,
         writes_lock=not no_lock,
-        console=Console(stderr=True, highlight=False),
     ):
         print(_table(str(each.source.title), each), flush=True)
         found.append(each)

@@ -1,4 +1,4 @@
-"""Counts of the microbatches that a model has trained on: images, and losses of text with and without images before.
+"""Counts of the microbatches that a model has trained on: images, losses, lengths of packed samples.
 
 Shapes: b rows, s positions, cp ranks of context parallelism.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from .packing import sample_boundaries
+from .packing import sample_boundaries, samples_of
 
 KINDS = ("without_image", "after_image")
 """A token is after an image if its sample has one before it, which attention can reach."""
@@ -20,17 +20,28 @@ class BatchStatistics:
 
     Attributes:
         images: images that the vision stage has encoded, on this rank.
-        losses: ``[2, 2]``: by `KINDS`, the sum of the losses and the number of the tokens that are learned.
+        losses: ``[2, 2]``: by `KINDS`, the weighted sum of the losses, and the sum of the weights.
+        squared_lengths: sum of the squared lengths of packed samples, on the stage that computes losses.
     """
 
     images: int = 0
     losses: torch.Tensor | None = None
+    squared_lengths: torch.Tensor | None = None
 
-    def add_losses(self, losses: torch.Tensor, mask: torch.Tensor, is_after_image: torch.Tensor) -> None:
-        """Add a microbatch; all arguments are ``[b, s / cp]``, the mask 1 where a token is learned."""
+    def add_losses(
+        self,
+        losses: torch.Tensor,
+        mask: torch.Tensor,
+        is_after_image: torch.Tensor,
+        packed: PackedSeqParams | None = None,
+    ) -> None:
+        """Add a microbatch; tensors are ``[b, s / cp]``, the mask has the weights of the losses."""
         weights = torch.stack([mask * ~is_after_image, mask * is_after_image]).flatten(1).double()
         found = torch.stack([weights @ losses.detach().flatten().double(), weights.sum(1)], dim=1)
         self.losses = found if self.losses is None else self.losses + found
+        if packed is not None:
+            squared = packed.cu_seqlens_q.diff().double().square().sum()
+            self.squared_lengths = squared if self.squared_lengths is None else self.squared_lengths + squared
 
     def pop_images(self) -> int:
         """Return the number of images, and begin again at 0."""
@@ -47,9 +58,8 @@ def after_image(is_visual: torch.Tensor, packed: PackedSeqParams | None) -> torc
     """
     seen = is_visual.cumsum(1)
     if packed is not None:
-        starts = sample_boundaries(packed)[:-1]
-        sample = torch.bucketize(torch.arange(is_visual.shape[1], device=starts.device), starts, right=True) - 1
-        seen = seen - (seen - is_visual.long())[:, starts.long()][:, sample]
+        before = (seen - is_visual.long())[:, sample_boundaries(packed)[:-1].long()]
+        seen = seen - before[:, samples_of(packed, is_visual.shape[1])]
     return seen > 0
 
 
@@ -70,6 +80,17 @@ def pop_losses(model: list[torch.nn.Module], tensor_parallel: int) -> dict[str, 
     sums, counts = (total / tensor_parallel).unbind(1)
     means = zip(KINDS, sums.tolist(), counts.tolist(), strict=True)
     return {f"loss_{kind}": loss / tokens for kind, loss, tokens in means if tokens}
+
+
+def pop_squared_lengths(model: list[torch.nn.Module], tensor_parallel: int) -> float:
+    """The sum of the squared lengths of all packed samples since the last call, over all ranks; as `pop_losses`."""
+    total = torch.zeros((), dtype=torch.float64, device=next(model[0].parameters()).device)
+    for statistics in statistics_of(model):
+        if statistics.squared_lengths is not None:
+            total += statistics.squared_lengths
+            statistics.squared_lengths = None
+    torch.distributed.all_reduce(total)
+    return float(total) / tensor_parallel
 
 
 def statistics_of(model: list[torch.nn.Module]) -> list[BatchStatistics]:

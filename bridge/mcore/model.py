@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from ...errors import UserError
 from .batch_statistics import BatchStatistics, after_image
 from .context_parallel import slice_for_context_parallel
-from .packing import check_packing
+from .packing import check_packing, padding_of
 from .vision import VisionStage
 
 
@@ -83,7 +83,7 @@ class MCoreGPTOSSVisionModel(GPTModel):
             decoder_input,
             labels,
             *args,
-            padding_mask=self.local_visual_mask(is_visual),
+            padding_mask=self.local_masks(is_visual, packed_seq_params),
             loss_mask=loss_mask,
             packed_seq_params=packed_seq_params,
             **kwargs,
@@ -91,7 +91,7 @@ class MCoreGPTOSSVisionModel(GPTModel):
         is_loss = self.post_process and labels is not None and loss_mask is not None
         if is_loss and self.training:
             follows = slice_for_context_parallel(after_image(is_visual, packed_seq_params), 1, cp_group)
-            self.batch_statistics.add_losses(output, loss_mask, follows)
+            self.batch_statistics.add_losses(output, loss_mask, follows, packed_seq_params)
         return (output, loss_mask) if is_loss and cp_group.size() > 1 else output
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -140,17 +140,21 @@ class MCoreGPTOSSVisionModel(GPTModel):
         placed = image_tokens.index_select(0, nth.mT.flatten().clamp(0, len(image_tokens) - 1)).view_as(embeddings)
         return torch.where(is_visual.mT.unsqueeze(-1), placed, embeddings).contiguous()
 
-    def local_visual_mask(self, is_visual: torch.Tensor) -> torch.Tensor:
-        """This rank's shard of a ``[b, s]`` visual mask: sliced for context, then for sequence parallelism.
+    def local_masks(self, is_visual: torch.Tensor, packed: PackedSeqParams | None) -> torch.Tensor:
+        """This rank's shard of what the routers read: sliced for context, then for sequence parallelism.
+
+        Without packing it is the visual mask ``[b, s]``. Of packed samples, which are one row, it is ``[2, s]``: the
+        visual mask, and the mask of padding.
 
         Megatron-Core 0.19.2 scatters ``padding_mask`` on the first pipeline stage only, and only when it embeds the
         tokens itself; here every stage slices it.
         """
-        is_visual = slice_for_context_parallel(is_visual, 1, self.pg_collection.cp)
+        masks = is_visual if packed is None else torch.cat([is_visual, padding_of(packed, is_visual.shape[1])])
+        masks = slice_for_context_parallel(masks, 1, self.pg_collection.cp)
         if not self.config.sequence_parallel:
-            return is_visual
+            return masks
         group = self.pg_collection.tp
-        return is_visual.chunk(group.size(), dim=1)[group.rank()].contiguous()
+        return masks.chunk(group.size(), dim=1)[group.rank()].contiguous()
 
 
 def check_placeholders(is_visual: torch.Tensor, images: int, tokens_per_image: int) -> None:

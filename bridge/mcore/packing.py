@@ -12,6 +12,18 @@ def sample_boundaries(packed: PackedSeqParams) -> torch.Tensor:
     return packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
 
 
+def samples_of(packed: PackedSeqParams, length: int) -> torch.Tensor:
+    """Which sample each position of the row is in, ``[t]``, from 0; that of padding is the sample before it."""
+    starts = sample_boundaries(packed)[:-1]
+    return torch.bucketize(torch.arange(length, device=starts.device), starts, right=True) - 1
+
+
+def padding_of(packed: PackedSeqParams, length: int) -> torch.Tensor:
+    """``[1, t]`` bool, true at the positions behind the end of a sample."""
+    ends = sample_boundaries(packed)[:-1] + packed.cu_seqlens_q.diff()
+    return (torch.arange(length, device=ends.device) >= ends[samples_of(packed, length)]).unsqueeze(0)
+
+
 def check_packing(input_ids: torch.Tensor, packed: PackedSeqParams, context_parallel: int, backend: str) -> None:
     """Refuse packed samples that would not be exact; reads nothing from the device.
 

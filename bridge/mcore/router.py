@@ -53,35 +53,41 @@ class VisionBiasedTopKRouter(TopKRouter):
             logits: ``[s, b, experts]``.
             padding_mask: ``[s, b]`` bool, true where the token is visual. Megatron-Core 0.19 carries exactly one
                 per-token argument from the model through blocks, recomputation and CUDA graphs to the router, under
-                this name; `MCoreGPTOSSVisionModel` passes the visual mask in it.
+                this name; `MCoreGPTOSSVisionModel` passes the visual mask in it. Of packed samples ``[s, 2]``: the
+                second column is true at padding, which losses and counts leave out.
 
         Returns:
             Routing weights and routing map, each ``[s * b, experts]``.
         """
-        is_visual = padding_mask
         # Megatron's chunked MLP (`mlp_chunks_for_training`) drops the argument.
-        assert is_visual is not None, "the visual mask was not passed to the router"
+        assert padding_mask is not None, "the visual mask was not passed to the router"
+        rows = logits.shape[1]
+        is_visual, is_padding = padding_mask[:, :rows], padding_mask[:, rows:]
+        is_padding = is_padding if is_padding.shape[1] else None
         # Added in fp32 and cast back: exact for text tokens, and with a zero bias equal to gpt-oss in any dtype.
         biased = (logits + is_visual.unsqueeze(-1) * self.vision_bias).to(logits.dtype)
-        probs, routing_map = super().routing(biased)
+        probs, routing_map = super().routing(biased, padding_mask=is_padding)
         # With recomputation a layer runs twice, the first time without gradients.
         if self.training and torch.is_grad_enabled():
-            is_visual = is_visual.flatten()
+            is_token = torch.ones_like(is_visual) if is_padding is None else ~is_padding
+            modalities = (is_token & ~is_visual).flatten(), (is_token & is_visual).flatten()
             if self.routing_type == PER_MODALITY:
-                probs = self.balance(probs, biased.flatten(0, 1), is_visual)
-            self.count(routing_map, is_visual)
+                probs = self.balance(probs, biased.flatten(0, 1), modalities)
+            self.count(routing_map, modalities)
         return probs, routing_map
 
-    def balance(self, probs: torch.Tensor, logits: torch.Tensor, is_visual: torch.Tensor) -> torch.Tensor:
+    def balance(
+        self, probs: torch.Tensor, logits: torch.Tensor, modalities: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
         """Attach a load-balancing loss per modality to the routing weights, all ``[t, experts]`` or ``[t]``.
 
         The loss is that of Switch Transformer (arXiv 2101.03961) for each modality, weighted by its share of the
         tokens. It is 1 when both are balanced, and equal to ``aux_loss`` when there is one modality only.
         """
-        coefficient, losses = self.config.moe_aux_loss_coeff, []
-        for others in (is_visual, ~is_visual):
+        coefficient, losses, counts = self.config.moe_aux_loss_coeff, [], []
+        for is_one in modalities:
             chosen, scores = compute_routing_scores_for_aux_loss(
-                logits, self.topk, self.score_function, padding_mask=others
+                logits, self.topk, self.score_function, padding_mask=~is_one
             )
             per_expert, _, tokens = get_tokens_per_expert_and_token_count(
                 chosen, self.tp_cp_group, self.topk, with_padding_mask=True
@@ -89,13 +95,13 @@ class VisionBiasedTopKRouter(TopKRouter):
             loss = switch_load_balancing_loss_func(
                 scores, per_expert, tokens.clamp(min=1), self.topk, self.num_experts, coefficient
             )
-            losses.append(loss * tokens / (len(logits) * self.tp_cp_group.size()))
+            losses.append(loss * tokens)
+            counts.append(tokens)
         return self.attach_and_log_load_balancing_loss(
-            probs, coefficient, sum(losses), "load_balancing_loss", self.tp_cp_group
+            probs, coefficient, sum(losses) / sum(counts), "load_balancing_loss", self.tp_cp_group
         )
 
     @torch.no_grad()
-    def count(self, routing_map: torch.Tensor, is_visual: torch.Tensor) -> None:
+    def count(self, routing_map: torch.Tensor, modalities: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Add a routing map ``[t, experts]`` of tokens ``[t]`` to the counts, without a device synchronization."""
-        visual = (routing_map & is_visual.unsqueeze(-1)).sum(0)
-        self.tokens_per_expert += torch.stack([routing_map.sum(0) - visual, visual])
+        self.tokens_per_expert += torch.stack([(routing_map & is_one.unsqueeze(-1)).sum(0) for is_one in modalities])

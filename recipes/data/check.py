@@ -127,7 +127,6 @@ def check_files(
     image_folder: Path | None = None,
     decode_images: bool = False,
     writes_lock: bool = True,
-    console: Console | None = None,
 ) -> Iterator[Check]:
     """Check sources, and write a lock for each.
 
@@ -139,12 +138,12 @@ def check_files(
         image_folder: as of `open_source`.
         decode_images: whether pixels are checked.
         writes_lock: whether locks are written.
-        console: for progress.
 
     Raises:
         UserError: a source is not of a kind that is read, or has no rows.
         OSError: a source cannot be read, or its lock not be written.
     """
+    console = Console(stderr=True, highlight=False)
     for path in paths:
         source = open_source(path, image_folder=image_folder)
         if not len(source):

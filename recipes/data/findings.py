@@ -134,7 +134,7 @@ def examine(
             found.skipped.append(Skipped(number, *source.place(number), str(error)))
         else:
             found.lengths[place], found.learned[place], found.images[place] = tokens, learned, len(row.images)
-            content = row.tokens.tobytes() if text is None else text.encode()
+            content = text.encode() if text is not None else np.asarray(row.tokens).tobytes()
             pictures = "\0".join(picture.identity for picture in row.images).encode()
             found.hashes[place] = xxhash.xxh3_64_intdigest(content, xxhash.xxh3_64_intdigest(pictures))
             found.shapes[row.shape] += 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gpt_oss_vision.bridge.mcore import cpu, packing
+from gpt_oss_vision.bridge.mcore.router_statistics import pop_expert_counts
 from layouts import IGNORED, Layout, build, start_communication, with_labels
 from tiny import tiny_batch, tiny_config
 
@@ -24,15 +25,15 @@ def samples() -> list[dict[str, torch.Tensor]]:
     ]
 
 
-def padded(tensor: torch.Tensor, value: int) -> torch.Tensor:
-    return torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % PADDED_TO), value=value)
+def padded(tensor: torch.Tensor, value: int, multiple: int = PADDED_TO) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % multiple), value=value)
 
 
-def pack(apart: list[dict[str, torch.Tensor]], device: str = "cpu") -> dict[str, Any]:
-    """One row, each sample padded to a multiple of `PADDED_TO`, in the fields that Megatron-Bridge's steps fill."""
+def pack(apart: list[dict[str, torch.Tensor]], device: str = "cpu", multiple: int = PADDED_TO) -> dict[str, Any]:
+    """One row, each sample padded to a multiple, in the fields that Megatron-Bridge's steps fill."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    rows = [padded(sample["input_ids"], 1) for sample in apart]
+    rows = [padded(sample["input_ids"], 1, multiple) for sample in apart]
     real = torch.tensor([sample["input_ids"].shape[1] for sample in apart])
     physical = torch.tensor([row.shape[1] for row in rows])
     starts, ends = (torch.cat([torch.zeros(1), counts.cumsum(0)]).int() for counts in (real, physical))
@@ -40,7 +41,7 @@ def pack(apart: list[dict[str, torch.Tensor]], device: str = "cpu") -> dict[str,
     longest = int(physical.max())
     return {
         "input_ids": torch.cat(rows, dim=1),
-        "labels": torch.cat([padded(sample["labels"], IGNORED) for sample in apart], dim=1),
+        "labels": torch.cat([padded(sample["labels"], IGNORED, multiple) for sample in apart], dim=1),
         "pixel_values": torch.cat([sample["pixel_values"] for sample in apart if "pixel_values" in sample]),
         "packed_seq_params": PackedSeqParams(
             qkv_format="thd",
@@ -103,6 +104,43 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_packed_samples_do_not_attend_to_each_other(layout: Layout, path: Path):
     cpu.run_ranks(layout.world_size, compare, path, layout)
+
+
+def balanced(path: Path, layout: Layout, multiples: tuple[int, ...]) -> list[tuple[torch.Tensor, ...]]:
+    """For packs with samples padded to each multiple: losses, gradients and counts of the routers."""
+    from megatron.bridge import AutoBridge
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+    start_communication()
+    (model,) = build(AutoBridge.from_hf_pretrained(path), layout)
+    model.train()
+    found = []
+    for multiple in multiples:
+        model.zero_grad_buffer()
+        get_moe_metrics_tracker().clear()
+        (0.0 * model(position_ids=None, attention_mask=None, **pack(samples(), multiple=multiple)).sum()).backward()
+        finalize_model_grads([model])
+        losses = get_moe_metrics_tracker().metrics["load_balancing_loss"].values.clone()
+        torch.distributed.all_reduce(losses)
+        routers = [layer.mlp.router for layer in model.module.decoder.layers]
+        gradients = torch.stack([router.weight.main_grad.clone() for router in routers])
+        found.append((losses, gradients, pop_expert_counts([model], len(routers), CONFIG.num_local_experts)))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["aux_loss", "modality_aux_loss"])
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2}], ids=str)
+def test_the_routers_leave_padding_out(sizes: dict, kind: str, path: Path):
+    extra = {"moe_aux_loss_coeff": 0.3, "calculate_per_token_loss": False, "moe_router_load_balancing_type": kind}
+    layout = Layout(**sizes, extra=extra, ddp=WHOLE)
+    # The samples are 64 tokens together, so a row without padding suits both ranks.
+    without, between = cpu.run_ranks(layout.world_size, balanced, path, layout, (1, PADDED_TO))[0]
+    torch.testing.assert_close(between[0], without[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(between[1], without[1], rtol=0, atol=1e-5 * float(without[1].abs().max()))
+    assert between[2].tolist() == without[2].tolist()
+    tokens = sum(length for length, _ in SAMPLES)
+    assert (between[2].sum((1, 2)) == tokens * CONFIG.num_experts_per_tok).all()
 
 
 def run_packed(path: Path, layout: Layout, changes: dict[str, Any]) -> None:

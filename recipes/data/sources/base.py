@@ -24,7 +24,7 @@ class Source(ABC):
     def title(self) -> str:
         """Its files, for messages."""
         more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
-        return f"{self.files[0]}{more}"
+        return f"{next(iter(self.files))}{more}"
 
     @abstractmethod
     def __len__(self) -> int: ...

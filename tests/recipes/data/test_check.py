@@ -52,7 +52,7 @@ def test_the_numbers_of_a_check(rows, processor):
     assert [row["reason"].split()[0] for row in found["skipped"]] == ['"video"', "image", "an"]
     assert found["images_per_row"] == {"0": 5, "1": 4}
     assert sum(count for _, _, count in found["tokens_per_row"]) == 9
-    assert found["image_modes"] == {"RGB": 1} and found["image_sides"] == {"8": 1}  # one file, shared by four rows
+    assert found["image_modes"] == {"RGB": 1} and found["image_sides"] == {"16": 1}  # one file, shared by four rows
     assert found["tokens"] == examine(source, processor).lengths.sum()
     assert found["packs"]["samples"] == 9
 

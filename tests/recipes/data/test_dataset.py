@@ -23,7 +23,6 @@ from gpt_oss_vision.recipes.data.pictures import Pictures, UnusableRow, resolve_
 from gpt_oss_vision.recipes.data.rows import Row, Skipped, render
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate, encode_row, loss_mask_of
 from gpt_oss_vision.recipes.data.sources.opening import open_source
-from gpt_oss_vision.recipes.data.tiny import tiny_processor
 
 SEQ_LENGTH = 64
 
@@ -117,8 +116,7 @@ roles = st.sampled_from(["system", "developer", "user", "assistant"])
 
 
 @given(st.lists(st.builds(lambda role, content: {"role": role, "content": content}, roles, texts), min_size=1))
-def test_a_chat_is_rendered_as_by_the_chat_template(messages):
-    processor = tiny_processor()
+def test_a_chat_is_rendered_as_by_the_chat_template(processor, messages):
     by_template = processor.apply_chat_template(messages, tokenize=False)
     assert render(Row(messages=messages), processor) == by_template
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from gpt_oss_vision.errors import UsageError
@@ -27,9 +27,6 @@ from gpt_oss_vision.recipes.training.overrides import (
     refuse_architecture,
     refuse_other_stages,
 )
-
-settings.register_profile("here", database=None, deadline=None, derandomize=True)
-settings.load_profile("here")
 
 TEXT, COUNT, NUMBER, SWITCH = "checkpoint.save", "train.train_iters", "optimizer.lr", "ddp.use_distributed_optimizer"
 LIST, MAPPING = "profiling.profile_ranks", "env_vars"
