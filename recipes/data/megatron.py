@@ -23,8 +23,9 @@ from .dataset import ChatDataset, Findings, ShuffledEpochs, examine
 from .digits import write_digits
 from .mixture import Part, parse_parts, per_epoch
 from .order import Order
+from .packing import PackedEpochs, PackedOrder, PackStatistics
 from .rows import describe_skipped
-from .samples import Sample, collate
+from .samples import Batch, LossWeights, Sample, collate, collate_pack, weighted
 from .sources.base import Joined, Source
 from .sources.opening import open_source
 from .tiny import write_processor
@@ -40,16 +41,41 @@ PROCESSOR = "a folder with tokenizer and image processor with data.processor_pat
 class ChatBatches(ShuffledEpochs):
     """Shuffled epochs of a chat file, with the `collate_fn` that Megatron-Bridge's loaders look for on a dataset."""
 
-    def __init__(self, dataset: ChatDataset, order: Order, num_samples: int) -> None:
+    def __init__(
+        self, dataset: ChatDataset, order: Order, num_samples: int, loss_weights: LossWeights = "token"
+    ) -> None:
         super().__init__(dataset, order, num_samples)
-        self.seq_length = dataset.seq_length
-        self.pad_token_id = dataset.processor.tokenizer.pad_token_id
+        self.loss_weights: LossWeights = loss_weights
 
     def collate_fn(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """A micro-batch for `megatron.bridge.training.vlm_step`, which unpacks `visual_inputs` on the device."""
-        batch: dict[str, Any] = dict(collate(samples, self.seq_length, self.pad_token_id))
-        batch["visual_inputs"] = GenericVisualInputs(pixel_values=batch.pop("pixel_values"))
-        return batch
+        rows = [weighted(sample, self.loss_weights) for sample in samples]
+        return _for_step(collate(rows, self.dataset.seq_length, self.dataset.processor.tokenizer.pad_token_id))
+
+
+class PackedBatches(PackedEpochs):
+    """Epochs of packs of a chat file, with the `collate_fn` that Megatron-Bridge's loaders look for on a dataset."""
+
+    def __init__(
+        self, dataset: ChatDataset, order: PackedOrder, num_packs: int, loss_weights: LossWeights = "token"
+    ) -> None:
+        super().__init__(dataset, order, num_packs)
+        self.loss_weights: LossWeights = loss_weights
+
+    def collate_fn(self, packs: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+        """A micro-batch of one pack."""
+        (pack,) = packs
+        rows = [weighted(sample, self.loss_weights) for sample in pack]
+        return _for_step(collate_pack(rows, self.dataset.seq_length, self.dataset.processor.tokenizer.pad_token_id))
+
+
+Batches = ChatBatches | PackedBatches
+
+
+def _for_step(batch: Batch) -> dict[str, Any]:
+    inputs: dict[str, Any] = dict(batch)
+    inputs["visual_inputs"] = GenericVisualInputs(pixel_values=inputs.pop("pixel_values"))
+    return inputs
 
 
 @dataclass(kw_only=True)
@@ -82,6 +108,12 @@ class ChatDatasetProvider(DatasetProvider):
     seed: int = 1234
     max_skipped: float = 0.01
     decode_images: bool = False
+    packing: bool = False
+    """Whether a row of a batch is a pack: as many samples as fit (`packing.py`)."""
+    images_per_pack: int | None = None
+    """The most images of a pack; None is any number."""
+    loss_weights: LossWeights = "token"
+    """Whether the loss is a mean over learned tokens, over samples, or with the weight √n of a sample of n tokens."""
     dataloader_type: Literal["single"] | None = "single"
 
     def finalize(self) -> None:
@@ -98,6 +130,12 @@ class ChatDatasetProvider(DatasetProvider):
             raise UserError(
                 f"dataloader_type={self.dataloader_type!r}: chat data is shuffled by its dataset and read with 'single'"
             )
+        if self.images_per_pack is not None and (not self.packing or self.images_per_pack < 1):
+            raise UserError(
+                f"dataset.images_per_pack={self.images_per_pack} has no effect without dataset.packing=true"
+                if not self.packing
+                else f"dataset.images_per_pack={self.images_per_pack} is below 1"
+            )
 
     def _check_paths(self) -> None:
         if self.path is not None and self.sources is not None:
@@ -107,9 +145,7 @@ class ChatDatasetProvider(DatasetProvider):
         if self.processor_path is None:
             raise UserError(f"dataset.processor_path is not set; name {PROCESSOR}")
 
-    def build_datasets(
-        self, context: DatasetBuildContext
-    ) -> tuple[ChatBatches | None, ChatBatches | None, ChatBatches | None]:
+    def build_datasets(self, context: DatasetBuildContext) -> tuple[Batches | None, Batches | None, Batches | None]:
         """The three datasets, None for those without a path. Called on every rank: the ranks share the check."""
         processor = self.processor()
         return (
@@ -139,38 +175,47 @@ class ChatDatasetProvider(DatasetProvider):
         """A hash of each source of the training data, joined by spaces."""
         return " ".join(fingerprint(self._source(part).files) for part in self.parts())
 
-    def count(self) -> tuple[int, int]:
-        """Samples of an epoch, and skipped rows, of the training data. Called on every rank: the ranks share the check.
+    def training_data(self) -> ChatDataset:
+        """The training data, not shuffled. Called on every rank: the ranks share the check."""
+        return self._open(self.parts(), self.processor())
+
+    def count_with_images(self) -> tuple[int, int, int, PackStatistics | None]:
+        """Samples of an epoch, skipped rows, images and packs of an epoch; by this process alone, which parses all."""
+        dataset = self.training_data()
+        order = self._order(self.parts(), dataset)
+        images = [dataset.image_counts[dataset.source_of == source].mean() for source in range(len(order.rows))]
+        in_epoch = sum(mean * samples for mean, samples in zip(images, order.per_epoch, strict=True))
+        packs = self._packed(self.parts(), dataset).statistics() if self.packing else None
+        return len(order), len(dataset.skipped), round(in_epoch), packs
+
+    def batch_rows(self, epochs: float) -> float:
+        """Samples, or packs, in some epochs of the training data. Called on every rank: the ranks share the check.
 
         Raises:
             UserError: the data cannot be used, or too many rows cannot.
         """
         dataset = self.training_data()
-        return len(self._order(self.parts(), dataset)), len(dataset.skipped)
+        if self.packing:
+            return self._packed(self.parts(), dataset).packs_before(epochs)
+        return epochs * len(self._order(self.parts(), dataset))
 
-    def training_data(self) -> ChatDataset:
-        """The training data, not shuffled. Called on every rank: the ranks share the check."""
-        return self._open(self.parts(), self.processor())
-
-    def count_with_images(self) -> tuple[int, int, int]:
-        """Samples of an epoch, skipped rows, and images of an epoch; by this process alone, which parses all rows."""
-        dataset = self.training_data()
-        order = self._order(self.parts(), dataset)
-        images = [dataset.image_counts[dataset.source_of == source].mean() for source in range(len(order.rows))]
-        in_epoch = sum(mean * samples for mean, samples in zip(images, order.per_epoch, strict=True))
-        return len(order), len(dataset.skipped), round(in_epoch)
-
-    def _split(self, parts: list[Part], num_samples: int, processor: GPTOSSVisionProcessor) -> ChatBatches | None:
+    def _split(self, parts: list[Part], num_samples: int, processor: GPTOSSVisionProcessor) -> Batches | None:
         if not parts or num_samples == 0:
             return None
         dataset = self._open(parts, processor)
         if dataset.skipped and _rank() == 0:
             rows = len(dataset) + len(dataset.skipped)
             logger.warning("Skipped: %s", describe_skipped(dataset.source.title, dataset.skipped, rows))
-        return ChatBatches(dataset, self._order(parts, dataset), num_samples)
+        if self.packing:
+            return PackedBatches(dataset, self._packed(parts, dataset), num_samples, self.loss_weights)
+        return ChatBatches(dataset, self._order(parts, dataset), num_samples, self.loss_weights)
 
     def _order(self, parts: list[Part], dataset: ChatDataset) -> Order:
         return Order(dataset.samples_of, per_epoch(parts, dataset.samples_of), seed=self.seed)
+
+    def _packed(self, parts: list[Part], dataset: ChatDataset) -> PackedOrder:
+        limits = {"seq_length": self.seq_length, "images_per_pack": self.images_per_pack}
+        return PackedOrder(self._order(parts, dataset), dataset.lengths, dataset.image_counts, **limits)
 
     def _open(self, parts: list[Part], processor: GPTOSSVisionProcessor) -> ChatDataset:
         sources, found = _examine_together(
@@ -219,9 +264,7 @@ class DigitsDatasetProvider(ChatDatasetProvider):
         self.finalize()
         on_rank_0(self._write)
 
-    def build_datasets(
-        self, context: DatasetBuildContext
-    ) -> tuple[ChatBatches | None, ChatBatches | None, ChatBatches | None]:
+    def build_datasets(self, context: DatasetBuildContext) -> tuple[Batches | None, Batches | None, Batches | None]:
         """Write the files, then as `ChatDatasetProvider.build_datasets`."""
         self.prepare()
         return super().build_datasets(context)

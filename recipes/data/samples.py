@@ -6,7 +6,7 @@ channels, h x w pixels.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -17,13 +17,17 @@ from .rows import Row, render
 
 IGNORE_INDEX = -100
 
+LossWeights = Literal["token", "sample", "square_root"]
+EXPONENTS: dict[LossWeights, float] = {"token": 0.0, "sample": 1.0, "square_root": 0.5}
+"""A learned token of a sample with n learned tokens has the weight 1 / n^exponent."""
+
 
 class Sample(TypedDict):
     """One row as tensors, not padded."""
 
     input_ids: torch.Tensor  # [s]
     labels: torch.Tensor  # [s], shifted: labels[t] is the token to predict at t, or IGNORE_INDEX
-    loss_mask: torch.Tensor  # [s], 1.0 where there is a label
+    loss_mask: torch.Tensor  # [s], the weight of each label, 0.0 where there is none; 1.0 unless `weighted`
     position_ids: torch.Tensor  # [s]
     pixel_values: torch.Tensor | None  # [n, c, h, w]
 
@@ -37,6 +41,17 @@ class Batch(TypedDict):
     position_ids: torch.Tensor  # [b, s]
     attention_mask: None
     pixel_values: torch.Tensor | None  # [n of all rows, c, h, w]; None when no row has an image
+
+
+class PackedBatch(Batch):
+    """One row of several samples, in Megatron's ``thd`` format."""
+
+    cu_seqlens_q: torch.Tensor  # [samples + 1], 0 and the end of each sample
+    cu_seqlens_kv: torch.Tensor
+    cu_seqlens_q_padded: torch.Tensor  # [samples + 1], the same, but the last end is that of the row
+    cu_seqlens_kv_padded: torch.Tensor
+    max_seqlen_q: torch.Tensor  # of the padded ones
+    max_seqlen_kv: torch.Tensor
 
 
 def encode_row(row: Row, processor: GPTOSSVisionProcessor) -> Sample:
@@ -136,10 +151,53 @@ def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype
     return Batch(
         tokens=padded([sample["input_ids"] for sample in samples], pad_token_id),
         labels=labels,
-        loss_mask=(labels != IGNORE_INDEX).float(),
+        loss_mask=padded([sample["loss_mask"] for sample in samples], 0.0),
         position_ids=torch.arange(seq_length).repeat(len(samples), 1),
         attention_mask=None,
         pixel_values=torch.cat(images).to(dtype) if images else None,
+    )
+
+
+def weighted(sample: Sample, loss_weights: LossWeights) -> Sample:
+    """The sample with the weights of its labels in `loss_mask`: 1, 1 / n or 1 / √n for n labels."""
+    labels = max(1, int((sample["labels"] != IGNORE_INDEX).sum()))
+    return Sample({**sample, "loss_mask": sample["loss_mask"] / labels ** EXPONENTS[loss_weights]})
+
+
+def collate_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) -> PackedBatch:
+    """Join samples to one row, and pad it on the right as `collate` does. The padding is behind the last sample's end.
+
+    The last label of a sample is none, so no label crosses into the next one.
+
+    Raises:
+        UserError: the samples are longer than `seq_length` together.
+    """
+
+    def joined(field: str) -> torch.Tensor:
+        return torch.cat([sample[field] for sample in samples])
+
+    images = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
+    row = Sample(
+        input_ids=joined("input_ids"),
+        labels=joined("labels"),
+        loss_mask=joined("loss_mask"),
+        position_ids=joined("position_ids"),
+        pixel_values=torch.cat(images) if images else None,
+    )
+    batch = collate([row], seq_length, pad_token_id)
+    ends = torch.tensor([0, *(len(sample["input_ids"]) for sample in samples)]).cumsum(0).int()
+    ends_padded = ends.clone()
+    ends_padded[-1] = seq_length
+    lengths = ends_padded.diff()
+    batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths.tolist()]).unsqueeze(0)
+    return PackedBatch(
+        **batch,
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        cu_seqlens_q_padded=ends_padded,
+        cu_seqlens_kv_padded=ends_padded,
+        max_seqlen_q=lengths.max(),
+        max_seqlen_kv=lengths.max(),
     )
 
 

@@ -25,6 +25,7 @@ def derive(config: ConfigContainer, given: Collection[str] = ()) -> None:
     """
     derive_sequence_length(config, given)
     derive_weight_decay(config, given)
+    check_packing(config)
     if "optimizer.lr" in given and "optimizer.min_lr" not in given:
         config.optimizer.min_lr = config.optimizer.lr / 10
     config.tokenizer.vocab_size = config.model.vocab_size - 1  # Megatron-Bridge adds one for the end of a text
@@ -80,17 +81,49 @@ def derive_weight_decay(config: ConfigContainer, given: Collection[str] = ()) ->
         )
 
 
-def steps_of(config: ConfigContainer, *, tokens: int | None, epochs: float | None, rows: int | None) -> int:
-    """Optimizer steps for a number of tokens or of epochs, rounded up.
+def check_packing(config: ConfigContainer) -> None:
+    """Refuse the settings with which packed samples, or weighted losses, would be others than those asked for.
+
+    Raises:
+        UserError: with the field to change.
+    """
+    model, dataset = config.model, config.dataset
+    if getattr(dataset, "loss_weights", "token") != "token" and not model.calculate_per_token_loss:
+        raise UserError(
+            f"dataset.loss_weights={dataset.loss_weights} needs model.calculate_per_token_loss=true: without it each "
+            "microbatch has a mean of its own"
+        )
+    if not getattr(dataset, "packing", False):
+        return
+    for size, name in (
+        (config.train.micro_batch_size, "train.micro_batch_size"),
+        (config.validation.eval_micro_batch_size or 1, "validation.eval_micro_batch_size"),
+    ):
+        if size != 1:
+            raise UserError(f"dataset.packing needs {name}=1, as a pack is a whole row; it is {size}")
+    if model.context_parallel_size > 1:
+        raise UserError(
+            f"dataset.packing does not support model.context_parallel_size={model.context_parallel_size}; use 1, or "
+            "don't pack"
+        )
+    balance = model.moe_router_load_balancing_type
+    if "seq_aux_loss" in (balance if isinstance(balance, list) else [balance]):
+        raise UserError(
+            "dataset.packing does not support model.moe_router_load_balancing_type=seq_aux_loss, which would balance "
+            "each pack in place of each sample; use aux_loss or modality_aux_loss"
+        )
+
+
+def steps_of(config: ConfigContainer, *, tokens: int | None, rows: float | None) -> int:
+    """Optimizer steps for a number of tokens or of rows, rounded up.
 
     Args:
         config: has the batch size and the sequence length.
         tokens: positions in all, padding included.
-        epochs: passes over the data.
-        rows: usable rows of the data; needed for `epochs`.
+        rows: of all batches.
     """
     batch: Any = config.train.global_batch_size
     if tokens is not None:
         return math.ceil(tokens / (batch * config.model.seq_length))
-    assert epochs is not None and rows is not None
-    return math.ceil(epochs * rows / batch)
+    assert rows is not None
+    return math.ceil(rows / batch)

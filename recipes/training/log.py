@@ -17,7 +17,7 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.common_utils import is_last_rank, print_rank_0, print_rank_last
 from megatron.core import parallel_state
 
-from ...bridge.mcore.batch_statistics import pop_losses, statistics_of
+from ...bridge.mcore.batch_statistics import pop_losses, pop_squared_lengths, statistics_of
 from ...bridge.mcore.flops import decoder_flops, image_flops
 from ...bridge.mcore.router_statistics import pop_expert_counts, write_router_statistics
 from ...terminal import Progress, say
@@ -53,8 +53,8 @@ class TrainingLog(Callback):
     from the device, and the other values reduced over all ranks, once an interval.
 
     Times are those of training, without evaluations and saving. Tokens and images are counted by the routers, on the
-    device and over all ranks. The tower's FLOPs are also added to Megatron-Bridge's running total, whose formula for
-    this model (`GPTOSSVisionProvider`) covers text only.
+    device and over all ranks; tokens include the padding of rows, not that of packs. The tower's FLOPs are also added
+    to Megatron-Bridge's running total, whose formula for this model (`GPTOSSVisionProvider`) covers text only.
 
     Args:
         folder: of the run; None for a run without ``metrics.jsonl`` and without lines on the terminal.
@@ -93,8 +93,10 @@ class TrainingLog(Callback):
             return
         counts = pop_expert_counts(context.model, config.model.num_layers, config.model.num_moe_experts).cpu()
         state.train_state.floating_point_operations_so_far += self._tower_flops(config, counts)
-        values = self._throughput(config, counts) | self._images_per_rank()
-        values |= pop_losses(context.model, config.model.tensor_model_parallel_size)
+        shared = context.model, config.model.tensor_model_parallel_size
+        is_packed = getattr(config.dataset, "packing", False)
+        values = self._throughput(config, counts, pop_squared_lengths(*shared) if is_packed else None)
+        values |= self._images_per_rank() | pop_losses(*shared)
         values |= self._cost(config.train.train_iters - step)
         if state.tensorboard_logger is not None:  # on the last rank
             write_router_statistics(state.tensorboard_logger, counts, step)
@@ -179,12 +181,12 @@ class TrainingLog(Callback):
         ]
         return " | ".join(parts)
 
-    def _throughput(self, config: ConfigContainer, counts: torch.Tensor) -> dict[str, float]:
-        """Speeds since the last log, by name."""
+    def _throughput(self, config: ConfigContainer, counts: torch.Tensor, squared: float | None) -> dict[str, float]:
+        """Speeds since the last log, by name; with packing, from the sum of the samples' squared lengths too."""
         provider = config.model
         tokens, images = _tokens_and_images(provider, counts)
         learns = config.peft is None and not provider.freeze_language_model
-        text = decoder_flops(provider, tokens).training(weight_gradients=learns)
+        text = decoder_flops(provider, tokens, squared).training(weight_gradients=learns)
         seconds = self.seconds * torch.distributed.get_world_size()
         return {
             "tokens_per_second_per_GPU": tokens / seconds,

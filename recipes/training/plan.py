@@ -21,6 +21,7 @@ from ...bridge.mcore.backend import planned_for_gpu
 from ...bridge.mcore.flops import decoder_flops
 from ...bridge.mcore.memory import GIB, MemoryEstimate, memory_per_rank, parameters_of_stage
 from ...errors import UserError
+from ..data.packing import PackStatistics
 from .derive import steps_of
 
 TRACKERS = {
@@ -100,6 +101,7 @@ class Plan:
     rows: int
     skipped: int
     images: int
+    packs: PackStatistics | None
     checkpoint_size: float
     checkpoints: int
     free_disk: float
@@ -118,12 +120,15 @@ class Plan:
     def lines(self) -> Iterator[tuple[str, str]]:
         """Titles and values."""
         yield from self.cost.lines()
-        epochs = self.cost.steps * self.cost.batch / self.rows
+        batch_rows = self.rows if self.packs is None else self.packs.packs
+        epochs = self.cost.steps * self.cost.batch / batch_rows
         yield (
             "data",
             f"{self.rows:,} rows with {self.images:,} images, {self.skipped:,} rows are skipped; {epochs:.2f} epochs",
         )
-        per_step = self.images / self.rows * self.cost.batch * self.cost.tokens_per_image
+        if self.packs is not None:
+            yield "packs", str(self.packs)
+        per_step = self.images / batch_rows * self.cost.batch * self.cost.tokens_per_image
         yield "image tokens", f"{per_step:,.0f} per step, {per_step / self.cost.tokens_per_step:.1%} of all"
         size, free = self.checkpoint_size / GIB, self.free_disk / GIB
         yield "checkpoints", f"{self.checkpoints} of {size:.2f} GiB; {free:,.0f} GiB are free"
@@ -219,13 +224,14 @@ def plan(config: ConfigContainer, hardware: Hardware, folder: Path) -> Plan:
     Raises:
         UserError: the configuration or the data cannot be used.
     """
-    rows, skipped, images = config.dataset.count_with_images()
+    rows, skipped, images, packs = config.dataset.count_with_images()
     checked = validate(config, hardware)
     return Plan(
         cost=cost(checked, hardware),
         rows=rows,
         skipped=skipped,
         images=images,
+        packs=packs,
         checkpoint_size=_checkpoint_size(checked),
         checkpoints=_checkpoints(checked),
         free_disk=shutil.disk_usage(_existing(folder)).free,
@@ -278,8 +284,8 @@ def complete_steps(config: ConfigContainer, tokens: int | None, epochs: float | 
     """Set the number of steps from a number of tokens or of epochs, in place; with neither it stays."""
     if tokens is None and epochs is None:
         return
-    rows = config.dataset.count()[0] if epochs is not None else None
-    config.train.train_iters = steps_of(config, tokens=tokens, epochs=epochs, rows=rows)
+    rows = config.dataset.batch_rows(epochs) if epochs is not None else None
+    config.train.train_iters = steps_of(config, tokens=tokens, rows=rows)
 
 
 @contextmanager

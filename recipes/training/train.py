@@ -13,7 +13,6 @@ from pathlib import Path
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.pretrain import pretrain
-from megatron.bridge.training.vlm_step import forward_step
 from megatron.bridge.utils.common_utils import get_rank_safe
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from transformers.utils.hub import cached_file
@@ -24,6 +23,7 @@ from ...conversion.formats.hf_files import keep_files
 from .checkpoints import CrashSafeCheckpoints, check_start, resume
 from .derive import derive
 from .log import TrainingLog
+from .step import forward_step
 
 
 def train(

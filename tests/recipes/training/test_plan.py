@@ -76,7 +76,21 @@ def test_the_length_of_a_run_may_be_given_in_tokens_or_epochs(length: str, steps
     assert f"steps         {steps} of 16 rows" in said
 
 
+PACKED = (TINY, "data.packing=true", "train.micro_batch_size=1", "train.global_batch_size=2", "data.seq_length=64")
+
+
+def test_a_dry_run_counts_packs(dry_run):
+    code, said = dry_run(*PACKED, "train.epochs=3")
+    assert code == 0
+    assert "steps         3 of 2 rows, 128 tokens; an image is 6 of them" in said
+    assert "data          4 rows with 3 images, 0 rows are skipped; 3.00 epochs" in said
+    assert "packs         2 an epoch, 2.0 samples each, " in said
+    assert "image tokens  18 per step" in said
+
+
 REFUSED = {
+    "packs of more than a row": ((TINY, "data.packing=true"), "dataset.packing needs train.micro_batch_size=1"),
+    "a row with more images than a pack": ((*PACKED, "data.images_per_pack=0"), "images_per_pack=0 is below 1"),
     "data that is not there": ((TINY, "data.path=none.jsonl"), "No such file or directory: none.jsonl"),
     "rows that cannot be used": ((TINY, "data.path=DIGITS/broken.jsonl"), "1 of 5 rows can't be used"),
     "a layout": ((TINY, "model.tensor_model_parallel_size=4", "gpus=4"), "does not divide the 2 key/value groups"),
