@@ -10,8 +10,8 @@ class Order:
     """Epochs of a mixture of sources, whose samples are numbered one source after the other.
 
     Each source is read as an endless sequence of its own epochs, each in another order; an epoch of the mixture takes
-    the next `per_epoch` samples of each. They are interleaved so that any first n samples of an epoch hold of each
-    source its share of n, to less than two samples.
+    the next `per_epoch` samples of each. They are interleaved so that the first n samples of an epoch hold of each
+    source its share of n, to less than one sample and its share of as many samples as there are sources.
 
     Attributes:
         rows: usable rows of each source.
