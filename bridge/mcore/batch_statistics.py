@@ -13,6 +13,9 @@ from .packing import sample_boundaries, samples_of
 KINDS = ("without_image", "after_image")
 """A token is after an image if its sample has one before it, which attention can reach."""
 
+MAX_SOURCES = 64
+"""Sources of the data whose losses are counted apart."""
+
 
 @dataclass
 class BatchStatistics:
@@ -21,11 +24,13 @@ class BatchStatistics:
     Attributes:
         images: images that the vision stage has encoded, on this rank.
         losses: ``[2, 2]``: by `KINDS`, the weighted sum of the losses, and the sum of the weights.
+        source_losses: ``[MAX_SOURCES, 2]``: by source, likewise; None where there is one source.
         squared_lengths: sum of the squared lengths of packed samples, on the stage that computes losses.
     """
 
     images: int = 0
     losses: torch.Tensor | None = None
+    source_losses: torch.Tensor | None = None
     squared_lengths: torch.Tensor | None = None
 
     def add_losses(
@@ -34,8 +39,14 @@ class BatchStatistics:
         mask: torch.Tensor,
         is_after_image: torch.Tensor,
         packed: PackedSeqParams | None = None,
+        source_ids: torch.Tensor | None = None,
     ) -> None:
         """Add a microbatch; tensors are ``[b, s / cp]``, the mask has the weights of the losses."""
+        if source_ids is not None:
+            weighted = torch.stack([mask * losses.detach(), mask], dim=-1).flatten(0, 1).double()
+            if self.source_losses is None:
+                self.source_losses = weighted.new_zeros(MAX_SOURCES, 2)
+            self.source_losses.index_add_(0, source_ids.flatten(), weighted)
         weights = torch.stack([mask * ~is_after_image, mask * is_after_image]).flatten(1).double()
         found = torch.stack([weights @ losses.detach().flatten().double(), weights.sum(1)], dim=1)
         self.losses = found if self.losses is None else self.losses + found
@@ -70,27 +81,34 @@ def pop_losses(model: list[torch.nn.Module], tensor_parallel: int) -> dict[str, 
         model: this rank's chunks.
         tensor_parallel: ranks that have the same losses.
     """
-    device = next(model[0].parameters()).device
-    total = torch.zeros(len(KINDS), 2, dtype=torch.float64, device=device)
-    for statistics in statistics_of(model):
-        if statistics.losses is not None:
-            total += statistics.losses
-            statistics.losses = None
-    torch.distributed.all_reduce(total)
-    sums, counts = (total / tensor_parallel).unbind(1)
-    means = zip(KINDS, sums.tolist(), counts.tolist(), strict=True)
-    return {f"loss_{kind}": loss / tokens for kind, loss, tokens in means if tokens}
+    means = _means(_popped(model, "losses", (len(KINDS), 2)) / tensor_parallel)
+    return {f"loss_{KINDS[kind]}": loss for kind, loss in means.items()}
+
+
+def pop_source_losses(model: list[torch.nn.Module], tensor_parallel: int) -> dict[int, float]:
+    """The mean losses by the number of the source, as `pop_losses`."""
+    return _means(_popped(model, "source_losses", (MAX_SOURCES, 2)) / tensor_parallel)
 
 
 def pop_squared_lengths(model: list[torch.nn.Module], tensor_parallel: int) -> float:
     """The sum of the squared lengths of all packed samples since the last call, over all ranks; as `pop_losses`."""
-    total = torch.zeros((), dtype=torch.float64, device=next(model[0].parameters()).device)
+    return float(_popped(model, "squared_lengths", ())) / tensor_parallel
+
+
+def _popped(model: list[torch.nn.Module], name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The sum over all ranks and chunks of one of the statistics, which begins again."""
+    total = torch.zeros(shape, dtype=torch.float64, device=next(model[0].parameters()).device)
     for statistics in statistics_of(model):
-        if statistics.squared_lengths is not None:
-            total += statistics.squared_lengths
-            statistics.squared_lengths = None
+        if (value := getattr(statistics, name)) is not None:
+            total += value
+            setattr(statistics, name, None)
     torch.distributed.all_reduce(total)
-    return float(total) / tensor_parallel
+    return total
+
+
+def _means(sums: torch.Tensor) -> dict[int, float]:
+    """Of ``[n, 2]`` sums of losses and of weights, the quotients where there is a weight."""
+    return {number: loss / weight for number, (loss, weight) in enumerate(sums.tolist()) if weight}
 
 
 def statistics_of(model: list[torch.nn.Module]) -> list[BatchStatistics]:

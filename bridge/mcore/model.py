@@ -45,6 +45,7 @@ class MCoreGPTOSSVisionModel(GPTModel):
         pixel_values: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        source_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As `GPTModel.forward`, with images.
@@ -56,6 +57,7 @@ class MCoreGPTOSSVisionModel(GPTModel):
             labels: ``[b, s]``, of the whole sequence also under context parallelism.
             loss_mask: ``[b, s]``, likewise.
             packed_seq_params: boundaries of the samples when ``input_ids`` is one row of several samples.
+            source_ids: ``[b, s]`` int64, of the data, where losses are counted by source.
 
         Returns:
             Loss per token ``[b, s / cp]`` with labels, else logits ``[b, s / cp, vocab / tp]``; on stages that are not
@@ -91,7 +93,9 @@ class MCoreGPTOSSVisionModel(GPTModel):
         is_loss = self.post_process and labels is not None and loss_mask is not None
         if is_loss and self.training:
             follows = slice_for_context_parallel(after_image(is_visual, packed_seq_params), 1, cp_group)
-            self.batch_statistics.add_losses(output, loss_mask, follows, packed_seq_params)
+            if source_ids is not None:
+                source_ids = slice_for_context_parallel(source_ids, 1, cp_group)
+            self.batch_statistics.add_losses(output, loss_mask, follows, packed_seq_params, source_ids)
         return (output, loss_mask) if is_loss and cp_group.size() > 1 else output
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:

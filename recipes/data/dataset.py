@@ -78,6 +78,7 @@ class ChatDataset(Dataset[Sample]):
                 f"{file}, {Skipped(row, file, line, '').place}, had passed the check and can't be used now ({error}). "
                 "Of images the check reads the headers; with data.decode_images=true also the pixels."
             ) from error
+        sample["source_ids"].fill_(int(self.source_of[index]))
         return sample
 
 

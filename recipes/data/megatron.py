@@ -52,7 +52,8 @@ class ChatBatches(ShuffledEpochs):
     def collate_fn(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """A micro-batch for `megatron.bridge.training.vlm_step`, which unpacks `visual_inputs` on the device."""
         rows = [weighted(sample, self.loss_weights) for sample in samples]
-        return _for_step(collate(rows, self.dataset.seq_length, self.dataset.processor.tokenizer.pad_token_id))
+        batch = collate(rows, self.dataset.seq_length, self.dataset.processor.tokenizer.pad_token_id)
+        return _for_step(batch, len(self.dataset.samples_of))
 
 
 class PackedBatches(PackedEpochs):
@@ -68,15 +69,24 @@ class PackedBatches(PackedEpochs):
         """A micro-batch of one pack."""
         (pack,) = packs
         rows = [weighted(sample, self.loss_weights) for sample in pack]
-        return _for_step(collate_pack(rows, self.dataset.seq_length, self.dataset.processor.tokenizer.pad_token_id))
+        batch = collate_pack(rows, self.dataset.seq_length, self.dataset.processor.tokenizer.pad_token_id)
+        return _for_step(batch, len(self.dataset.samples_of))
 
 
 Batches = ChatBatches | PackedBatches
 
 
-def _for_step(batch: Batch) -> dict[str, Any]:
+@dataclass
+class VisualInputs(GenericVisualInputs):
+    """What Megatron-Bridge's step passes on to the model beside the tokens: pixels, and the source of each token."""
+
+    source_ids: torch.Tensor | None = None
+
+
+def _for_step(batch: Batch, sources: int) -> dict[str, Any]:
     inputs: dict[str, Any] = dict(batch)
-    inputs["visual_inputs"] = GenericVisualInputs(pixel_values=inputs.pop("pixel_values"))
+    pixels, source_ids = inputs.pop("pixel_values"), inputs.pop("source_ids")
+    inputs["visual_inputs"] = VisualInputs(pixel_values=pixels, source_ids=source_ids if sources > 1 else None)
     return inputs
 
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from ...bridge.mcore.batch_statistics import MAX_SOURCES
 from ...errors import UserError
 
 
@@ -41,11 +42,20 @@ def parse_parts(sources: Sequence[Any]) -> list[Part]:
     """
     if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
         raise UserError(f"data.sources is a list of paths and of {{path: …, weight: …}}, not {sources!r:.80}")
+    if len(sources) > MAX_SOURCES:
+        raise UserError(
+            f"data.sources has {len(sources)} sources, and at most {MAX_SOURCES} are read; join some of them"
+        )
     parts = [_part(source) for source in sources]
     titles = [part.title for part in parts]
     if twice := next((title for title in titles if titles.count(title) > 1), None):
         raise UserError(f"two of data.sources are called {twice}; give one of them another name by name=…")
     return parts
+
+
+def source_titles(sources: Sequence[Any]) -> list[str]:
+    """The names of the sources."""
+    return [part.title for part in parse_parts(sources)]
 
 
 def per_epoch(parts: Sequence[Part], rows: Sequence[int]) -> list[int]:

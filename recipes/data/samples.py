@@ -30,6 +30,7 @@ class Sample(TypedDict):
     loss_mask: torch.Tensor  # [s], the weight of each label, 0.0 where there is none; 1.0 unless `weighted`
     position_ids: torch.Tensor  # [s]
     pixel_values: torch.Tensor | None  # [n, c, h, w]
+    source_ids: torch.Tensor  # [s], the number of its source, everywhere the same
 
 
 class Batch(TypedDict):
@@ -41,6 +42,7 @@ class Batch(TypedDict):
     position_ids: torch.Tensor  # [b, s]
     attention_mask: None
     pixel_values: torch.Tensor | None  # [n of all rows, c, h, w]; None when no row has an image
+    source_ids: torch.Tensor  # [b, s]
 
 
 class PackedBatch(Batch):
@@ -73,6 +75,7 @@ def encode_row(row: Row, processor: GPTOSSVisionProcessor) -> Sample:
         loss_mask=(labels != IGNORE_INDEX).float(),
         position_ids=torch.arange(len(input_ids)),
         pixel_values=pixels,
+        source_ids=torch.zeros_like(input_ids),
     )
 
 
@@ -155,6 +158,7 @@ def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype
         position_ids=torch.arange(seq_length).repeat(len(samples), 1),
         attention_mask=None,
         pixel_values=torch.cat(images).to(dtype) if images else None,
+        source_ids=padded([sample["source_ids"] for sample in samples], 0),
     )
 
 
@@ -183,6 +187,7 @@ def collate_pack(samples: Sequence[Sample], seq_length: int, pad_token_id: int) 
         loss_mask=joined("loss_mask"),
         position_ids=joined("position_ids"),
         pixel_values=torch.cat(images) if images else None,
+        source_ids=joined("source_ids"),
     )
     batch = collate([row], seq_length, pad_token_id)
     ends = torch.tensor([0, *(len(sample["input_ids"]) for sample in samples)]).cumsum(0).int()

@@ -17,15 +17,15 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.common_utils import is_last_rank, print_rank_0, print_rank_last
 from megatron.core import parallel_state
 
-from ...bridge.mcore.batch_statistics import pop_losses, pop_squared_lengths, statistics_of
+from ...bridge.mcore.batch_statistics import pop_losses, pop_source_losses, pop_squared_lengths, statistics_of
 from ...bridge.mcore.flops import decoder_flops, image_flops
 from ...bridge.mcore.router_statistics import pop_expert_counts, write_router_statistics
 from ...terminal import Progress, say
+from ..data.mixture import source_titles
 from .experts import keep_expert_counts
-from .metrics import METRICS
+from .metrics import METRICS, OF_SOURCE
 from .plan import estimate
 
-GROUPS = {"loss_after_image": "loss", "loss_without_image": "loss"}
 """Groups of values in TensorBoard, where they are not "throughput"."""
 
 
@@ -97,11 +97,13 @@ class TrainingLog(Callback):
         is_packed = getattr(config.dataset, "packing", False)
         values = self._throughput(config, counts, pop_squared_lengths(*shared) if is_packed else None)
         values |= self._images_per_rank() | pop_losses(*shared)
+        if getattr(config.dataset, "sources", None) and len(titles := source_titles(config.dataset.sources)) > 1:
+            values |= {f"{OF_SOURCE}{titles[number]}": loss for number, loss in pop_source_losses(*shared).items()}
         values |= self._cost(config.train.train_iters - step)
         if state.tensorboard_logger is not None:  # on the last rank
             write_router_statistics(state.tensorboard_logger, counts, step)
             for name, value in values.items():
-                state.tensorboard_logger.add_scalar(f"{GROUPS.get(name, 'throughput')}/{name}", value, step)
+                state.tensorboard_logger.add_scalar(f"{_group(name)}/{name}", value, step)
         self._write(values)
         print_rank_last(" | ".join(f"{name.replace('_', ' ')}: {value:.4g}" for name, value in values.items()))
         if self.folder is not None and is_last_rank():
@@ -201,6 +203,11 @@ class TrainingLog(Callback):
         flops = image_flops(config.model)
         trains = config.peft is None and not config.model.freeze_vision_model
         return images * (flops.training() if trains else flops.forward)
+
+
+def _group(name: str) -> str:
+    """The group of a value in TensorBoard."""
+    return "loss" if name.startswith("loss_") else "throughput"
 
 
 def _plain(entry: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+OF_SOURCE = "loss_source_"
+"""Before the name of a source, in the name of the loss of its tokens."""
 
 
 @dataclass
@@ -41,6 +43,11 @@ class Metrics:
         """Step and value, in the order of the steps, where there is one."""
         found = ((step, values.get(name)) for step, values in sorted(self.steps.items()))
         return [(step, value) for step, value in found if value is not None]
+
+    def sources(self) -> list[str]:
+        """The names of the sources whose losses were logged, in their order."""
+        names = (name for values in self.steps.values() for name in values if name.startswith(OF_SOURCE))
+        return [name.removeprefix(OF_SOURCE) for name in dict.fromkeys(names)]
 
     def last(self, name: str) -> float | None:
         """The value of the last step that has one."""

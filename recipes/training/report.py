@@ -25,7 +25,7 @@ from . import charts
 from .answers import NEW_TOKENS, Answer, answers
 from .charts import Line, line_chart, with_mean
 from .experts import read_expert_counts
-from .metrics import Metrics
+from .metrics import OF_SOURCE, Metrics
 from .peak import PeakMemory
 from .plan import estimate
 from .sessions import add_session, read_sessions, without_secret
@@ -224,6 +224,9 @@ def _figures(metrics: Metrics, ranks: int) -> Iterator[tuple[str, Markup | None]
     kinds = [("after_image", "tokens after an image", 1), ("without_image", "tokens without image before", 0)]
     lines = [Line(title, metrics.series(f"loss_{name}"), color) for name, title, color in kinds]
     yield "Loss with and without image", line_chart(lines, step, "loss in nats per token")
+    if sources := metrics.sources():
+        lines = [Line(name, metrics.series(f"{OF_SOURCE}{name}"), color % 4) for color, name in enumerate(sources)]
+        yield "Loss of each source", line_chart(lines, step, "loss in nats per token")
     for title, name, unit in (
         ("Learning rate", "learning_rate", "learning rate"),
         ("Gradient norm", "grad_norm", "norm before clipping"),
