@@ -6,11 +6,12 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import xxhash
 from megatron.bridge.data import DatasetBuildContext, DatasetProvider
@@ -197,7 +198,7 @@ class ChatDatasetProvider(DatasetProvider):
         order = self._order(self.parts(), dataset)
         images = [dataset.image_counts[dataset.source_of == source].mean() for source in range(len(order.rows))]
         in_epoch = sum(mean * samples for mean, samples in zip(images, order.per_epoch, strict=True))
-        packs = self._packed(self.parts(), dataset).statistics() if self.packing else None
+        packs = self._packed(order, dataset).statistics() if self.packing else None
         return len(order), len(dataset.skipped), round(in_epoch), packs
 
     def batch_rows(self, epochs: float) -> float:
@@ -207,9 +208,40 @@ class ChatDatasetProvider(DatasetProvider):
             UserError: the data cannot be used, or too many rows cannot.
         """
         dataset = self.training_data()
-        if self.packing:
-            return self._packed(self.parts(), dataset).packs_before(epochs)
-        return epochs * len(self._order(self.parts(), dataset))
+        order = self._order(self.parts(), dataset)
+        return self._packed(order, dataset).packs_before(epochs) if self.packing else epochs * len(order)
+
+    def describe_change(self, saved: Mapping[str, Any], place: int) -> list[str]:
+        """What other sources, weights or repeats mean for a run that is continued, a sentence for each source.
+
+        Args:
+            saved: the dataset in the configuration of the checkpoint; its sources are the first ones of this dataset.
+            place: samples, or packs, that were consumed.
+        """
+        before = parse_parts(saved.get("sources") or [saved["path"]])
+        parts, dataset = self.parts(), self.training_data()
+        then = self._read_before(before, dataset, place)
+        now = self._read_before(parts, dataset, place)
+        sentences = []
+        for number, part in enumerate(parts):
+            if number >= len(before):
+                sentences.append(f"{part.title} is new, and begins with its sample {now[number]:,}")
+            elif now[number] < then[number]:
+                sentences.append(f"the last {then[number] - now[number]:,} samples of {part.title} are read again")
+            elif now[number] > then[number]:
+                sentences.append(f"the next {now[number] - then[number]:,} samples of {part.title} are left out")
+        return sentences
+
+    def _read_before(self, parts: list[Part], dataset: ChatDataset, place: int) -> list[int]:
+        """How many samples of each of the first sources stand before a place."""
+        order = self._order(parts, dataset)
+        if not self.packing:
+            return order.read_before(place)
+        packed = self._packed(order, dataset)
+        epoch, pack = packed.locate(place)
+        packs = packed.epoch(epoch)
+        here = np.bincount(dataset.source_of[packs.samples[: packs.starts[pack]]], minlength=len(parts))
+        return [epoch * count + int(read) for count, read in zip(order.per_epoch, here, strict=True)]
 
     def _split(self, parts: list[Part], num_samples: int, processor: GPTOSSVisionProcessor) -> Batches | None:
         if not parts or num_samples == 0:
@@ -218,16 +250,19 @@ class ChatDatasetProvider(DatasetProvider):
         if dataset.skipped and _rank() == 0:
             rows = len(dataset) + len(dataset.skipped)
             logger.warning("Skipped: %s", describe_skipped(dataset.source.title, dataset.skipped, rows))
+        order = self._order(parts, dataset)
         if self.packing:
-            return PackedBatches(dataset, self._packed(parts, dataset), num_samples, self.loss_weights)
-        return ChatBatches(dataset, self._order(parts, dataset), num_samples, self.loss_weights)
+            return PackedBatches(dataset, self._packed(order, dataset), num_samples, self.loss_weights)
+        return ChatBatches(dataset, order, num_samples, self.loss_weights)
 
     def _order(self, parts: list[Part], dataset: ChatDataset) -> Order:
-        return Order(dataset.samples_of, per_epoch(parts, dataset.samples_of), seed=self.seed)
+        """The order of the first sources of the dataset."""
+        rows = dataset.samples_of[: len(parts)]
+        return Order(rows, per_epoch(parts, rows), seed=self.seed)
 
-    def _packed(self, parts: list[Part], dataset: ChatDataset) -> PackedOrder:
+    def _packed(self, order: Order, dataset: ChatDataset) -> PackedOrder:
         limits = {"seq_length": self.seq_length, "images_per_pack": self.images_per_pack}
-        return PackedOrder(self._order(parts, dataset), dataset.lengths, dataset.image_counts, **limits)
+        return PackedOrder(order, dataset.lengths, dataset.image_counts, **limits)
 
     def _open(self, parts: list[Part], processor: GPTOSSVisionProcessor) -> ChatDataset:
         sources, found = _together(lambda: self._examine(parts, processor))

@@ -65,7 +65,9 @@ class Change:
 
     def __str__(self) -> str:
         if self.name == FINGERPRINT:
-            return "the file of the training data has another content"
+            if self.is_refused:
+                return "the training data have another content, or a source of them is gone"
+            return "there are more sources of training data"
         return f"{self.name} was {self.before!r} and is {self.now!r}"
 
     @property
@@ -73,6 +75,9 @@ class Change:
         """Whether the run cannot be continued with it."""
         if self.name in APPLIED:
             return False
+        if self.name == FINGERPRINT:  # sources may be added behind the others
+            before, now = self.before.split(), self.now.split()
+            return now[: len(before)] != before
         return self.name in REFUSED or self.name.startswith(REFUSED_PREFIXES)
 
 

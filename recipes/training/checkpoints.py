@@ -85,6 +85,8 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
         _check_changes(Path(folder), saved, ctx.state.cfg)
         with _learning_rates_of(saved, ctx.optimizer, ctx.state.cfg):
             loaded = super().load(ctx)
+        assert ctx.state.cfg is not None
+        _say_what_is_read(saved["dataset"], ctx.state.cfg.dataset, ctx.state.train_state.consumed_train_samples)
         if ctx.opt_param_scheduler is not None:
             ctx.opt_param_scheduler.step(increment=0)  # the learning rates of the next step, by this run's settings
         return loaded
@@ -161,6 +163,16 @@ def _check_changes(folder: Path, saved: dict[str, Any], config: Any) -> None:
         )
     if found and get_rank_safe() == 0:
         say(f"Continuing with other settings: {'; '.join(map(str, found))}")
+
+
+def _say_what_is_read(saved: dict[str, Any], dataset: Any, place: int) -> None:
+    """Name the samples that are read again, or left out, where the sources of the data have changed."""
+    sources = (saved.get("sources"), getattr(dataset, "sources", None))
+    if not any(sources) or sources[0] == sources[1]:
+        return
+    sentences = dataset.describe_change(saved, place)
+    if sentences and get_rank_safe() == 0:
+        say(f"With other sources {'; '.join(sentences)}")
 
 
 @contextmanager

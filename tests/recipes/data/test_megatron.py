@@ -190,6 +190,20 @@ def test_the_images_of_a_source_may_be_in_another_folder(fields, folder, tmp_pat
     assert len(train_set(fields | {"image_folder": str(tmp_path / "pictures")}).dataset) == 6
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_other_weights_say_which_samples_are_read_again_or_left_out(mixed, packing):
+    saved = {"sources": [mixed["sources"][0] | {"weight": 1}, mixed["sources"][1]]}
+    provider = ChatDatasetProvider(**mixed, packing=packing)
+    provider.finalize()
+    said = provider.describe_change(saved, 2 if packing else 40)
+    if packing:
+        assert len(said) <= 2
+    else:  # of 40 samples 20 were of the first source, and 30 would have been
+        assert said[0] == "the next 10 samples of train.jsonl are left out"
+        assert said[1] == "the last 10 samples of texts.jsonl are read again"
+    assert provider.describe_change({"sources": mixed["sources"]}, 40) == []
+
+
 def test_a_path_and_sources_contradict_each_other(fields):
     with pytest.raises(UserError, match="both set"):
         train_set(fields | {"sources": ["a.jsonl"]})

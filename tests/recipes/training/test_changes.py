@@ -1,5 +1,6 @@
 """A run that is continued with other settings: applied and named, or refused."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,25 @@ def first(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_change_says_both_values():
     assert str(Change("optimizer.lr", 0.1, 0.2)) == "optimizer.lr was 0.1 and is 0.2"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "is_refused"),
+    [("a", "b", True), ("a b", "a", True), ("a b", "b a", True), ("a", "a b", False), ("a b", "a b c", False)],
+)
+def test_sources_may_be_added_behind_the_others(before: str, now: str, is_refused: bool):
+    assert Change("dataset.fingerprint", before, now).is_refused is is_refused
+
+
+def test_a_source_that_is_added_says_which_samples_are_read_again(start: Path, tmp_path: Path, capfd):
+    digits = write_digits(start / "digits", 0)
+    sources = [{"path": str(path), "weight": 1.0} for path in (digits.train_path, digits.test_path)]
+    mixed = {"dataset.path": None, "dataset.sources": sources}
+    cpu.run_ranks(1, run, tmp_path, start, SAVED, {})
+    cpu.run_ranks(1, run, tmp_path, start, 3, mixed)
+    said = capfd.readouterr().out
+    # 2 steps of 8 samples; with the other half of the samples from another source it would have read 8 of the first.
+    found = re.search(r"the last (\d+) samples of train.jsonl are read again; test.jsonl is new, .* sample (\d+)", said)
+    assert found is not None
+    again, new = map(int, found.groups())
+    assert 6 <= again <= 10 and again == new
