@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..arguments import add_command, at_least
 from ..errors import UsageError, UserError
@@ -102,6 +102,8 @@ def check(
     seq_length: int | None,
     image_folder: Path | None,
     decode: bool,
+    learned_turns: Literal["all", "last"],
+    learned_channels: Literal["all", "final"],
     max_skipped: float,
     json: Path | None,
     no_lock: bool,
@@ -121,6 +123,7 @@ def check(
         check_file(json, "--json", overwrite=True)
     from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
     from .data.check import check_files
+    from .data.samples import Learned
     from .data.tiny import tiny_processor
 
     found = []
@@ -131,6 +134,7 @@ def check(
         rows_per_step=chosen and chosen.tokens_per_step // chosen.seq_length,
         image_folder=image_folder,
         decode_images=decode,
+        learned_parts=Learned(learned_turns, learned_channels),
         writes_lock=not no_lock,
     ):
         print(_table(str(each.source.title), each), flush=True)

@@ -20,6 +20,7 @@ from .lock import lock_of, write_lock
 from .order import Order
 from .packing import PackedOrder, PackStatistics
 from .rows import describe_skipped
+from .samples import ALL, Learned
 from .sources.base import Source
 from .sources.opening import open_source
 
@@ -126,6 +127,7 @@ def check_files(
     rows_per_step: int | None = None,
     image_folder: Path | None = None,
     decode_images: bool = False,
+    learned_parts: Learned = ALL,
     writes_lock: bool = True,
 ) -> Iterator[Check]:
     """Check sources, and write a lock for each.
@@ -137,6 +139,7 @@ def check_files(
         rows_per_step: of a recipe.
         image_folder: as of `open_source`.
         decode_images: whether pixels are checked.
+        learned_parts: of chats.
         writes_lock: whether locks are written.
 
     Raises:
@@ -148,9 +151,10 @@ def check_files(
         source = open_source(path, image_folder=image_folder)
         if not len(source):
             raise UserError(f"{source.title} has no rows.")
-        found = check_source(source, make_processor, decode_images=decode_images, console=console)
+        options = {"decode_images": decode_images, "learned_parts": learned_parts}
+        found = check_source(source, make_processor, console=console, **options)
         if writes_lock:
-            write_lock(lock_of(path), source, found, make_processor(), decode_images=decode_images)
+            write_lock(lock_of(path), source, found, make_processor(), **options)
         limited = found.limited_to(seq_length, source)
         yield Check(source=source, found=limited, seq_length=seq_length, rows_per_step=rows_per_step)
 
@@ -160,6 +164,7 @@ def check_source(
     make_processor: Callable[[], GPTOSSVisionProcessor],
     *,
     decode_images: bool = False,
+    learned_parts: Learned = ALL,
     processes: int | None = None,
     console: Console | None = None,
 ) -> Findings:
@@ -169,6 +174,7 @@ def check_source(
         source: the rows.
         make_processor: called in each process.
         decode_images: whether pixels are checked.
+        learned_parts: of chats.
         processes: None for one per core.
         console: for progress.
     """
@@ -176,7 +182,7 @@ def check_source(
     processes = min(processes or len(os.sched_getaffinity(0)), max(len(chunks), 1))
     found = Findings.of_rows(range(len(source)))
     # Forked: the source, with the places of all rows, is shared.
-    setting = (source, make_processor, decode_images)
+    setting = (source, make_processor, {"decode_images": decode_images, "learned_parts": learned_parts})
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _set_up, setting) as pool:
         parts = pool.map(_examine, chunks)
         with Progress("Rows checked", len(source), console) as progress:
@@ -189,9 +195,9 @@ def check_source(
 _state: dict[str, Any] = {}
 
 
-def _set_up(source: Source, make_processor: Callable[[], GPTOSSVisionProcessor], decode_images: bool) -> None:
-    _state.update(source=source, processor=make_processor(), decode_images=decode_images)
+def _set_up(source: Source, make_processor: Callable[[], GPTOSSVisionProcessor], options: dict[str, Any]) -> None:
+    _state.update(source=source, processor=make_processor(), options=options)
 
 
 def _examine(numbers: range) -> Findings:
-    return examine(_state["source"], _state["processor"], decode_images=_state["decode_images"], numbers=numbers)
+    return examine(_state["source"], _state["processor"], numbers=numbers, **_state["options"])

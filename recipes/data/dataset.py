@@ -12,7 +12,7 @@ from .findings import Findings, examine
 from .order import Order
 from .pictures import UNREADABLE, UnusableRow
 from .rows import Skipped
-from .samples import Sample, encode_row
+from .samples import ALL, Learned, Sample, encode_row
 from .sources.base import Joined, Source
 from .sources.opening import open_source
 
@@ -43,6 +43,7 @@ class ChatDataset(Dataset[Sample]):
         seq_length: int,
         *,
         max_skipped: float = 0.01,
+        learned_parts: Learned = ALL,
         findings: Sequence[Findings] | None = None,
     ) -> None:
         opened = [open_source(sources)] if isinstance(sources, str | Path) else sources
@@ -50,7 +51,12 @@ class ChatDataset(Dataset[Sample]):
         self.source = Joined(opened) if len(opened) > 1 else opened[0]
         self.processor = processor
         self.seq_length = seq_length
-        found = [examine(source, processor) for source in opened] if findings is None else findings
+        self.learned_parts = learned_parts
+        found = (
+            [examine(source, processor, learned_parts=learned_parts) for source in opened]
+            if findings is None
+            else findings
+        )
         found = [each.limited_to(seq_length, source) for each, source in zip(found, opened, strict=True)]
         for each, source in zip(found, opened, strict=True):
             each.refuse_too_many(source.title, max_skipped)
@@ -68,7 +74,7 @@ class ChatDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
         try:
-            sample = encode_row(self.source.row(row), self.processor)
+            sample = encode_row(self.source.row(row), self.processor, self.learned_parts)
             if len(sample["input_ids"]) != self.lengths[index]:
                 raise UnusableRow(f"it has {len(sample['input_ids'])} tokens and had {self.lengths[index]}")
         except UNREADABLE as error:

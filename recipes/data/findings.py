@@ -12,7 +12,7 @@ from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .pictures import Picture, UnusableRow
 from .rows import Skipped, check_text, describe_skipped
-from .samples import count_tokens
+from .samples import ALL, Learned, count_tokens
 from .sources.base import Source
 
 REMEMBERED = 100_000
@@ -103,6 +103,7 @@ def examine(
     processor: GPTOSSVisionProcessor,
     *,
     decode_images: bool = False,
+    learned_parts: Learned = ALL,
     numbers: range | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Findings:
@@ -116,6 +117,7 @@ def examine(
         source: the rows.
         processor: of the model.
         decode_images: whether pixels are checked.
+        learned_parts: of chats.
         numbers: of the rows; None for all.
         advance: called after each row.
     """
@@ -125,7 +127,7 @@ def examine(
         try:
             row = source.row(number)
             text = check_text(row, processor) if row.tokens is None else None
-            tokens, learned = count_tokens(row, text, processor)
+            tokens, learned = count_tokens(row, text, processor, learned_parts)
             if not learned:
                 raise UnusableRow("no token to learn")
             for picture in row.images:

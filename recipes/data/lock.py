@@ -7,7 +7,7 @@ rows that are left out, and a hash of the processor. Images are not part of it.
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .findings import KINDS, Findings
 from .rows import Skipped
+from .samples import ALL, Learned
 from .sources.base import Source
 
 VERSION = 1
@@ -47,7 +48,13 @@ def lock_of(path: str | Path) -> Path:
 
 
 def write_lock(
-    path: Path, source: Source, found: Findings, processor: GPTOSSVisionProcessor, *, decode_images: bool
+    path: Path,
+    source: Source,
+    found: Findings,
+    processor: GPTOSSVisionProcessor,
+    *,
+    decode_images: bool,
+    learned_parts: Learned = ALL,
 ) -> None:
     """Write the lock of a source.
 
@@ -60,6 +67,7 @@ def write_lock(
         "files": [_measured(file) for file in source.files],
         "processor": processor_hash(processor),
         "decoded": decode_images,
+        "learned": asdict(learned_parts),
         "skipped": [list(row) for row in found.skipped],
         **{name: dict(getattr(found, name)) for name in ("shapes", "modes", "sides")},
     }
@@ -68,7 +76,14 @@ def write_lock(
         file.buffer.write(save(arrays, {"lock": json.dumps(record)}))
 
 
-def read_lock(path: Path, source: Source, processor: GPTOSSVisionProcessor, *, decode_images: bool) -> Findings | None:
+def read_lock(
+    path: Path,
+    source: Source,
+    processor: GPTOSSVisionProcessor,
+    *,
+    decode_images: bool,
+    learned_parts: Learned = ALL,
+) -> Findings | None:
     """What a lock holds, None where there is none.
 
     Args:
@@ -76,6 +91,7 @@ def read_lock(path: Path, source: Source, processor: GPTOSSVisionProcessor, *, d
         source: that it should be of; the contents of its files are compared where their times differ.
         processor: that the rows should have been checked with.
         decode_images: whether pixels should have been checked.
+        learned_parts: that should have been counted.
 
     Raises:
         UserError: it is of another source or of another processor, or damaged.
@@ -89,7 +105,7 @@ def read_lock(path: Path, source: Source, processor: GPTOSSVisionProcessor, *, d
             arrays = {name: file.get_tensor(name) for name in KINDS}
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, or no lock of data ({error}); {again}") from error
-    if problem := _problem(record, arrays, source, processor, decode_images):
+    if problem := _problem(record, arrays, source, processor, decode_images, learned_parts):
         raise UserError(f"{path} does not fit: {problem}; {again}")
     return Findings(
         numbers=range(len(source)),
@@ -107,6 +123,7 @@ def _problem(
     source: Source,
     processor: GPTOSSVisionProcessor,
     decode_images: bool,
+    learned_parts: Learned,
 ) -> str | None:
     """Why a lock cannot be taken."""
     if record["version"] != VERSION:
@@ -120,6 +137,8 @@ def _problem(
         return f"it is of {len(arrays['lengths'])} rows, and there are {len(source)}"
     if record["processor"] != processor_hash(processor):
         return "the processor is another"
+    if record["learned"] != asdict(learned_parts):
+        return f"other parts of chats are learned ({record['learned']})"
     if decode_images and not record["decoded"]:
         return "the images were not decoded (`--decode`)"
     return None

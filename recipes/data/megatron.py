@@ -28,7 +28,7 @@ from .mixture import Part, parse_parts, per_epoch
 from .order import Order
 from .packing import PackedEpochs, PackedOrder, PackStatistics
 from .rows import describe_skipped
-from .samples import Batch, LossWeights, Sample, collate, collate_pack, weighted
+from .samples import Batch, Learned, LossWeights, Sample, collate, collate_pack, weighted
 from .sources.base import Source
 from .sources.opening import open_source
 from .tiny import write_processor
@@ -127,6 +127,9 @@ class ChatDatasetProvider(DatasetProvider):
     """The most images of a pack; None is any number."""
     loss_weights: LossWeights = "token"
     """Whether the loss is a mean over learned tokens, over samples, or with the weight √n of a sample of n tokens."""
+    learned_turns: Literal["all", "last"] = "all"
+    learned_channels: Literal["all", "final"] = "all"
+    """Which parts of chats are learned (`samples.Learned`)."""
     dataloader_type: Literal["single"] | None = "single"
 
     def finalize(self) -> None:
@@ -266,15 +269,20 @@ class ChatDatasetProvider(DatasetProvider):
 
     def _open(self, parts: list[Part], processor: GPTOSSVisionProcessor) -> ChatDataset:
         sources, found = _together(lambda: self._examine(parts, processor))
-        return ChatDataset(sources, processor, self.seq_length, max_skipped=self.max_skipped, findings=found)
+        options = {"max_skipped": self.max_skipped, "learned_parts": self._learned_parts}
+        return ChatDataset(sources, processor, self.seq_length, findings=found, **options)
+
+    @property
+    def _learned_parts(self) -> Learned:
+        return Learned(self.learned_turns, self.learned_channels)
 
     def _examine(self, parts: list[Part], processor: GPTOSSVisionProcessor) -> tuple[list[Source], list[Findings]]:
         """The sources, and what was found in each: all of it where it has a lock, else in this rank's share of rows."""
+        options = {"decode_images": self.decode_images, "learned_parts": self._learned_parts}
         sources, found = [self._source(part) for part in parts], []
         for part, source in zip(parts, sources, strict=True):
-            locked = read_lock(lock_of(part.path), source, processor, decode_images=self.decode_images)
-            share = range(_rank(), len(source), _ranks())
-            found.append(locked or examine(source, processor, decode_images=self.decode_images, numbers=share))
+            locked = read_lock(lock_of(part.path), source, processor, **options)
+            found.append(locked or examine(source, processor, numbers=range(_rank(), len(source), _ranks()), **options))
         return sources, found
 
     def _source(self, part: Part) -> Source:

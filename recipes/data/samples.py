@@ -5,8 +5,9 @@ channels, h x w pixels.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -20,6 +21,22 @@ IGNORE_INDEX = -100
 LossWeights = Literal["token", "sample", "square_root"]
 EXPONENTS: dict[LossWeights, float] = {"token": 0.0, "sample": 1.0, "square_root": 0.5}
 """A learned token of a sample with n learned tokens has the weight 1 / n^exponent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """Which parts of a chat are learned; texts without turns are learned whole.
+
+    Attributes:
+        turns: those of the assistant, or the last one: its messages behind the last message of someone else.
+        channels: all (analysis, commentary with calls of tools, final), or the final one.
+    """
+
+    turns: Literal["all", "last"] = "all"
+    channels: Literal["all", "final"] = "all"
+
+
+ALL = Learned()
 
 
 class Sample(TypedDict):
@@ -56,7 +73,7 @@ class PackedBatch(Batch):
     max_seqlen_kv: torch.Tensor
 
 
-def encode_row(row: Row, processor: GPTOSSVisionProcessor) -> Sample:
+def encode_row(row: Row, processor: GPTOSSVisionProcessor, learned_parts: Learned = ALL) -> Sample:
     """Tokens, shifted labels and pixels of one row."""
     if row.tokens is not None:
         input_ids, pixels = torch.as_tensor(row.tokens, dtype=torch.long), None
@@ -65,7 +82,7 @@ def encode_row(row: Row, processor: GPTOSSVisionProcessor) -> Sample:
         images = [picture.source() for picture in row.images] or None
         inputs = processor(text=render(row, processor), images=images, return_tensors="pt")
         input_ids, pixels = inputs["input_ids"][0], inputs.get("pixel_values")
-        learned = torch.from_numpy(loss_mask_of(input_ids.numpy(), processor))
+        learned = torch.from_numpy(loss_mask_of(input_ids.numpy(), processor, learned_parts))
     # The logits at t predict token t + 1, so the labels move one to the left; the last position predicts nothing.
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:-1] = torch.where(learned[1:], input_ids[1:], IGNORE_INDEX)
@@ -79,13 +96,16 @@ def encode_row(row: Row, processor: GPTOSSVisionProcessor) -> Sample:
     )
 
 
-def count_tokens(row: Row, text: str | None, processor: GPTOSSVisionProcessor) -> tuple[int, int]:
+def count_tokens(
+    row: Row, text: str | None, processor: GPTOSSVisionProcessor, learned_parts: Learned = ALL
+) -> tuple[int, int]:
     """The number of tokens of a row, and how many of them are learned. No image is opened.
 
     Args:
         row: which `encode_row` would encode.
         text: rendered; None for a row of tokens.
         processor: of the model.
+        learned_parts: of chats.
     """
     if text is None:
         assert row.tokens is not None
@@ -95,11 +115,11 @@ def count_tokens(row: Row, text: str | None, processor: GPTOSSVisionProcessor) -
     if processor.image_token not in marked:
         marked = processor.image_token * len(row.images) + marked
     ids = np.asarray(processor.tokenizer.backend_tokenizer.encode(marked).ids)
-    learned = loss_mask_of(ids, processor)[1:].sum()
+    learned = loss_mask_of(ids, processor, learned_parts)[1:].sum()
     return len(ids) + len(row.images) * (processor.num_image_tokens - 1), int(learned)
 
 
-def loss_mask_of(input_ids: np.ndarray, processor: GPTOSSVisionProcessor) -> np.ndarray:
+def loss_mask_of(input_ids: np.ndarray, processor: GPTOSSVisionProcessor, learned_parts: Learned = ALL) -> np.ndarray:
     """Which tokens, [s], the model is trained to write, as booleans.
 
     In a chat: the tokens that it generates when it answers, from behind `<|start|>assistant` to the turn's `<|end|>`,
@@ -109,28 +129,59 @@ def loss_mask_of(input_ids: np.ndarray, processor: GPTOSSVisionProcessor) -> np.
     Read from the token ids, which works for plain texts in harmony too; for chats it is the mask of the chat template's
     generation blocks.
     """
-    start, ends, assistant = _turn_tokens(processor.tokenizer)
+    tokens = _control_tokens(processor.tokenizer)
     is_text = input_ids != processor.image_token_id
-    starts = np.flatnonzero(input_ids == start)
+    starts = np.flatnonzero(input_ids == tokens.start)
     if not len(starts):
         return is_text
     learned = np.zeros(len(input_ids), dtype=bool)
-    all_ends = np.flatnonzero(np.isin(input_ids, ends))
-    for place in starts:
-        first = place + 1 + len(assistant)
-        if np.array_equal(input_ids[place + 1 : first], assistant):
-            following = np.searchsorted(all_ends, first)
-            last = all_ends[following] if following < len(all_ends) else len(input_ids) - 1
-            goes_on = place > 0 and learned[place - 1]
-            learned[place if goes_on else first : last + 1] = True
+    ends = np.flatnonzero(np.isin(input_ids, tokens.ends))
+    for place in starts[_is_learned(input_ids, starts, tokens, learned_parts)]:
+        first = place + 1 + len(tokens.assistant)
+        following = np.searchsorted(ends, first)
+        last = ends[following] if following < len(ends) else len(input_ids) - 1
+        goes_on = place > 0 and learned[place - 1]
+        learned[place if goes_on else first : last + 1] = True
     return learned & is_text
 
 
+def _is_learned(
+    input_ids: np.ndarray, starts: np.ndarray, tokens: "_ControlTokens", learned_parts: Learned
+) -> np.ndarray:
+    """Which messages, by the places of their starts, are learned."""
+    is_answer = np.array([_follows(input_ids, place + 1, tokens.assistant) for place in starts])
+    chosen = is_answer.copy()
+    if learned_parts.turns == "last" and is_answer.any():
+        others = np.flatnonzero(~is_answer[: np.flatnonzero(is_answer)[-1]])
+        chosen[: others[-1] + 1 if len(others) else 0] = False
+    if learned_parts.channels == "final":
+        for number in np.flatnonzero(chosen):
+            end = starts[number + 1] if number + 1 < len(starts) else len(input_ids)
+            channels = np.flatnonzero(input_ids[starts[number] : end] == tokens.channel)
+            is_final = not len(channels) or _follows(input_ids, starts[number] + channels[0] + 1, tokens.final)
+            chosen[number] = is_final
+    return chosen
+
+
+def _follows(input_ids: np.ndarray, place: int, word: np.ndarray) -> bool:
+    return np.array_equal(input_ids[place : place + len(word)], word)
+
+
+class _ControlTokens(NamedTuple):
+    start: int
+    channel: int
+    ends: np.ndarray
+    assistant: np.ndarray
+    final: np.ndarray
+
+
 @lru_cache(maxsize=8)
-def _turn_tokens(tokenizer: Any) -> tuple[int, np.ndarray, np.ndarray]:
-    """`<|start|>`, the ends of a turn, and the tokens of the word assistant."""
-    start, *ends = tokenizer.convert_tokens_to_ids(["<|start|>", "<|end|>", "<|return|>", "<|call|>"])
-    return start, np.array(ends), np.array(tokenizer.encode("assistant", add_special_tokens=False))
+def _control_tokens(tokenizer: Any) -> _ControlTokens:
+    """The tokens that begin and end messages, and those of two words."""
+    names = ["<|start|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"]
+    start, channel, *ends = tokenizer.convert_tokens_to_ids(names)
+    assistant, final = (np.array(tokenizer.encode(word, add_special_tokens=False)) for word in ("assistant", "final"))
+    return _ControlTokens(start, channel, np.array(ends), assistant, final)
 
 
 def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype: torch.dtype = torch.float32) -> Batch:

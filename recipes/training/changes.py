@@ -47,7 +47,7 @@ REFUSED = (
     *(f"model.{name}" for name in sorted(ARCHITECTURE)),
     *("model.seq_length", "model.params_dtype", "mixed_precision", "rng.seed", "rng.data_parallel_random_init"),
     *("dataset._target_", "dataset.seed", "dataset.seq_length", "dataset.max_skipped", FINGERPRINT),
-    *("dataset.packing", "dataset.images_per_pack"),
+    *("dataset.packing", "dataset.images_per_pack", "dataset.learned_turns", "dataset.learned_channels"),
 )
 REFUSED_PREFIXES = ("peft", "model.freeze_", "optimizer.")
 """Beginnings of the names of more such fields; `APPLIED` are the exceptions."""

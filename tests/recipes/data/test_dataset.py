@@ -21,7 +21,7 @@ from gpt_oss_vision.recipes.data.formats import parse_record
 from gpt_oss_vision.recipes.data.order import Order
 from gpt_oss_vision.recipes.data.pictures import Pictures, UnusableRow, resolve_image
 from gpt_oss_vision.recipes.data.rows import Row, Skipped, render
-from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate, encode_row, loss_mask_of
+from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, Learned, collate, encode_row, loss_mask_of
 from gpt_oss_vision.recipes.data.sources.opening import open_source
 
 SEQ_LENGTH = 64
@@ -96,6 +96,38 @@ def test_the_turn_between_a_thought_and_its_answer_is_learned(folder, processor)
     assert learned_text(sample, processor) == (
         "<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>final<|message|>four<|return|>"
     )
+
+
+THOUGHT = "<|channel|>analysis<|message|>one<|end|>"
+CALL = ' to=functions.look<|channel|>commentary json<|message|>{"at": "cat"}<|call|>'
+ANSWERS = "<|channel|>final<|message|>two<|end|>", "<|channel|>final<|message|>four<|return|>"
+
+
+@pytest.mark.parametrize(
+    ("turns", "channels", "expected"),
+    [
+        ("all", "all", ANSWERS[0] + CALL + THOUGHT + "<|start|>assistant" + ANSWERS[1]),
+        ("last", "all", THOUGHT + "<|start|>assistant" + ANSWERS[1]),
+        ("all", "final", "".join(ANSWERS)),
+        ("last", "final", ANSWERS[1]),
+    ],
+)
+def test_the_parts_that_are_learned_are_chosen(folder, processor, turns, channels, expected):
+    row = chat("one?", "two", "three?", "", "", "four", thinking="one")
+    row["messages"][3] |= {"tool_calls": [{"function": {"name": "look", "arguments": {"at": "cat"}}}]}
+    row["messages"][4] = {"role": "tool", "content": "a cat"}
+    parts = Learned(turns, channels)
+    sample = encode_row(parse(row, folder), processor, parts)
+    assert learned_text(sample, processor) == expected
+    (folder / "tools.jsonl").write_text(json.dumps(row))
+    found = examine(open_source(folder / "tools.jsonl"), processor, learned_parts=parts)
+    assert found.learned.tolist() == [int(sample["loss_mask"].sum())]
+
+
+def test_a_chat_that_ends_with_the_user_has_a_last_turn(folder, processor):
+    row = chat("one?", "two", "three?")
+    sample = encode_row(parse(row, folder), processor, Learned("last", "all"))
+    assert learned_text(sample, processor) == ANSWERS[0]
 
 
 @pytest.mark.parametrize("more", [{}, {"thinking": "a picture"}])
