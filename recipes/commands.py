@@ -37,12 +37,10 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("--image-folder", type=Path, metavar="DIR", help="where paths of images start (the folder of each file)")
     add("--decode", action="store_true", help="decode all images, and not only read their headers")
     add(
-        "--max-skipped",
-        type=at_least(0.0),
-        default=0.01,
-        metavar="F",
-        help="fraction that may be skipped (%(default)s)",
+        "--learned-turns", choices=("all", "last"), default="all", help="as data.learned_turns of the run (%(default)s)"
     )
+    add("--learned-channels", choices=("all", "final"), default="all", help="as data.learned_channels (%(default)s)")
+    add("--max-skipped", type=at_least(0.0), default=0.01, metavar="F", help="share that may be skipped (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the numbers, and all skipped rows, to this file")
     add("--no-lock", action="store_true", help="do not write FILE.lock, which a run takes in place of checking again")
 
@@ -122,7 +120,7 @@ def check(
 
         check_file(json, "--json", overwrite=True)
     from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-    from .data.check import check_files
+    from .data.check import check_files, together
     from .data.samples import Learned
     from .data.tiny import tiny_processor
 
@@ -143,7 +141,7 @@ def check(
         from ..atomic import atomic_file
 
         with atomic_file(json) as out:
-            out.write(dumps([each.as_json() for each in found], indent=2) + "\n")
+            out.write(dumps(together(found), indent=2) + "\n")
     return 1 if any(each.share_skipped > max_skipped for each in found) else 0
 
 

@@ -27,6 +27,8 @@ from .sources.opening import open_source
 CHUNK = 2000
 """Rows that a process checks at once."""
 
+SUMS = ("rows", "usable", "repeated", "images", "tokens", "learned_tokens")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
@@ -50,6 +52,12 @@ class Check:
         return len(self.found.skipped) / len(self.found)
 
     @property
+    def format(self) -> str:
+        """Kind of the files, and usable rows by format."""
+        shapes = ", ".join(f"{count:,} {shape}" for shape, count in self.found.shapes.most_common())
+        return f"{self.source.kind}: {shapes or 'no row that can be used'}"
+
+    @property
     def packs(self) -> PackStatistics:
         """If the rows are packed."""
         usable = self.found.usable
@@ -65,8 +73,7 @@ class Check:
     def lines(self) -> Iterator[tuple[str, str]]:
         """Titles and values."""
         found, usable = self.found, self.found.usable
-        shapes = ", ".join(f"{count:,} {shape}" for shape, count in found.shapes.most_common())
-        yield "format", f"{self.source.kind}: {shapes or 'no row that can be used'}"
+        yield "format", self.format
         yield "rows", f"{len(found):,}, of which {len(found.skipped):,} cannot be used; {self.repeated:,} are repeated"
         if len(usable):
             images, tokens, learned = found.images[usable], found.lengths[usable], found.learned[usable]
@@ -94,7 +101,8 @@ class Check:
         images, tokens = found.images[usable], found.lengths[usable]
         return {
             "files": [str(file) for file in self.source.files],
-            "format": {"kind": self.source.kind, "rows": dict(found.shapes)},
+            "format": self.format,
+            "rows_by_format": dict(found.shapes),
             "rows": len(found),
             "usable": len(usable),
             "repeated": self.repeated,
@@ -108,6 +116,15 @@ class Check:
             "image_modes": dict(found.modes),
             "image_sides": {str(side): count for side, count in sorted(found.sides.items())},
         }
+
+
+def together(checks: Sequence[Check]) -> dict[str, Any]:
+    """For programs: the sums over all sources, all rows that are left out, and each source as `Check.as_json`."""
+    sources = [check.as_json() for check in checks]
+    sums = {name: sum(source[name] for source in sources) for name in SUMS}
+    skipped = [row for source in sources for row in source["skipped"]]
+    format_of_all = "; ".join(dict.fromkeys(source["format"] for source in sources))
+    return {"format": format_of_all, **sums, "skipped": skipped, "sources": sources}
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from gpt_oss_vision.errors import UserError
-from gpt_oss_vision.recipes.data.check import Check, check_source, histogram
+from gpt_oss_vision.recipes.data.check import Check, check_source, histogram, together
 from gpt_oss_vision.recipes.data.findings import KINDS, Findings, examine
 from gpt_oss_vision.recipes.data.lock import lock_of, read_lock, write_lock
 from gpt_oss_vision.recipes.data.sources.opening import open_source
@@ -47,7 +47,7 @@ def test_the_numbers_of_a_check(rows, processor):
     check = Check(source=source, found=examine(source, processor).limited_to(64, source), seq_length=64)
     found = check.as_json()
     assert (found["rows"], found["usable"], found["repeated"], found["images"]) == (12, 9, 1, 4)
-    assert found["format"] == {"kind": "JSON", "rows": {"LLaVA": 9}}
+    assert (found["format"], found["rows_by_format"]) == ("JSON: 9 LLaVA", {"LLaVA": 9})
     assert [(row["file"], row["line"]) for row in found["skipped"]] == [(str(rows), line) for line in (114, 118, 122)]
     assert [row["reason"].split()[0] for row in found["skipped"]] == ['"video"', "image", "an"]
     assert found["images_per_row"] == {"0": 5, "1": 4}
@@ -79,6 +79,14 @@ def test_several_processes_find_what_one_finds(folder, processor, tmp_path):
     together = check_source(source, make, processes=2)
     assert (together.skipped, together.shapes) == (alone.skipped, alone.shapes)
     assert all((getattr(together, name) == getattr(alone, name)).all() for name in KINDS)
+
+
+def test_the_numbers_of_several_sources_are_added(rows, processor):
+    source = open_source(rows)
+    check = Check(source=source, found=examine(source, processor).limited_to(64, source), seq_length=64)
+    both = together([check, check])
+    assert (both["rows"], both["usable"], both["images"], len(both["skipped"])) == (24, 18, 8, 6)
+    assert both["format"] == "JSON: 9 LLaVA" and len(both["sources"]) == 2
 
 
 def test_histograms_have_every_length_in_one_bar():
