@@ -7,7 +7,7 @@ channels, h x w pixels.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -79,10 +79,13 @@ def encode_row(row: Row, processor: GPTOSSVisionProcessor, learned_parts: Learne
         input_ids, pixels = torch.as_tensor(row.tokens, dtype=torch.long), None
         learned = torch.ones_like(input_ids, dtype=torch.bool)
     else:
-        images = [picture.source() for picture in row.images] or None
-        inputs = processor(text=render(row, processor), images=images, return_tensors="pt")
-        input_ids, pixels = inputs["input_ids"][0], inputs.get("pixel_values")
-        learned = torch.from_numpy(loss_mask_of(input_ids.numpy(), processor, learned_parts))
+        # As the processor itself, which takes several times as long: it tokenises each placeholder.
+        short = _short_ids(row, render(row, processor), processor)
+        repeats = np.where(short == processor.image_token_id, processor.num_image_tokens, 1)
+        input_ids = torch.from_numpy(short.repeat(repeats))
+        learned = torch.from_numpy(loss_mask_of(short, processor, learned_parts).repeat(repeats))
+        images = [picture.source() for picture in row.images]
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
     # The logits at t predict token t + 1, so the labels move one to the left; the last position predicts nothing.
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:-1] = torch.where(learned[1:], input_ids[1:], IGNORE_INDEX)
@@ -110,13 +113,17 @@ def count_tokens(
     if text is None:
         assert row.tokens is not None
         return len(row.tokens), len(row.tokens) - 1
-    # The processor puts the images of a text without marks in front; each is one token here.
+    ids = _short_ids(row, text, processor)
+    learned = loss_mask_of(ids, processor, learned_parts)[1:].sum()
+    return len(ids) + len(row.images) * (processor.num_image_tokens - 1), int(learned)
+
+
+def _short_ids(row: Row, text: str, processor: GPTOSSVisionProcessor) -> np.ndarray:
+    """The tokens of a row with one placeholder for each image. The images of a text without marks are in front."""
     marked = text.replace(IMAGE_TAG, processor.image_token)
     if processor.image_token not in marked:
         marked = processor.image_token * len(row.images) + marked
-    ids = np.asarray(processor.tokenizer.backend_tokenizer.encode(marked).ids)
-    learned = loss_mask_of(ids, processor, learned_parts)[1:].sum()
-    return len(ids) + len(row.images) * (processor.num_image_tokens - 1), int(learned)
+    return np.asarray(processor.tokenizer.backend_tokenizer.encode(marked).ids)
 
 
 def loss_mask_of(input_ids: np.ndarray, processor: GPTOSSVisionProcessor, learned_parts: Learned = ALL) -> np.ndarray:
@@ -129,59 +136,60 @@ def loss_mask_of(input_ids: np.ndarray, processor: GPTOSSVisionProcessor, learne
     Read from the token ids, which works for plain texts in harmony too; for chats it is the mask of the chat template's
     generation blocks.
     """
-    tokens = _control_tokens(processor.tokenizer)
+    codes = _codes(processor.tokenizer)[input_ids]
+    control = np.flatnonzero(codes).tolist()
     is_text = input_ids != processor.image_token_id
-    starts = np.flatnonzero(input_ids == tokens.start)
-    if not len(starts):
+    if START not in codes[control]:
         return is_text
     learned = np.zeros(len(input_ids), dtype=bool)
-    ends = np.flatnonzero(np.isin(input_ids, tokens.ends))
-    for place in starts[_is_learned(input_ids, starts, tokens, learned_parts)]:
-        first = place + 1 + len(tokens.assistant)
-        following = np.searchsorted(ends, first)
-        last = ends[following] if following < len(ends) else len(input_ids) - 1
-        goes_on = place > 0 and learned[place - 1]
-        learned[place if goes_on else first : last + 1] = True
+    for first, last in _spans(input_ids, codes, control, processor.tokenizer, learned_parts):
+        goes_on = first > 0 and learned[first - 1]
+        learned[first if goes_on else first + 1 + len(_words(processor.tokenizer)[0]) : last + 1] = True
     return learned & is_text
 
 
-def _is_learned(
-    input_ids: np.ndarray, starts: np.ndarray, tokens: "_ControlTokens", learned_parts: Learned
-) -> np.ndarray:
-    """Which messages, by the places of their starts, are learned."""
-    is_answer = np.array([_follows(input_ids, place + 1, tokens.assistant) for place in starts])
-    chosen = is_answer.copy()
-    if learned_parts.turns == "last" and is_answer.any():
-        others = np.flatnonzero(~is_answer[: np.flatnonzero(is_answer)[-1]])
-        chosen[: others[-1] + 1 if len(others) else 0] = False
-    if learned_parts.channels == "final":
-        for number in np.flatnonzero(chosen):
-            end = starts[number + 1] if number + 1 < len(starts) else len(input_ids)
-            channels = np.flatnonzero(input_ids[starts[number] : end] == tokens.channel)
-            is_final = not len(channels) or _follows(input_ids, starts[number] + channels[0] + 1, tokens.final)
-            chosen[number] = is_final
-    return chosen
+def _spans(
+    input_ids: np.ndarray, codes: np.ndarray, control: list[int], tokenizer: Any, learned_parts: Learned
+) -> list[tuple[int, int]]:
+    """First and last token of each message that is learned."""
+    assistant, final = _words(tokenizer)
+    spans: list[tuple[int, int]] = []
+    starts = [place for place in control if codes[place] == START]
+    for number, start in enumerate(starts):
+        if not _follows(input_ids, start + 1, assistant):
+            if learned_parts.turns == "last" and any(
+                _follows(input_ids, later + 1, assistant) for later in starts[number:]
+            ):
+                spans.clear()
+            continue
+        inside = [place for place in control if start < place]
+        last = next((place for place in inside if codes[place] == END), len(input_ids) - 1)
+        channel = next((place for place in inside if codes[place] == CHANNEL and place < last), None)
+        if learned_parts.channels == "all" or channel is None or _follows(input_ids, channel + 1, final):
+            spans.append((start, last))
+    return spans
 
 
-def _follows(input_ids: np.ndarray, place: int, word: np.ndarray) -> bool:
-    return np.array_equal(input_ids[place : place + len(word)], word)
+def _follows(input_ids: np.ndarray, place: int, word: list[int]) -> bool:
+    return input_ids[place : place + len(word)].tolist() == word
 
 
-class _ControlTokens(NamedTuple):
-    start: int
-    channel: int
-    ends: np.ndarray
-    assistant: np.ndarray
-    final: np.ndarray
+START, CHANNEL, END = 1, 2, 3
 
 
 @lru_cache(maxsize=8)
-def _control_tokens(tokenizer: Any) -> _ControlTokens:
-    """The tokens that begin and end messages, and those of two words."""
-    names = ["<|start|>", "<|channel|>", "<|end|>", "<|return|>", "<|call|>"]
-    start, channel, *ends = tokenizer.convert_tokens_to_ids(names)
-    assistant, final = (np.array(tokenizer.encode(word, add_special_tokens=False)) for word in ("assistant", "final"))
-    return _ControlTokens(start, channel, np.array(ends), assistant, final)
+def _codes(tokenizer: Any) -> np.ndarray:
+    """Of each token of the vocabulary, whether it starts a message, names its channel or ends it; 0 for the others."""
+    codes = np.zeros(len(tokenizer), dtype=np.uint8)
+    names = {"<|start|>": START, "<|channel|>": CHANNEL, "<|end|>": END, "<|return|>": END, "<|call|>": END}
+    codes[tokenizer.convert_tokens_to_ids([*names])] = [*names.values()]
+    return codes
+
+
+@lru_cache(maxsize=8)
+def _words(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens of "assistant" and of "final"."""
+    return tuple(tokenizer.encode(word, add_special_tokens=False) for word in ("assistant", "final"))
 
 
 def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype: torch.dtype = torch.float32) -> Batch:
