@@ -34,8 +34,22 @@ MESSAGE_KEYS = {"role", "content", "thinking", "name", "tool_calls", "tool_call_
 RENAMED = {"from": "role", "value": "content", "reasoning_content": "thinking"}
 MEDIA = ("image", "img", "picture", "photo", "pixel", "media", "video", "audio")
 """How the names of keys begin that look like media."""
-DESCRIBES = ("_id", "_ids", "_width", "_height", "_size", "_sizes", "_hash", "_source", "_license")
+DESCRIBES = ("_id", "_ids", "_width", "_height", "_size", "_sizes", "_hash", "_source", "_license", "_min", "_ratings")
 """How the names of keys end that describe media."""
+NAMES = ("id", "key", "source")
+"""Keys of names of a row."""
+ORIGINS = ("url", "name", "path")
+"""How keys end that may hold the origin of a row's image."""
+REFERENCES = ("image", "path", "url", "base64", "source", "image_url")
+"""Keys of a part that hold its image."""
+ENDINGS = tuple(
+    f".{ending}"
+    for kind in ("jpg jpeg png webp gif bmp tif tiff avif heic", "mp4 webm avi mov mkv", "wav mp3 flac ogg m4a")
+    for ending in kind.split()
+)
+"""Of names of media."""
+EMBEDDED = ("data:image/", "data:video/", "data:audio/", "/9j/", "iVBORw0KGgo")
+"""How media begin that are written as texts; the last two are JPEG and PNG in base64."""
 SIMILAR = 0.8
 """From which similarity a key is taken for a misspelt one."""
 
@@ -56,6 +70,12 @@ def parse_record(record: Any, pictures: Pictures, *, for_training: bool = True) 
     record = {key: value for key, value in record.items() if value is not None}
     _refuse_other_keys(record)
     images = [pictures.find(image) for image in _listed(record)]
+    row = _parsed_row(record, images, pictures, for_training)
+    _refuse_named_media(record, beside_images=bool(row.images))
+    return row
+
+
+def _parsed_row(record: Mapping[str, Any], images: list[Picture], pictures: Pictures, for_training: bool) -> Row:
     match [name for name in (*CHATS, "texts") if name in record]:
         case []:
             return _text_row(record, images)
@@ -73,6 +93,16 @@ def parse_record(record: Any, pictures: Pictures, *, for_training: bool = True) 
     return Row(messages=messages, images=placed, tools=_tools(record, messages), shape=shape)
 
 
+def has_own_images(record: Mapping[str, Any]) -> bool:
+    """Whether a record names images itself, in "image", "images" or parts of its messages."""
+    if any(record.get(key) not in (None, "", []) for key in ("image", "images")):
+        return True
+    messages = next((record[name] for name in CHATS if isinstance(record.get(name), list | tuple)), [])
+    contents = (message.get("content", message.get("value")) for message in messages if isinstance(message, dict))
+    parts = (part for content in contents if isinstance(content, list | tuple) for part in content)
+    return any(isinstance(part, dict) and any(part.get(key) is not None for key in REFERENCES) for part in parts)
+
+
 def _shape(name: str, record: Mapping[str, Any]) -> str:
     """What a chat is called when it is counted."""
     if name == "conversations":
@@ -87,16 +117,44 @@ def _refuse_other_keys(record: Mapping[str, Any]) -> None:
         UnusableRow: there are such keys.
     """
     others = [key for key in record if key not in KEYS]
-    unread = [key for key in others if _looks_like_media(key) and not _is_empty(record[key])]
-    if unread:
+    if unread := [key for key in others if _is_media(key, record[key]) or _has_bytes(record[key])]:
         raise UnusableRow(f'{", ".join(map(json.dumps, unread))} is not read; images are given as parts or as "images"')
     for key in others:
         if (meant := _meant(key)) is not None:
             raise UnusableRow(f'{json.dumps(key)} is not read; is "{meant}" meant?')
 
 
-def _looks_like_media(key: str) -> bool:
-    return key.lower().startswith(MEDIA) and not key.lower().endswith(DESCRIBES)
+def _refuse_named_media(record: Mapping[str, Any], *, beside_images: bool) -> None:
+    """Refuse names of media under keys that are not read; beside images, some keys may say where these are from.
+
+    Raises:
+        UnusableRow: there are such keys.
+    """
+    for key, value in record.items():
+        describes = key in NAMES or key.endswith(DESCRIBES) or (beside_images and key.endswith(ORIGINS))
+        if key not in KEYS and not describes and _names_media(value):
+            raise UnusableRow(
+                f'{json.dumps(key)} names media and is not read; images are given as parts or as "images"'
+            )
+
+
+def _is_media(key: str, value: Any) -> bool:
+    looks_like_media = key.lower().startswith(MEDIA) and not key.lower().endswith(DESCRIBES)
+    return looks_like_media and not _is_empty(value)
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_bytes, value.values()))
+    return isinstance(value, bytes) or (isinstance(value, list | tuple) and any(map(_has_bytes, value)))
+
+
+def _names_media(value: Any) -> bool:
+    if isinstance(value, str):
+        return value[-5:].lower().endswith(ENDINGS) or value.startswith(EMBEDDED)
+    if isinstance(value, dict):
+        return any(map(_names_media, value.values()))
+    return isinstance(value, list | tuple) and any(map(_names_media, value))
 
 
 def _is_empty(value: Any) -> bool:
@@ -146,6 +204,7 @@ def _turns(texts: Any) -> Iterator[dict[str, Any]]:
             if not isinstance(turn.get(role), str):
                 raise UnusableRow(f'a turn of "texts" without "{role}"')
             yield {"role": role, "content": turn[role]}
+        _refuse_media_beside(turn, ("user", "assistant"), 'a turn of "texts"')
 
 
 def _messages(messages: Any, name: str) -> list[dict[str, Any]]:
@@ -227,6 +286,15 @@ def _part(part: Any) -> dict[str, Any]:
     """A part as {"type": "text", "text"}, or {"type": "image"} with the image as "image" unless the record has it."""
     if isinstance(part, dict):  # of a table, whose rows all have all keys
         part = {key: value for key, value in part.items() if value is not None}
+    found = _read_part(part)
+    if isinstance(part, dict):
+        _refuse_media_beside(part, REFERENCES if found["type"] == "image" else (), "a part")
+        if found["type"] == "image" and len(own := [key for key in REFERENCES if key in part]) > 1:
+            raise UnusableRow(f"an image part has {' and '.join(map(json.dumps, own))}")
+    return found
+
+
+def _read_part(part: Any) -> dict[str, Any]:
     match part:
         case str():
             return {"type": "text", "text": part}
@@ -249,6 +317,17 @@ def _part(part: Any) -> dict[str, Any]:
         case {"type": "image"} if part.keys() <= {"type", "text", "index"}:
             return {"type": "image"}
     raise UnusableRow(f"neither a text part nor an image part of a format that is read: {part!r:.80}")
+
+
+def _refuse_media_beside(value: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """Refuse media under keys that are not known.
+
+    Raises:
+        UnusableRow: there are some.
+    """
+    for key, held in value.items():
+        if key not in (*known, "type", "text") and (_is_media(key, held) or _names_media(held) or _has_bytes(held)):
+            raise UnusableRow(f"{what} has {json.dumps(key)}, which is not read")
 
 
 def _place_images(

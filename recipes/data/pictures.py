@@ -2,16 +2,18 @@
 
 import base64
 import binascii
+import math
 import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
-from urllib.request import urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import xxhash
 from PIL import Image
@@ -40,6 +42,7 @@ class Picture:
         size: number of bytes; None for all that follow.
         content: the bytes.
         address: where it is fetched from at every access.
+        hosts: to which that host may redirect.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Picture:
     size: int | None = None
     content: bytes | None = field(default=None, repr=False)
     address: str | None = None
+    hosts: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def identity(self) -> str:
@@ -64,8 +68,7 @@ class Picture:
         if self.content is not None:
             return self.content
         if self.address is not None:
-            with urlopen(self.address, timeout=SECONDS) as answer:
-                return answer.read()
+            return _fetch(self.address, self.hosts)
         assert self.path is not None
         with self.path.open("rb") as file:
             file.seek(self.start)
@@ -88,6 +91,9 @@ class Picture:
         try:
             with self._opened() as image:
                 found = image.width, image.height, image.mode
+                if image.width * image.height > (limit := Image.MAX_IMAGE_PIXELS or math.inf):
+                    # Of such an image Pillow only warns; from twice as many pixels on it is its error.
+                    raise OSError(f"{image.width} x {image.height} pixels, more than {limit:,}: a decompression bomb?")
                 # The processor's own steps: it refuses more than PIL, such as floats without a range.
                 processor.image_processor(image) if decode else image.verify()
         except FileNotFoundError as error:
@@ -151,7 +157,34 @@ class Pictures:
             raise UnusableRow(
                 f"image {address:.80} is on a network; download it, or allow the host by data.allowed_hosts=[{host}]"
             )
-        return Picture(address, address=address)
+        return Picture(address, address=address, hosts=self.hosts)
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Redirects to allowed hosts."""
+
+    def __init__(self, hosts: frozenset[str]) -> None:
+        self._hosts = hosts
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        """Follow a redirect.
+
+        Raises:
+            OSError: it leads to a host that is not allowed.
+        """
+        if (host := urlsplit(newurl).hostname) not in self._hosts:
+            raise OSError(
+                f"redirected to {newurl:.80}, whose host is not allowed; data.allowed_hosts=[{host}] allows it"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _fetch(address: str, hosts: frozenset[str]) -> bytes:
+    try:
+        with build_opener(_Redirects(hosts)).open(address, timeout=SECONDS) as answer:
+            return answer.read()
+    except HTTPException as error:  # such as an answer that ends early; it is no OSError
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def from_base64(text: str) -> Picture:

@@ -1,11 +1,14 @@
 """A sequence of rows in files."""
 
+import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
+from ....errors import UserError
 from ..rows import Row
 
 
@@ -68,3 +71,36 @@ class Joined(Source):
     def _find(self, index: int) -> tuple[Source, int]:
         which = bisect_right(self._starts, index) - 1
         return self.sources[which], index - self._starts[which]
+
+
+class UnchangedFile:
+    """A file in which places are remembered, so it must stay as it is.
+
+    Opened anew each time: forked loader workers would share the position of an open file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._state = _state(os.stat(path))
+
+    def open(self) -> BinaryIO:
+        """Open it to read.
+
+        Raises:
+            UserError: as of `check`.
+        """
+        self.check()
+        return self.path.open("rb")
+
+    def check(self) -> None:
+        """Refuse another file, or one that has been written to, since this object was made.
+
+        Raises:
+            UserError: it is so.
+        """
+        if _state(os.stat(self.path)) != self._state:
+            raise UserError(f"{self.path} has changed since it was opened; data must stay as it is during a run")
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns

@@ -4,7 +4,9 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
+from io import BufferedReader, RawIOBase, TextIOWrapper
 from pathlib import Path
 from shutil import copyfileobj
 from typing import Any, TextIO
@@ -18,7 +20,7 @@ from ....errors import UserError
 from ..formats import parse_record
 from ..pictures import Pictures, UnusableRow
 from ..rows import Row
-from .base import Source
+from .base import Source, UnchangedFile
 
 WINDOW = 2**23
 """Bytes of an array that are scanned at once."""
@@ -27,7 +29,8 @@ LONGEST = 2**28
 BLANK = b" \t\r\n"
 BLANKS, FIRST, NEXT = (re.compile(rf"[ \t\r\n]*{mark}[ \t\r\n]*") for mark in ("", r"\[", ","))
 LAST, END = re.compile(r"[ \t\r\n]*(\[[ \t\r\n]*)?\][ \t\r\n]*\Z"), re.compile(r"[ \t\r\n]*\Z")
-COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstandard"}
+GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+"""How compressed files begin."""
 WIDE = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 """Byte order marks of encodings whose records cannot be found by their bytes."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -47,8 +50,9 @@ class JSONFile(Source):
         self.path = path
         self.pictures = pictures
         self.files = (path,)
-        self._plain = _plain(path)
-        is_lines, found = _records(self._plain, path)
+        plain = _plain(path)
+        self._plain = UnchangedFile(plain)
+        is_lines, found = _records(plain, path)
         self.kind = "JSON lines" if is_lines else "JSON"
         self._places = np.fromiter(found, dtype=PLACE)
 
@@ -58,8 +62,7 @@ class JSONFile(Source):
     def row(self, index: int, *, for_training: bool = True) -> Row:
         """Parse one record."""
         _, start, size = self._places[index]
-        # Opened each time: forked loader workers would share the position of an open file.
-        with self._plain.open("rb") as file:
+        with self._plain.open() as file:
             file.seek(start)
             content = file.read(size)
         return parse_record(parse_json(content), self.pictures, for_training=for_training)
@@ -93,34 +96,76 @@ def _plain(path: Path) -> Path:
     """The file, or its copy in plain UTF-8."""
     with path.open("rb") as file:
         head = file.read(4)
-    encoding = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
-    compression = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
-    if encoding is None and compression is None:
+    if not head.startswith((GZIP, ZSTANDARD, *WIDE)):
         return path
     state = path.stat()
-    name = xxhash.xxh3_64_hexdigest(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}")
+    name = xxhash.xxh3_64_hexdigest(os.fsencode(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gpt-oss-vision", "plain")
     copy = cache / f"{name}.json"
     if not copy.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with atomic_file(copy) as target:
-            _decode(path, compression, encoding, target)
+            _decode(path, target)
     return copy
 
 
-def _decode(path: Path, compression: str | None, encoding: str | None, target: TextIO) -> None:
+def _decode(path: Path, target: TextIO) -> None:
     try:
-        if compression == "gzip":
-            with gzip.open(path) as file:
+        with _decompressed(path) as file:
+            mark = file.peek(4)[:4]
+            encoding = next((name for begin, name in WIDE.items() if mark.startswith(begin)), None)
+            if encoding is None:
                 copyfileobj(file, target.buffer)
-        elif compression == "zstandard":
-            with path.open("rb") as file:
-                zstandard.ZstdDecompressor().copy_stream(file, target.buffer)
-        else:
-            with path.open(encoding=encoding) as file:
-                copyfileobj(file, target)
-    except (EOFError, zstandard.ZstdError, gzip.BadGzipFile, UnicodeError) as error:
+            else:
+                with TextIOWrapper(file, encoding) as text:
+                    copyfileobj(text, target)
+    except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile, UnicodeError) as error:
         raise UserError(f"{path} is cut off or damaged ({error})") from error
+
+
+def _decompressed(path: Path) -> BufferedReader:
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith(GZIP):
+        return BufferedReader(gzip.open(path))
+    if head.startswith(ZSTANDARD):
+        return BufferedReader(_ZstandardFile(path))
+    return path.open("rb")
+
+
+class _ZstandardFile(RawIOBase):
+    """The content of a file of zstandard. The library's own readers end quietly where the file is cut off.
+
+    Raises:
+        EOFError: on reading, it is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._content = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Decompress until there is something, or the file ends."""
+        while not self._content:
+            rest = self._frame.unused_data if self._frame.eof else b""
+            if not (read := rest or self._file.read(2**17)):
+                if not self._frame.eof:
+                    raise EOFError("the last frame is not whole")
+                return 0
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._content = self._frame.decompress(read)
+        taken, self._content = self._content[: len(buffer)], self._content[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _records(plain: Path, path: Path) -> tuple[bool, Iterator[tuple[int, int, int]]]:

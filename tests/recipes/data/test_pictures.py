@@ -1,0 +1,113 @@
+"""Images on hosts, in parts of files and as bytes; images that are too large or broken."""
+
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from gpt_oss_vision.recipes.data.findings import examine
+from gpt_oss_vision.recipes.data.pictures import Picture, Pictures, UnusableRow
+from gpt_oss_vision.recipes.data.sources.opening import open_source
+from records import write_lines
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[ThreadingHTTPServer]:
+    """A server with `red.png`; /to/HOST redirects to it on HOST, /cut ends early, /back redirects forever."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.startswith(("/to/", "/back")):
+                self.send_response(302)
+                host = self.path.removeprefix("/to/")
+                place = "/back" if self.path == "/back" else f"http://{host}:{self.server.server_port}/red.png"
+                self.send_header("Location", place)
+                self.end_headers()
+                return
+            content = (folder / "red.png").read_bytes()
+            self.server.read.append(self.headers["Host"].partition(":")[0])
+            self.send_response(200 if self.path != "/gone.png" else 404)
+            self.send_header("Content-Length", str(len(content) + (self.path == "/cut.png")))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.read = []
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def address(server: ThreadingHTTPServer) -> str:
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def find(folder: Path, name: str, *hosts: str) -> Picture:
+    return Pictures(folder, frozenset(hosts)).find(name)
+
+
+def test_an_image_on_an_allowed_host_is_fetched_and_on_another_refused(folder, address, server):
+    assert find(folder, f"{address}/red.png", "127.0.0.1").read() == (folder / "red.png").read_bytes()
+    with pytest.raises(UnusableRow, match=r"data.allowed_hosts=\[127.0.0.1\]"):
+        find(folder, f"{address}/red.png", "example.org")
+    assert server.read == ["127.0.0.1"]
+
+
+def test_a_redirect_is_followed_to_an_allowed_host_and_to_no_other(folder, address, server):
+    picture = find(folder, f"{address}/to/localhost", "127.0.0.1")
+    with pytest.raises(OSError, match=r"redirected to http://localhost:.*/red.png, whose host is not allowed"):
+        picture.read()
+    assert server.read == []
+    picture = find(folder, f"{address}/to/localhost", "127.0.0.1", "localhost")
+    assert picture.read() == (folder / "red.png").read_bytes()
+    assert server.read == ["localhost"]
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/cut.png", "IncompleteRead"),
+        ("/gone.png", "HTTP Error 404"),
+        ("/back", "infinite loop"),
+        ("/to/localhost", "redirected to"),
+    ],
+)
+def test_an_image_that_cannot_be_fetched_is_named(folder, processor, address, path, why):
+    write_lines(folder / "data.jsonl", [{"text": "A cat.", "image": address + path}])
+    source = open_source(folder / "data.jsonl", allowed_hosts=frozenset({"127.0.0.1"}))
+    [skipped] = examine(source, processor).skipped
+    assert path in skipped.reason
+    assert why in skipped.reason
+
+
+def test_a_part_of_a_file_is_read_alone(folder):
+    content = (folder / "red.png").read_bytes()
+    (folder / "data").write_bytes(b"before" + content + b"after")
+    picture = Picture("red.png", path=folder / "data", start=6, size=len(content))
+    assert picture.read() == content
+    assert picture.source().size == (12, 9)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_an_image_of_a_hundred_megapixels_is_refused_by_its_header(folder, processor, side):
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    (folder / "bomb.png").write_bytes(bomb)
+    write_lines(folder / "data.jsonl", [{"text": "A cat.", "image": "bomb.png"}])
+    [skipped] = examine(open_source(folder / "data.jsonl"), processor).skipped
+    assert "image bomb.png is broken" in skipped.reason
+    assert "decompression bomb" in skipped.reason
