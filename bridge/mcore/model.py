@@ -92,11 +92,23 @@ class MCoreGPTOSSVisionModel(GPTModel):
         )
         is_loss = self.post_process and labels is not None and loss_mask is not None
         if is_loss and self.training:
-            follows = slice_for_context_parallel(after_image(is_visual, packed_seq_params), 1, cp_group)
-            if source_ids is not None:
-                source_ids = slice_for_context_parallel(source_ids, 1, cp_group)
-            self.batch_statistics.add_losses(output, loss_mask, follows, packed_seq_params, source_ids)
+            self._count_losses(output, loss_mask, is_visual, packed_seq_params, source_ids)
         return (output, loss_mask) if is_loss and cp_group.size() > 1 else output
+
+    def _count_losses(
+        self,
+        losses: torch.Tensor,
+        loss_mask: torch.Tensor,
+        is_visual: torch.Tensor,
+        packed: PackedSeqParams | None,
+        source_ids: torch.Tensor | None,
+    ) -> None:
+        """Add a microbatch to the statistics; losses and mask are this rank's, ``[b, s / cp]``, the others whole."""
+        cp_group = self.pg_collection.cp
+        follows = slice_for_context_parallel(after_image(is_visual, packed), 1, cp_group)
+        if source_ids is not None:
+            source_ids = slice_for_context_parallel(source_ids, 1, cp_group)
+        self.batch_statistics.add_losses(losses, loss_mask, follows, packed, source_ids)
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``[b, s]`` bool, true at placeholder tokens."""

@@ -165,7 +165,7 @@ def check_files(
     """
     console = Console(stderr=True, highlight=False)
     for path in paths:
-        source = open_source(path, image_folder=image_folder)
+        source = open_source(path, image_folder=image_folder, seq_length=seq_length)
         if not len(source):
             raise UserError(f"{source.title} has no rows.")
         options = {"decode_images": decode_images, "learned_parts": learned_parts}

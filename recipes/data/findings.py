@@ -127,6 +127,8 @@ def examine(
         try:
             row = source.row(number)
             text = check_text(row, processor) if row.tokens is None else None
+            if row.tokens is not None and (largest := int(row.tokens.max())) >= len(processor.tokenizer):
+                raise UnusableRow(f"token {largest} is outside the vocabulary of {len(processor.tokenizer):,}")
             tokens, learned = count_tokens(row, text, processor, learned_parts)
             if not learned:
                 raise UnusableRow("no token to learn")

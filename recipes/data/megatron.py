@@ -286,8 +286,12 @@ class ChatDatasetProvider(DatasetProvider):
         return sources, found
 
     def _source(self, part: Part) -> Source:
-        folder = part.image_folder or self.image_folder
-        return open_source(part.path, image_folder=folder, allowed_hosts=frozenset(self.allowed_hosts))
+        return open_source(
+            part.path,
+            image_folder=part.image_folder or self.image_folder,
+            allowed_hosts=frozenset(self.allowed_hosts),
+            seq_length=self.seq_length,
+        )
 
 
 @dataclass(kw_only=True)

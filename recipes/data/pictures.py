@@ -3,6 +3,7 @@
 import base64
 import binascii
 import math
+import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -213,20 +214,22 @@ def resolve_image(name: str, folder: Path) -> Path:
         if windows.drive:
             raise UnusableRow(f"image {name:.80} is on a drive of Windows")
         name = windows.as_posix()
-    if Path(name).is_absolute():
+    if os.path.isabs(name):
         return Path(name)
     try:
-        folder, path = _resolved(folder), _resolved((folder / name).parent) / Path(name).name
-        if path.name in ("", "..") or path.is_symlink():
-            path = path.resolve()
+        directory, file = os.path.split(name)
+        root, inside = _resolved(os.fspath(folder)), _resolved(os.path.join(folder, directory))
+        path = os.path.join(inside, file)
+        if file in ("", ".", "..") or os.path.islink(path):
+            path = os.path.realpath(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise UnusableRow(f"image {name!r:.80} is no path ({error})") from error
-    if not path.is_relative_to(folder):
+    if path != root and not path.startswith(root.rstrip("/") + "/"):
         raise UnusableRow(f"image {name} leaves the data folder; a file elsewhere needs its absolute path")
-    return path
+    return Path(path)
 
 
 @lru_cache(maxsize=4096)
-def _resolved(folder: Path) -> Path:
+def _resolved(folder: str) -> str:
     """A folder without links; the images of a source are in few folders."""
-    return folder.resolve()
+    return os.path.realpath(folder)

@@ -92,13 +92,29 @@ class UnchangedFile:
         self.check()
         return self.path.open("rb")
 
+    def read(self, start: int, size: int) -> bytes:
+        """Some bytes of it.
+
+        Raises:
+            UserError: as of `check`.
+        """
+        file = os.open(self.path, os.O_RDONLY)
+        try:
+            self._refuse_change(os.fstat(file))
+            return os.pread(file, size, start)
+        finally:
+            os.close(file)
+
     def check(self) -> None:
         """Refuse another file, or one that has been written to, since this object was made.
 
         Raises:
             UserError: it is so.
         """
-        if _state(os.stat(self.path)) != self._state:
+        self._refuse_change(os.stat(self.path))
+
+    def _refuse_change(self, found: os.stat_result) -> None:
+        if _state(found) != self._state:
             raise UserError(f"{self.path} has changed since it was opened; data must stay as it is during a run")
 
 

@@ -62,9 +62,7 @@ class JSONFile(Source):
     def row(self, index: int, *, for_training: bool = True) -> Row:
         """Parse one record."""
         _, start, size = self._places[index]
-        with self._plain.open() as file:
-            file.seek(start)
-            content = file.read(size)
+        content = self._plain.read(start, size)
         return parse_record(parse_json(content), self.pictures, for_training=for_training)
 
     def place(self, index: int) -> tuple[str, int | str]:

@@ -304,3 +304,12 @@ def test_tokens_that_are_cut_off_are_named(tokens, name, why):
 def test_tokens_need_the_length_of_a_row(tokens):
     with pytest.raises(UserError, match="holds tokens, which are cut into rows for training alone"):
         open_source(tokens)
+
+
+def test_tokens_outside_the_vocabulary_cannot_be_used(tokens, processor):
+    source = open_source(tokens.with_suffix(".bin") if tokens.suffix != ".bin" else tokens, seq_length=6)
+    largest = max(int(source.row(index).tokens.max()) for index in range(len(source)))
+    small = copy.copy(processor)
+    small.tokenizer = type("Small", (), {"__len__": lambda _: largest})()
+    found = examine(source, small)
+    assert any(f"token {largest} is outside the vocabulary of {largest}" in row.reason for row in found.skipped)
