@@ -1,5 +1,6 @@
 """The commands `recipes` and `train` before any training: what they print, and how fast."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -103,3 +104,34 @@ def test_a_recipe_says_what_it_costs(tmp_path: Path):
     assert "ranks         8 H100 SXM 80 GB; 21.22B parameters in all" in said
     assert "GPU-hours     22.3 per billion tokens, 164 in all (at 300 TFLOP/s per GPU)" in said
     assert "an image is 258 of them" in said
+
+
+CHECKED = '{"text": "Cats sleep most of the day."}\n' * 98
+
+
+@pytest.mark.usefixtures("_warm")
+@pytest.mark.parametrize(("bad", "options", "code"), [(0, (), 0), (2, (), 1), (2, ("--max-skipped", "0.1"), 0)])
+def test_data_that_cannot_be_used_fails_a_check(bad: int, options: tuple[str, ...], code: int, tmp_path: Path):
+    rows, output, numbers = tmp_path / "rows.jsonl", tmp_path / "output", tmp_path / "numbers.json"
+    rows.write_text(CHECKED + "{\n" * bad)
+    line = ("data", "check", str(rows), "--recipe", "gpt_oss_vision_tiny_sft", "--json", str(numbers), *options)
+    assert forked.run(*line, output=output) == code
+    said, found = output.read_text(), json.loads(numbers.read_text())
+    assert (found["rows"], found["usable"], len(found["skipped"])) == (98 + bad, 98, bad)
+    assert "format        JSON lines: 98 text" in said
+    assert "2 an epoch of 64 rows" in said
+    assert (tmp_path / "rows.jsonl.lock").exists()
+
+
+@pytest.mark.usefixtures("_warm")
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("", "rows.jsonl is empty"), ('[{"text": "a"}, {"te', "is malformed JSON, or cut off"), (None, "No such file")],
+)
+def test_a_file_that_cannot_be_checked_is_named(content: str | None, sentence: str, tmp_path: Path):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "output"
+    if content is not None:
+        rows.write_text(content)
+    assert forked.run("data", "check", str(rows), output=output) == 1
+    assert sentence in output.read_text()
+    assert not (tmp_path / "rows.jsonl.lock").exists()

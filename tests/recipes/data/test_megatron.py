@@ -29,9 +29,12 @@ from megatron.bridge.training.vlm_step import get_batch_from_iterator
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data import megatron
-from gpt_oss_vision.recipes.data.findings import Findings
+from gpt_oss_vision.recipes.data.findings import Findings, examine
+from gpt_oss_vision.recipes.data.lock import lock_of, write_lock
 from gpt_oss_vision.recipes.data.megatron import ChatBatches, ChatDatasetProvider, DigitsDatasetProvider
+from gpt_oss_vision.recipes.data.rows import Skipped
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX
+from gpt_oss_vision.recipes.data.sources.opening import open_source
 
 SEQ_LENGTH = 40
 ROWS = 6
@@ -202,6 +205,33 @@ def test_other_weights_say_which_samples_are_read_again_or_left_out(mixed, packi
         assert said[0] == "the next 10 samples of train.jsonl are left out"
         assert said[1] == "the last 10 samples of texts.jsonl are read again"
     assert provider.describe_change({"sources": mixed["sources"]}, 40) == []
+
+
+def test_training_takes_up_a_lock_and_does_not_check_again(fields, processor):
+    path, source = Path(fields["path"]), open_source(fields["path"])
+    processor = ChatDatasetProvider(**fields).processor()
+    found = examine(source, processor)
+    found.lengths[0] = 0  # something that a check would not find
+    found.skipped.insert(0, Skipped(0, str(path), 1, "left out by hand"))
+    write_lock(lock_of(path), source, found, processor, decode_images=False)
+    dataset = train_set(fields).dataset
+    assert next(iter(dataset.skipped)).reason == "left out by hand"
+    assert len(dataset) == ROWS - 1
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(UserError, match=r"train.jsonl.lock does not fit: .*train.jsonl has"):
+        train_set(fields)
+
+
+def test_ranks_take_up_a_lock(fields):
+    source, processor = open_source(fields["path"]), ChatDatasetProvider(**fields).processor()
+    alone = [sample["input_ids"].tolist() for sample in train_set(fields).dataset]
+    write_lock(lock_of(fields["path"]), source, examine(source, processor), processor, decode_images=False)
+    assert cpu.run_ranks(2, _tokens_of_all_samples, fields, timeout=60) == [alone] * 2
+
+
+def _tokens_of_all_samples(fields: dict[str, Any]) -> list[list[int]]:
+    torch.distributed.init_process_group("gloo")
+    return [sample["input_ids"].tolist() for sample in train_set(fields).dataset]
 
 
 def test_a_path_and_sources_contradict_each_other(fields):
