@@ -27,6 +27,8 @@ from .sources.base import Source
 
 VERSION = 1
 CHUNK = 2**24
+FILE_FORMAT = ("auto_map", "image_processor_type", "processor_class")
+"""Settings of an image processor that say how it is saved; some are there only after it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +171,11 @@ def content_hash(file: Path) -> str:
 
 def processor_hash(processor: GPTOSSVisionProcessor) -> str:
     """A hash of all that decides tokens and pixels."""
+    settings = processor.image_processor.to_dict()
     parts: Sequence[str] = (
         processor.tokenizer.backend_tokenizer.to_str(),
         str(processor.chat_template),
-        processor.image_processor.to_json_string(),
+        json.dumps({name: value for name, value in settings.items() if name not in FILE_FORMAT}, sort_keys=True),
         f"{processor.num_image_tokens} {processor.image_token}",
     )
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.check import Check, check_source, histogram, together
 from gpt_oss_vision.recipes.data.findings import KINDS, Findings, examine
-from gpt_oss_vision.recipes.data.lock import lock_of, read_lock, write_lock
+from gpt_oss_vision.recipes.data.lock import lock_of, processor_hash, read_lock, write_lock
 from gpt_oss_vision.recipes.data.sources.opening import open_source
 
 
@@ -151,6 +152,18 @@ def test_a_lock_that_does_not_fit_is_refused(rows, processor, change):
     finally:
         if change == "processor":
             processor.num_image_tokens -= 1
+
+
+def test_a_processor_has_the_same_hash_before_and_after_it_was_saved(processor, tmp_path):
+    fresh = GPTOSSVisionProcessor(
+        GPTOSSVisionImageProcessor(**processor.image_processor.to_dict() | {"auto_map": None}),
+        processor.tokenizer,
+        num_image_tokens=processor.num_image_tokens,
+    )
+    fresh.image_processor.__dict__.pop("auto_map", None)
+    before = processor_hash(fresh)
+    fresh.save_pretrained(tmp_path)
+    assert processor_hash(fresh) == processor_hash(GPTOSSVisionProcessor.from_pretrained(tmp_path)) == before
 
 
 def test_the_lock_of_a_pattern_is_in_the_folder_in_front_of_it(folder):
