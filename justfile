@@ -82,13 +82,13 @@ docs:
 quickstart *ARGS:
     uv run gpt-oss-vision quickstart {{ARGS}}
 
-# A report as a browser shows it, wide and light, narrow and dark; needs chromium
-screenshots REPORT:
+# A report or a page of samples as a browser shows it, wide and light, narrow and dark; needs chromium
+screenshots PAGE:
     #!/usr/bin/env bash
     set -euo pipefail
-    report=$(realpath {{REPORT}})
+    page=$(realpath {{PAGE}})
     for look in "wide 1280,4400 1" "narrow 500,8600 0"; do
         set -- $look
         chromium --headless=new --no-sandbox --hide-scrollbars --user-data-dir="$(mktemp -d)" --window-size="$2" \
-            --blink-settings=preferredColorScheme="$3" --screenshot="${report%.html}-$1.png" "file://$report"
+            --blink-settings=preferredColorScheme="$3" --screenshot="${page%.html}-$1.png" "file://$page"
     done

@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from json import dumps
 from pathlib import Path
@@ -29,20 +29,18 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
     text = "Look at data before a run."
     group = commands.add_parser("data", help=text, description=text, allow_abbrev=False)
-    add = add_command(group.add_subparsers(title="actions", metavar="ACTION", required=True), check).add_argument
-    add("file", nargs="+", metavar="FILE", help="a file, a folder or a pattern in quotes")
-    add("--processor", type=Path, metavar="DIR", help="processor of the weights (that of the tiny model)")
-    add("--recipe", metavar="RECIPE", help="count the steps that this recipe takes")
-    add("--seq-length", type=at_least(1), metavar="N", help="longest row in tokens (that of the recipe, or 8192)")
-    add("--image-folder", type=Path, metavar="DIR", help="where paths of images start (the folder of each file)")
+    actions = group.add_subparsers(title="actions", metavar="ACTION", required=True)
+    add = _add_data_command(actions, check)
     add("--decode", action="store_true", help="decode all images, and not only read their headers")
-    add(
-        "--learned-turns", choices=("all", "last"), default="all", help="as data.learned_turns of the run (%(default)s)"
-    )
-    add("--learned-channels", choices=("all", "final"), default="all", help="as data.learned_channels (%(default)s)")
     add("--max-skipped", type=at_least(0.0), default=0.01, metavar="F", help="share that may be skipped (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the numbers, and all skipped rows, to this file")
     add("--no-lock", action="store_true", help="do not write FILE.lock, which a run takes in place of checking again")
+
+    add = _add_data_command(actions, show)
+    add("-o", "--out", type=Path, metavar="FILE.html", help="the page (name of the first FILE, with .html)")
+    add("--overwrite", action="store_true", help="replace an --out that is no such page")
+    add("--rows", type=at_least(0), default=20, metavar="N", help="how many of the strangest rows (%(default)s)")
+    add("--text", action="store_true", help="print the samples instead, for a terminal")
 
     add = add_command(commands, quickstart).add_argument
     add("--out", type=Path, default="out", metavar="DIR", help="folder for checkpoints, plots and report (%(default)s)")
@@ -66,6 +64,21 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("--temperature", type=at_least(0.0), default=0.0, metavar="T", help="0 takes the likeliest token (%(default)s)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same answer (%(default)s)")
     add("--int8", action="store_true", help="hold the weights in 8 bits")
+
+
+def _add_data_command(actions: argparse._SubParsersAction, run: Callable[..., int]) -> Callable[..., Any]:
+    """Add a command that reads rows; return what adds its own options."""
+    add = add_command(actions, run).add_argument
+    add("file", nargs="+", metavar="FILE", help="a file, a folder or a pattern in quotes")
+    add("--processor", type=Path, metavar="DIR", help="processor of the weights (that of the tiny model)")
+    add("--recipe", metavar="RECIPE", help="count the steps that this recipe takes")
+    add("--seq-length", type=at_least(1), metavar="N", help="longest row in tokens (that of the recipe, or 8192)")
+    add("--image-folder", type=Path, metavar="DIR", help="where paths of images start (the folder of each file)")
+    add(
+        "--learned-turns", choices=("all", "last"), default="all", help="as data.learned_turns of the run (%(default)s)"
+    )
+    add("--learned-channels", choices=("all", "final"), default="all", help="as data.learned_channels (%(default)s)")
+    return add
 
 
 def train(recipe: str, settings: Sequence[str], dry_run: bool) -> int:
@@ -111,25 +124,20 @@ def check(
     What was found is kept beside each file, as FILE.lock; a run takes it in place of checking again. The exit code is 1
     where more than --max-skipped of the rows cannot be used.
     """
-    from .catalog import find
-
-    chosen = None if recipe is None else find(recipe)
-    length = seq_length or (chosen.seq_length if chosen else 8192)
+    length, rows_per_step = _lengths_of(recipe, seq_length)
     if json is not None:
         from ..atomic import check_file
 
         check_file(json, "--json", overwrite=True)
-    from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
     from .data.check import check_files, together
     from .data.samples import Learned
-    from .data.tiny import tiny_processor
 
     found = []
     for each in check_files(
         file,
-        tiny_processor if processor is None else lambda: GPTOSSVisionProcessor.from_pretrained(processor),
+        _processor_of(processor),
         length,
-        rows_per_step=chosen and chosen.tokens_per_step // chosen.seq_length,
+        rows_per_step=rows_per_step,
         image_folder=image_folder,
         decode_images=decode,
         learned_parts=Learned(learned_turns, learned_channels),
@@ -143,6 +151,81 @@ def check(
         with atomic_file(json) as out:
             out.write(dumps(together(found), indent=2) + "\n")
     return 1 if any(each.share_skipped > max_skipped for each in found) else 0
+
+
+def show(
+    file: Sequence[str],
+    processor: Path | None,
+    recipe: str | None,
+    seq_length: int | None,
+    image_folder: Path | None,
+    learned_turns: Literal["all", "last"],
+    learned_channels: Literal["all", "final"],
+    out: Path | None,
+    overwrite: bool,
+    rows: int,
+    text: bool,
+) -> int:
+    """Show samples as the model receives them: images, tokens, and which tokens are learned.
+
+    They are the longest rows, the shortest, the strangest, and some that are spread evenly. A FILE.lock of `data check`
+    is taken in place of checking all rows.
+    """
+    if text and (out is not None or overwrite):
+        raise UsageError("--text prints the samples; --out and --overwrite go with the page")
+    length, rows_per_step = _lengths_of(recipe, seq_length)
+    if out is None:
+        first = Path(file[0])
+        out = Path(f"{first.name.translate(dict.fromkeys(map(ord, '*?[]'), '_')) or first.resolve().name}.html")
+    if not text:
+        from ..atomic import check_file
+        from .pages.environment import is_page_of
+
+        check_file(out, "--out", overwrite=overwrite or is_page_of(out, "data show"))
+    from .data.samples import Learned
+    from .data.show import show_files
+
+    sources = show_files(
+        file,
+        _processor_of(processor),
+        length,
+        rows_per_step=rows_per_step,
+        image_folder=image_folder,
+        learned_parts=Learned(learned_turns, learned_channels),
+        strangest=rows,
+    )
+    if text:
+        from .data.show_text import print_text
+
+        for source in sources:
+            print(_table(str(source.check.source.title), source.check), flush=True)
+            print_text(source)
+        return 0
+    from ..atomic import atomic_file
+    from .data.show_page import page_of
+
+    page = page_of([*sources])
+    with atomic_file(out) as written:
+        written.write(page)
+    print(f"The samples are in {out}; open it in a browser.")
+    return 0
+
+
+def _lengths_of(recipe: str | None, seq_length: int | None) -> tuple[int, int | None]:
+    """The longest row in tokens, and the rows of a step, None without a recipe."""
+    from .catalog import find
+
+    chosen = None if recipe is None else find(recipe)
+    length = seq_length or (chosen.seq_length if chosen else 8192)
+    return length, chosen and chosen.tokens_per_step // chosen.seq_length
+
+
+def _processor_of(folder: Path | None) -> Callable[[], Any]:
+    """What loads the processor of a folder, or makes that of the tiny model."""
+    from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+    from .data.tiny import tiny_processor
+
+    return tiny_processor if folder is None else lambda: GPTOSSVisionProcessor.from_pretrained(folder)
 
 
 def _dry_run(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any], out: Path) -> int:

@@ -74,7 +74,8 @@ RULES = {
     "recipes/commands.py": Rule(
         ("recipes", "conversion", "bridge", "errors", "arguments", "atomic", "terminal"), frozenset()
     ),
-    "recipes/data": Rule(("bridge", "errors", "atomic", "terminal")),
+    "recipes/pages": Rule((), frozenset({"jinja2", "markupsafe"})),
+    "recipes/data": Rule(("recipes.pages", "bridge", "errors", "atomic", "terminal")),
     "recipes/inference": Rule(("recipes.data", "bridge", "errors", "atomic", "terminal")),
     "recipes/training/schema.py": Rule((), frozenset()),
     "recipes/training/values.py": Rule(("recipes.training.schema", "errors"), frozenset({"hydra", "omegaconf"})),
@@ -85,7 +86,10 @@ RULES = {
         (*(f"recipes.training.{name}" for name in ("schema", "settings_file", "values")), "errors"), frozenset()
     ),
     "recipes/training": Rule(
-        ("recipes.data", "recipes.inference", "conversion.formats.hf_files", "bridge", "errors", "atomic", "terminal")
+        (
+            *("recipes.data", "recipes.inference", "recipes.pages", "conversion.formats.hf_files"),
+            *("bridge", "errors", "atomic", "terminal"),
+        )
     ),
     "recipes/base.py": Rule(("recipes.data", "recipes.training", "bridge", "errors")),
     **{f"recipes/{task}.py": Rule(("recipes.base", "recipes.training.peft"), frozenset()) for task in RECIPE_FILES},
@@ -396,7 +400,7 @@ def test_commands_that_are_written_down_exist(file: Path):
     for name, *words in commands_in(code):
         assert name in {*COMMANDS, "--help"}, f"{name_of(file)} speaks of `gpt-oss-vision {name}`"
         command = COMMANDS[name] if words else None
-        if name == "convert" and words:
+        if name in {"convert", "data"} and words:
             command = command._subparsers._group_actions[0].choices[words.pop(0)]
         options = command._option_string_actions.keys() if command else set()
         for word in words:

@@ -79,7 +79,7 @@ def _parsed_row(record: Mapping[str, Any], images: list[Picture], pictures: Pict
     match [name for name in (*CHATS, "texts") if name in record]:
         case []:
             return _text_row(record, images)
-        case ["texts"]:
+        case ["texts" as name]:
             shape, messages = "texts", list(_turns(record["texts"]))
         case [name]:
             shape, messages = _shape(name, record), _messages(record[name], name)
@@ -90,7 +90,13 @@ def _parsed_row(record: Mapping[str, Any], images: list[Picture], pictures: Pict
     messages, placed = _place_images([_with_parts(message) for message in messages], images, pictures)
     if for_training:
         _refuse_without_answer(messages)
-    return Row(messages=messages, images=placed, tools=_tools(record, messages), shape=shape)
+    return Row(
+        messages=messages,
+        images=placed,
+        tools=_tools(record, messages),
+        shape=shape,
+        left_out=tuple(_left_out(record, name)),
+    )
 
 
 def has_own_images(record: Mapping[str, Any]) -> bool:
@@ -122,6 +128,17 @@ def _refuse_other_keys(record: Mapping[str, Any]) -> None:
     for key in others:
         if (meant := _meant(key)) is not None:
             raise UnusableRow(f'{json.dumps(key)} is not read; is "{meant}" meant?')
+
+
+def _left_out(record: Mapping[str, Any], name: str) -> Iterator[str]:
+    """The keys of a record, and of its messages, that are not read; `name` is that of its chat or text."""
+    read = {name, "image", "images"} | (set() if name == "text" else {"system", "tools"})
+    yield from (key for key in record if key not in read)
+    if name == "texts":
+        others = (key for turn in record[name] for key in turn if key not in ("user", "assistant"))
+        yield from (f"{key} of turns" for key in dict.fromkeys(others))
+    elif name != "text" and any(message.get("tool_call_id") is not None for message in record[name]):
+        yield "tool_call_id of messages"
 
 
 def _refuse_named_media(record: Mapping[str, Any], *, beside_images: bool) -> None:
@@ -189,7 +206,8 @@ def _listed(record: Mapping[str, Any]) -> list[Any]:
 def _text_row(record: Mapping[str, Any], images: list[Picture]) -> Row:
     match record:
         case {"text": str(text)}:
-            return Row(text=text, images=tuple(images), shape="text with images" if images else "text")
+            shape = "text with images" if images else "text"
+            return Row(text=text, images=tuple(images), shape=shape, left_out=tuple(_left_out(record, "text")))
         case {"text": _}:
             raise UnusableRow('"text" is no text')
     raise UnusableRow('neither an object with "messages" nor one with "text"')

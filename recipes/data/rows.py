@@ -31,6 +31,7 @@ class Row:
         images: in the order of their places.
         tools: definitions, for the chat template.
         shape: name of the format that it was read from.
+        left_out: keys of the record that are not read.
     """
 
     messages: list[dict[str, Any]] | None = None
@@ -39,6 +40,7 @@ class Row:
     images: tuple[Picture, ...] = ()
     tools: list[Any] | None = None
     shape: str = ""
+    left_out: tuple[str, ...] = ()
 
     def chat(self) -> list[dict[str, Any]]:
         """The messages with their images, as `apply_chat_template` opens them.

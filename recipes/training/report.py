@@ -21,9 +21,10 @@ from ...atomic import atomic_file
 from ...bridge.mcore.memory import GIB, MemoryEstimate
 from ...bridge.mcore.router_statistics import MODALITIES, entropy, overlap
 from ...terminal import say
-from . import charts
+from ..pages import charts
+from ..pages.charts import Line, line_chart, with_mean
+from ..pages.environment import environment
 from .answers import NEW_TOKENS, Answer, answers
-from .charts import Line, line_chart, with_mean
 from .experts import read_expert_counts
 from .metrics import OF_SOURCE, Metrics
 from .peak import PeakMemory
@@ -188,10 +189,9 @@ def write_report(folder: Path, run: Run, metrics: Metrics) -> None:
 
 
 def _template() -> jinja2.Template:
-    text = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": charts.number, "gib": _gib, "when": _when}
-    return environment.from_string(text)
+    templates = environment(Path(__file__).parent, "train")
+    templates.filters |= {"number": charts.number, "gib": _gib, "when": _when}
+    return templates.get_template("report.html.jinja")
 
 
 def _summary(run: Run, metrics: Metrics, sessions: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:

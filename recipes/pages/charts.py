@@ -1,4 +1,4 @@
-"""Figures of the report as SVG: lines over steps or layers, and heat maps. Colours are those of the page's style sheet.
+"""Figures of pages as SVG: lines over steps or layers, bars, and heat maps. Colours are in the style sheet.
 
 Drawn here and not by matplotlib, whose figures know one background, and take a second at every checkpoint.
 """
@@ -119,6 +119,23 @@ def heat_map(
     return _svg(title, height, drawn)
 
 
+def bar_chart(bars: Sequence[tuple[str, int]], x_label: str, y_label: str) -> Markup:
+    """A bar for each name, with its number above it."""
+    most, width = max(count for _, count in bars), (WIDTH - LEFT - RIGHT) / len(bars)
+    y = Axis(0.0, 1.12 * max(most, 1))
+    named, drawn = _some(len(bars), 9), [*_scale(y)]
+    for index, (name, count) in enumerate(bars):
+        middle, top = LEFT + (index + 0.5) * width, _y(y, count)
+        place = f'x="{middle - 0.41 * width:.1f}" y="{top:.1f}" width="{0.82 * width:.1f}"'
+        said = f"<title>{escape(name)}: {count:,}</title>"
+        drawn.append(f'<rect class="c0 cells" {place} height="{HEIGHT - BOTTOM - top:.1f}">{said}</rect>')
+        if count and len(bars) <= 12:
+            drawn.append(_text(middle, top - 5, f"{count:,}", "middle"))
+        if index in named:
+            drawn.append(_text(middle, HEIGHT - BOTTOM + 16, name, "middle"))
+    return _svg(f"{y_label} by {x_label}", HEIGHT, [*drawn, *_base(), *_labels(x_label, y_label, HEIGHT)])
+
+
 def with_mean(name: str, points: Sequence[tuple[float, float]], color: int = 0) -> list[Line]:
     """A line; of more than 200 points, faint, and with the mean over a hundredth of them."""
     window = len(points) // 100
@@ -169,15 +186,23 @@ def _round_step(least: float) -> float:
 
 
 def _axes(x: Axis, y: Axis, x_label: str, y_label: str) -> Iterator[str]:
+    yield from _scale(y)
+    for tick in x.ticks(7):
+        if tick == round(tick):
+            yield _text(_x(x, tick), HEIGHT - BOTTOM + 16, _short(tick), "middle")
+    yield from _base()
+    yield from _labels(x_label, y_label, HEIGHT)
+
+
+def _scale(y: Axis) -> Iterator[str]:
     for tick in y.ticks(6):
         place = _y(y, tick)
         yield f'<path class="grid" d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}"/>'
         yield _text(LEFT - 7, place + 4, _short(tick), "end")
-    for tick in x.ticks(7):
-        if tick == round(tick):
-            yield _text(_x(x, tick), HEIGHT - BOTTOM + 16, _short(tick), "middle")
+
+
+def _base() -> Iterator[str]:
     yield f'<path class="axis" d="M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>'
-    yield from _labels(x_label, y_label, HEIGHT)
 
 
 def _labels(x_label: str, y_label: str, height: int) -> list[str]:

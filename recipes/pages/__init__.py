@@ -1,0 +1,1 @@
+"""Pages of HTML that need no other file: the frame with its style sheet, and charts."""
