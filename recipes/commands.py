@@ -42,6 +42,14 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("--rows", type=at_least(0), default=20, metavar="N", help="how many of the strangest rows (%(default)s)")
     add("--text", action="store_true", help="print the samples instead, for a terminal")
 
+    add = add_command(actions, convert).add_argument
+    add("file", nargs="+", metavar="FILE", help="a file, a folder or a pattern in quotes")
+    add("--to", required=True, choices=("jsonl", "webdataset"), help="tar files, or folders with rows and images")
+    add("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    add("--rows-per-shard", type=at_least(1), default=1000, metavar="N", help="rows of a shard (%(default)s)")
+    add("--image-folder", type=Path, metavar="DIR", help="where paths of images start (the folder of each file)")
+    add("--max-skipped", type=at_least(0.0), default=0.01, metavar="F", help="share that may be left out (%(default)s)")
+
     add = add_command(commands, quickstart).add_argument
     add("--out", type=Path, default="out", metavar="DIR", help="folder for checkpoints, plots and report (%(default)s)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same result (%(default)s)")
@@ -208,6 +216,27 @@ def show(
     with atomic_file(out) as written:
         written.write(page)
     print(f"The samples are in {out}; open it in a browser.")
+    return 0
+
+
+def convert(
+    file: Sequence[str],
+    to: Literal["jsonl", "webdataset"],
+    out: Path,
+    rows_per_shard: int,
+    image_folder: Path | None,
+    max_skipped: float,
+) -> int:
+    """Copy rows of any format, with their images, into shards.
+
+    Tar files are for file systems that are slow with many small files. The same command continues a conversion that was
+    interrupted.
+    """
+    from .data import convert as conversion
+    from .data.sources.opening import open_source
+
+    sources = [open_source(each, image_folder=image_folder) for each in file]
+    print(conversion.convert(sources, out, to, rows_per_shard=rows_per_shard, max_skipped=max_skipped))
     return 0
 
 

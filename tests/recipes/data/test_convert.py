@@ -1,0 +1,94 @@
+"""Rows that are converted to shards give the same samples, also after an interruption."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from gpt_oss_vision.errors import UserError
+from gpt_oss_vision.recipes.data import convert as conversion
+from gpt_oss_vision.recipes.data.convert import convert
+from gpt_oss_vision.recipes.data.samples import encode_row
+from gpt_oss_vision.recipes.data.sources.base import Source
+from gpt_oss_vision.recipes.data.sources.opening import open_source
+
+
+@pytest.fixture
+def rows(folder: Path) -> Path:
+    """A chat with two images, a chat with a thought, a text with an image, a text, and a row that cannot be read."""
+    answer = {"from": "gpt", "value": "two"}
+    records = [
+        {
+            "conversations": [{"from": "human", "value": "<image> and <image>?"}, answer],
+            "images": ["red.png", "blue.png"],
+        },
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one", "thinking": "a cat"}]},
+        {"text": "A cat: <image>", "image": "red.png"},
+        {"text": "It is a cat."},
+        {"text": "A dog.", "image": "gone.png"},
+    ]
+    (folder / "rows.json").write_text(json.dumps(records))
+    return folder / "rows.json"
+
+
+def samples(source: Source, processor: GPTOSSVisionProcessor) -> list[Any]:
+    return [encode_row(source.row(index), processor) for index in range(len(source))]
+
+
+@pytest.mark.parametrize(("to", "read"), [("webdataset", ""), ("webdataset", "*.tar"), ("jsonl", "*/rows.jsonl")])
+def test_converted_rows_give_the_same_samples(rows, processor, tmp_path, to, read):
+    out = tmp_path / "out"
+    said = convert([open_source(rows)], out, to, rows_per_shard=2, max_skipped=0.2)
+    assert said.startswith(f"4 rows are in 3 shards in {out}. {rows}: 1 of 5 rows can't be used (20.0%): line 1: ")
+    converted, given = open_source(out / read), open_source(rows)
+    assert len(converted) == 4
+    for index, sample in enumerate(samples(converted, processor)):
+        expected = encode_row(given.row(index), processor)
+        for name in ("input_ids", "labels", "pixel_values"):
+            assert (sample[name] is None) == (expected[name] is None)
+            assert expected[name] is None or torch.equal(sample[name], expected[name])
+
+
+def test_too_many_rows_that_cannot_be_read_are_an_error(rows, tmp_path):
+    with pytest.raises(UserError, match=r"1 of 5 rows .*gone.png.* At most 1.0% may be left out"):
+        convert([open_source(rows)], tmp_path / "out", "jsonl")
+
+
+@pytest.mark.parametrize("to", ["webdataset", "jsonl"])
+def test_a_conversion_that_was_killed_goes_on(folder, tmp_path, monkeypatch, to):
+    path, out = folder / "rows.jsonl", tmp_path / "out"
+    path.write_text("\n".join(json.dumps({"text": f"A cat {i}.", "image": "red.png"}) for i in range(40)))
+    whole = tmp_path / "whole"
+    convert([open_source(path)], whole, to, rows_per_shard=4)
+    child = os.fork()
+    if not child:
+        read = conversion._record
+        monkeypatch.setattr(conversion, "_record", lambda *arguments: time.sleep(0.02) or read(*arguments))
+        convert([open_source(path)], out, to, rows_per_shard=4)
+        os._exit(0)
+    while not (out / ".00002.skipped.json").exists():
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    first = next(file for file in sorted(out.iterdir()) if not file.name.startswith("."))
+    written = first.stat().st_mtime_ns
+    convert([open_source(path)], out, to, rows_per_shard=4)
+    assert first.stat().st_mtime_ns == written
+    mine, expected = (
+        {file.relative_to(top): file.read_bytes() for file in top.rglob("*") if file.is_file()} for top in (out, whole)
+    )
+    assert mine == expected
+
+
+def test_a_folder_of_something_else_is_not_touched(rows, folder, tmp_path):
+    with pytest.raises(UserError, match="is not empty, and was not made by `data convert`"):
+        convert([open_source(rows)], folder, "jsonl")
+    convert([open_source(rows)], tmp_path / "out", "jsonl", max_skipped=0.2)
+    with pytest.raises(UserError, match="holds a conversion of other data or with other options"):
+        convert([open_source(rows)], tmp_path / "out", "webdataset", max_skipped=0.2)
