@@ -72,7 +72,9 @@ def convert(
         raise UserError(
             f"{describe_skipped(source.title, skipped, len(source))} At most {max_skipped:.1%} may be left out."
         )
-    said = f"{len(source) - len(skipped):,} rows are in {len(shards):,} shards in {out}."
+    said = (
+        f"{len(source) - len(skipped):,} rows are in {out}, in {len(shards):,} shard{'s' if len(shards) > 1 else ''}."
+    )
     return f"{said} {describe_skipped(source.title, skipped, len(source))}" if skipped else said
 
 
@@ -115,7 +117,7 @@ def _named(file: Path) -> dict[str, Any]:
 
 
 def _records(source: Source, rows: range, folder: str, skipped: list[Skipped]) -> Iterator[Converted]:
-    """The rows that can be read; the others are added to `skipped`. With a folder, names of images begin with the key."""
+    """The rows that can be read; the others are added to `skipped`. In a folder, names of images begin with the key."""
     for number in rows:
         key = f"{number:09}"
         try:

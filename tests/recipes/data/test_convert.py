@@ -45,7 +45,7 @@ def samples(source: Source, processor: GPTOSSVisionProcessor) -> list[Any]:
 def test_converted_rows_give_the_same_samples(rows, processor, tmp_path, to, read):
     out = tmp_path / "out"
     said = convert([open_source(rows)], out, to, rows_per_shard=2, max_skipped=0.2)
-    assert said.startswith(f"4 rows are in 3 shards in {out}. {rows}: 1 of 5 rows can't be used (20.0%): line 1: ")
+    assert said.startswith(f"4 rows are in {out}, in 3 shards. {rows}: 1 of 5 rows can't be used (20.0%): line 1: ")
     converted, given = open_source(out / read), open_source(rows)
     assert len(converted) == 4
     for index, sample in enumerate(samples(converted, processor)):
