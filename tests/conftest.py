@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from disks import on_disk  # noqa: F401 - a fixture
 from hypothesis import settings
 
 # The same examples in every run; a deadline fails on a busy machine.

@@ -271,9 +271,15 @@ def collate_for_trainer(samples: Sequence[Sample], pad_token_id: int) -> dict[st
     The model shifts them itself. There are `pixel_values` when a row has an image.
     """
     length = max(len(sample["input_ids"]) for sample in samples)
-    batch = collate(samples, length, pad_token_id)
+    batch = collate([_completed(sample) for sample in samples], length, pad_token_id)
     is_token = torch.arange(length) < torch.tensor([[len(sample["input_ids"])] for sample in samples])
     labels = torch.full_like(batch["labels"], IGNORE_INDEX)
     labels[:, 1:] = batch["labels"][:, :-1]
     inputs = {"input_ids": batch["tokens"], "attention_mask": is_token.long(), "labels": labels}
     return inputs if batch["pixel_values"] is None else inputs | {"pixel_values": batch["pixel_values"]}
+
+
+def _completed(sample: Sample) -> Sample:
+    """A sample of which `Trainer` may have removed what is no argument of the model."""
+    ids, labels = sample["input_ids"], sample["labels"]
+    return Sample({**sample, "loss_mask": (labels != IGNORE_INDEX).float(), "source_ids": torch.zeros_like(ids)})

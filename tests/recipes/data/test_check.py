@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from disks import Disk
 from PIL import Image
 
 from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
@@ -182,3 +183,22 @@ def test_an_image_that_rows_share_is_read_once(folder, processor, monkeypatch):
     found = examine(open_source(folder / "rows.jsonl"), processor)
     assert len(opened) == 2
     assert len(found.skipped) == 5
+
+
+@pytest.mark.parametrize("on_disk", ["tmpfs"], indirect=True)
+def test_a_full_disk_leaves_the_lock_that_was_there(rows, processor, tmp_path, on_disk: Disk):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    source = open_source(rows)
+    found = Findings.of_rows(range(500_000))  # 10 MB
+
+    def run() -> None:
+        lock = disk / "rows.lock"
+        write_lock(lock, source, examine(source, processor), processor, decode_images=False)
+        before = lock.read_bytes()
+        with pytest.raises(OSError, match=f"No space left on the disk of {lock}"):
+            write_lock(lock, source, found, processor, decode_images=False)
+        assert lock.read_bytes() == before
+        assert list(disk.iterdir()) == [lock]
+
+    on_disk(disk, 2**20, run)
