@@ -8,6 +8,7 @@ tokenizer is trained on such texts, as gpt-oss's own is not at hand.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -99,11 +100,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
     arguments = parser.parse_args()
-    folder, is_child = arguments.folder, os.fork()
-    if not is_child:  # a process that has trained a tokenizer cannot be forked into others that use one
-        write(folder, arguments.rows)
-        os._exit(0)
-    assert os.waitpid(is_child, 0)[1] == 0
+    folder = arguments.folder
+    # A process that has trained a tokenizer should not be forked into others that use one.
+    writer = multiprocessing.get_context("spawn").Process(target=write, args=(folder, arguments.rows))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == 0
     started = time.perf_counter()
     source = open_source(folder / "rows.json")
     indexed = time.perf_counter() - started
