@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from gpt_oss_vision.recipes.data.samples import encode_row
+from gpt_oss_vision.recipes.data.sources.opening import open_source
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -122,3 +128,19 @@ def records(shape: Callable[[Conversation, Path], dict[str, Any]], folder: Path)
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def samples_of(path: Path | str, processor: GPTOSSVisionProcessor, **options: Any) -> list[Any]:
+    """All rows of a source as samples; the options are those of `open_source`."""
+    source = open_source(path, **options)
+    return [encode_row(source.row(index), processor) for index in range(len(source))]
+
+
+def assert_same(found: list[Any], expected: list[Any]) -> None:
+    """Compare tokens, labels and pixels of samples."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one["input_ids"].tolist() == other["input_ids"].tolist()
+        assert one["labels"].tolist() == other["labels"].tolist()
+        assert (one["pixel_values"] is None) == (other["pixel_values"] is None)
+        assert one["pixel_values"] is None or torch.equal(one["pixel_values"], other["pixel_values"])

@@ -3,9 +3,10 @@
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ CHUNK = 2000
 SUMS = ("rows", "usable", "repeated", "images", "tokens", "learned_tokens")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """What was found in a source.
 
@@ -46,6 +47,12 @@ class Check:
     seq_length: int
     rows_per_step: int | None = None
 
+    @classmethod
+    def of(cls, source: Source, found: Findings, seq_length: int, rows_per_step: int | None) -> "Check":
+        """Of what `check_source` has found, which does not know the longest row."""
+        limited = found.limited_to(seq_length, source)
+        return cls(source=source, found=limited, seq_length=seq_length, rows_per_step=rows_per_step)
+
     @property
     def share_skipped(self) -> float:
         """Rows that cannot be used, of all."""
@@ -57,14 +64,14 @@ class Check:
         shapes = ", ".join(f"{count:,} {shape}" for shape, count in self.found.shapes.most_common())
         return f"{self.source.kind}: {shapes or 'no row that can be used'}"
 
-    @property
+    @cached_property
     def packs(self) -> PackStatistics:
         """If the rows are packed."""
         usable = self.found.usable
         lengths, images = self.found.lengths[usable], self.found.images[usable]
         return PackedOrder(Order((len(usable),), seed=0), lengths, images, seq_length=self.seq_length).statistics()
 
-    @property
+    @cached_property
     def repeated(self) -> int:
         """Usable rows that are the same as one before."""
         hashes = self.found.hashes[self.found.usable]
@@ -165,15 +172,24 @@ def check_files(
     """
     console = Console(stderr=True, highlight=False)
     for path in paths:
-        source = open_source(path, image_folder=image_folder, seq_length=seq_length)
-        if not len(source):
-            raise UserError(f"{source.title} has no rows.")
+        source = open_rows(path, image_folder, seq_length)
         options = {"decode_images": decode_images, "learned_parts": learned_parts}
         found = check_source(source, make_processor, console=console, **options)
         if writes_lock:
             write_lock(lock_of(path), source, found, make_processor(), **options)
-        limited = found.limited_to(seq_length, source)
-        yield Check(source=source, found=limited, seq_length=seq_length, rows_per_step=rows_per_step)
+        yield Check.of(source, found, seq_length, rows_per_step)
+
+
+def open_rows(path: str, image_folder: Path | None, seq_length: int) -> Source:
+    """Open a source, as `open_source`.
+
+    Raises:
+        UserError: it has no rows.
+    """
+    source = open_source(path, image_folder=image_folder, seq_length=seq_length)
+    if not len(source):
+        raise UserError(f"{source.title} has no rows.")
+    return source
 
 
 def check_source(
@@ -203,10 +219,14 @@ def check_source(
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _set_up, setting) as pool:
         parts = pool.map(_examine, chunks)
         with Progress("Rows checked", len(source), console) as progress:
-            for part in parts:
-                found.merge([part])
-                progress.advance(len(part))
+            found.merge(_counted(parts, progress))
     return found
+
+
+def _counted(parts: Iterable[Findings], progress: Progress) -> Iterator[Findings]:
+    for part in parts:
+        yield part
+        progress.advance(len(part))
 
 
 _state: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """The check of rows: which can be trained on, why the others cannot, and how many tokens and images each has."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -61,13 +61,14 @@ class Findings:
         """The places in the arrays of the rows that can be used."""
         return np.flatnonzero(self.lengths)
 
-    def merge(self, others: Sequence["Findings"]) -> None:
+    def merge(self, others: Iterable["Findings"]) -> None:
         """Add what was found in some of the rows."""
         for other in others:
             for name in KINDS:
                 getattr(self, name)[np.asarray(other.numbers) - self.numbers.start] = getattr(other, name)
-            for name in ("skipped", "shapes", "modes", "sides"):
-                setattr(self, name, getattr(self, name) + getattr(other, name))
+            self.skipped.extend(other.skipped)
+            for name in ("shapes", "modes", "sides"):
+                getattr(self, name).update(getattr(other, name))
         self.skipped.sort()
 
     def limited_to(self, seq_length: int, source: Source) -> "Findings":

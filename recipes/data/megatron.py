@@ -282,7 +282,8 @@ class ChatDatasetProvider(DatasetProvider):
         sources, found = [self._source(part) for part in parts], []
         for part, source in zip(parts, sources, strict=True):
             locked = read_lock(lock_of(part.path), source, processor, **options)
-            found.append(locked or examine(source, processor, numbers=range(_rank(), len(source), _ranks()), **options))
+            share = range(_rank(), len(source), _ranks())
+            found.append(examine(source, processor, numbers=share, **options) if locked is None else locked)
         return sources, found
 
     def _source(self, part: Part) -> Source:

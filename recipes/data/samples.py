@@ -38,6 +38,9 @@ class Learned:
 
 ALL = Learned()
 
+START, CHANNEL, END = 1, 2, 3
+"""What a control token is to a message."""
+
 
 class Sample(TypedDict):
     """One row as tensors, not padded."""
@@ -153,15 +156,14 @@ def _spans(
 ) -> list[tuple[int, int]]:
     """First and last token of each message that is learned."""
     assistant, final = _words(tokenizer)
-    spans: list[tuple[int, int]] = []
     starts = [place for place in control if codes[place] == START]
-    for number, start in enumerate(starts):
-        if not _follows(input_ids, start + 1, assistant):
-            if learned_parts.turns == "last" and any(
-                _follows(input_ids, later + 1, assistant) for later in starts[number:]
-            ):
-                spans.clear()
-            continue
+    is_answer = [_follows(input_ids, start + 1, assistant) for start in starts]
+    first = 0
+    if learned_parts.turns == "last" and any(is_answer):
+        last_answer = max(number for number, answers in enumerate(is_answer) if answers)
+        first = max((number + 1 for number in range(last_answer) if not is_answer[number]), default=0)
+    spans = []
+    for start in (start for start, answers in zip(starts[first:], is_answer[first:], strict=True) if answers):
         inside = [place for place in control if start < place]
         last = next((place for place in inside if codes[place] == END), len(input_ids) - 1)
         channel = next((place for place in inside if codes[place] == CHANNEL and place < last), None)
@@ -172,9 +174,6 @@ def _spans(
 
 def _follows(input_ids: np.ndarray, place: int, word: list[int]) -> bool:
     return input_ids[place : place + len(word)].tolist() == word
-
-
-START, CHANNEL, END = 1, 2, 3
 
 
 @lru_cache(maxsize=8)

@@ -17,15 +17,13 @@ from rich.console import Console
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from ...errors import UserError
-from .check import Check, check_source
+from .check import Check, check_source, open_rows
 from .findings import Findings
 from .lock import lock_of, read_lock
 from .pictures import UNREADABLE
 from .rows import Row, Skipped, check_text, render
 from .samples import ALL, IGNORE_INDEX, Learned, Sample, encode_row
 from .sources.base import Source
-from .sources.opening import open_source
 
 EXTREMES, SPREAD = 2, 6
 """The longest and the shortest rows that are shown; those that are spread evenly over the source."""
@@ -156,16 +154,14 @@ def show_files(
     console = Console(stderr=True, highlight=False)
     processor = make_processor()
     for path in paths:
-        source = open_source(path, image_folder=image_folder, seq_length=seq_length)
-        if not len(source):
-            raise UserError(f"{source.title} has no rows.")
+        source = open_rows(path, image_folder, seq_length)
         found = read_lock(lock_of(path), source, processor, decode_images=False, learned_parts=learned_parts)
         if found is None:
             found = check_source(source, make_processor, learned_parts=learned_parts, console=console)
-        found = found.limited_to(seq_length, source)
-        chosen = choose(found, source, processor, strangest)
+        check = Check.of(source, found, seq_length, rows_per_step)
+        chosen = choose(check.found, source, processor, strangest)
         yield ShownSource(
-            check=Check(source=source, found=found, seq_length=seq_length, rows_per_step=rows_per_step),
+            check=check,
             samples={
                 heading: [show_row(source, choice, processor, learned_parts) for choice in choices]
                 for heading, choices in chosen.items()

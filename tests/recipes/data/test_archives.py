@@ -16,9 +16,19 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.dataset import ChatDataset
 from gpt_oss_vision.recipes.data.findings import examine
-from gpt_oss_vision.recipes.data.samples import encode_row
 from gpt_oss_vision.recipes.data.sources.opening import open_source
-from records import CONVERSATIONS, cauldron, llama_factory, llava, ours, png, records, write_lines
+from records import (
+    CONVERSATIONS,
+    assert_same,
+    cauldron,
+    llama_factory,
+    llava,
+    ours,
+    png,
+    records,
+    samples_of,
+    write_lines,
+)
 
 SEQ_LENGTH = 96
 
@@ -38,20 +48,6 @@ def write_members(path: Path, *members: tuple[str, bytes]) -> Path:
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return path
-
-
-def samples_of(path: Path, processor: Any) -> list[Any]:
-    source = open_source(path)
-    return [encode_row(source.row(index), processor) for index in range(len(source))]
-
-
-def assert_same(found: list[Any], expected: list[Any]) -> None:
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one["input_ids"].tolist() == other["input_ids"].tolist()
-        assert one["labels"].tolist() == other["labels"].tolist()
-        assert (one["pixel_values"] is None) == (other["pixel_values"] is None)
-        assert one["pixel_values"] is None or torch.equal(one["pixel_values"], other["pixel_values"])
 
 
 def reason(path: Path, processor: Any) -> str:

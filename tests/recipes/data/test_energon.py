@@ -24,7 +24,7 @@ from gpt_oss_vision.recipes.data.dataset import ChatDataset
 from gpt_oss_vision.recipes.data.findings import examine
 from gpt_oss_vision.recipes.data.samples import encode_row
 from gpt_oss_vision.recipes.data.sources.opening import open_source
-from records import CONVERSATIONS, Conversation, llava, ours, png, write_lines
+from records import CONVERSATIONS, Conversation, assert_same, llava, ours, png, samples_of, write_lines
 
 SEQ_LENGTH = 128
 CHATML = "megatron.bridge.data.energon.task_encoder_utils"
@@ -127,20 +127,6 @@ for call in json.loads(sys.argv[1]):
     config = chatml | {"field_map": {"conversation": "json", "imgs": "png"}}
     (root / "chats" / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(config))
     return root
-
-
-def samples_of(path: Path, processor: Any) -> list[Any]:
-    source = open_source(path)
-    return [encode_row(source.row(index), processor) for index in range(len(source))]
-
-
-def assert_same(found: list[Any], expected: list[Any]) -> None:
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one["input_ids"].tolist() == other["input_ids"].tolist()
-        assert one["labels"].tolist() == other["labels"].tolist()
-        assert (one["pixel_values"] is None) == (other["pixel_values"] is None)
-        assert one["pixel_values"] is None or torch.equal(one["pixel_values"], other["pixel_values"])
 
 
 def question(text: str, answer: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 import webdataset
 import zstandard
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
@@ -20,11 +19,11 @@ from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProce
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.dataset import ChatDataset
 from gpt_oss_vision.recipes.data.findings import examine
-from gpt_oss_vision.recipes.data.samples import encode_row
 from gpt_oss_vision.recipes.data.sources.opening import open_source
 from records import (
     CONVERSATIONS,
     RECORDS,
+    assert_same,
     bare,
     cauldron,
     in_parts,
@@ -33,6 +32,7 @@ from records import (
     ours,
     png,
     records,
+    samples_of,
     write_lines,
 )
 
@@ -55,20 +55,6 @@ def folder(folder: Path) -> Path:
     for name in ("red.png", "blue.png"):
         (folder / "deep" / name).write_bytes((folder / name).read_bytes())
     return folder
-
-
-def samples_of(path: Path | str, processor: GPTOSSVisionProcessor, **options: Any) -> list[Any]:
-    source = open_source(path, **options)
-    return [encode_row(source.row(index), processor) for index in range(len(source))]
-
-
-def assert_same(found: list[Any], expected: list[Any]) -> None:
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert one["input_ids"].tolist() == other["input_ids"].tolist()
-        assert one["labels"].tolist() == other["labels"].tolist()
-        assert (one["pixel_values"] is None) == (other["pixel_values"] is None)
-        assert one["pixel_values"] is None or torch.equal(one["pixel_values"], other["pixel_values"])
 
 
 @pytest.fixture
