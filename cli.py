@@ -21,6 +21,7 @@ from .arguments import add_command
 from .conversion import commands as conversion
 from .errors import UsageError, UserError
 from .recipes import commands as recipes
+from .recipes.launch import commands as launching
 
 
 def doctor() -> int:
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-V", "--version", action="version", version=__version__)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     recipes.add_to(commands)
+    launching.add_to(commands)
     conversion.add_to(commands)
     add_command(commands, doctor)
     return top

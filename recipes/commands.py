@@ -96,7 +96,8 @@ def train(recipe: str, settings: Sequence[str], dry_run: bool) -> int:
     the current step; it is saved then, and the exit code is 75.
     """
     from .catalog import find
-    from .training import overrides, ranks
+    from .training import outcome, overrides, ranks
+    from .training.stop_signals import EXIT_TO_BE_CONTINUED, Stopped, stopping_at_signals
 
     ranks.name_ranks()
     with ranks.usage_errors_of_one_rank():
@@ -108,10 +109,26 @@ def train(recipe: str, settings: Sequence[str], dry_run: bool) -> int:
         return _dry_run(recipes, found, options, out)
     with ranks.usage_errors_of_one_rank():
         _refuse_plan_settings(options)
-    with ranks.log_of_rank(out / "logs"):
-        from .training.run import run
+    try:
+        with stopping_at_signals(), ranks.log_of_rank(out / "logs"):
+            return _train(recipes, found, options, out)
+    except Stopped:  # while Megatron was imported
+        sentence = f"Stopped before the first step; the same command continues {out}"
+        if outcome.write(out, outcome.SAVED, sentence):
+            print(sentence)
+        return EXIT_TO_BE_CONTINUED
 
-        return run(_stages(recipes, found, options), out, weights=_weights(options), seconds=options.get("time"))
+
+def _train(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any], out: Path) -> int:
+    from .training import outcome
+    from .training.run import run
+
+    try:
+        stages = _stages(recipes, found, options)
+    except UserError as error:
+        outcome.write(out, outcome.REFUSED, str(error))
+        raise
+    return run(stages, out, weights=_weights(options), seconds=options.get("time"), hang=options.get("hang"))
 
 
 def check(

@@ -1,17 +1,15 @@
 """The first failure of a run: of the ranks that fail, one prints its sentence, and the others stay silent."""
 
-import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from . import ranks
-
-FAILURE = "failure.json"
+from ...errors import UserError
+from . import outcome, ranks
 
 
 @contextmanager
@@ -19,24 +17,31 @@ def first_failure(folder: Path) -> Iterator[None]:
     """Let an exception through on the rank that fails first, and exit with 1 on the others.
 
     A rank that fails leaves the others waiting; they fail a moment later with a lost connection, which says nothing.
-    The first creates a file in the folder of the run, which all ranks share.
+    The first creates `outcome.OUTCOME` in the folder of the run, which all ranks share.
 
     Args:
         folder: of the run; made here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / FAILURE
     if ranks.rank() == 0:
-        file.unlink(missing_ok=True)
+        outcome.forget(folder)
     try:
         with _as_exception(CheckpointException):
             yield
     except Exception as error:
+        where = f"rank {ranks.rank()} of {ranks.world_size()}, {_node()}"
+        kind = outcome.REFUSED if isinstance(error, UserError) else outcome.FAILED
+        is_first = outcome.write(folder, kind, f"{error or type(error).__name__} ({where})")
         if ranks.world_size() > 1:
-            if not _is_first(file, error):
+            if not is_first:
                 raise SystemExit(1) from error
-            error.add_note(f"on rank {ranks.rank()} of {ranks.world_size()}, {socket.gethostname()}")
+            error.add_note(f"on {where}")
         raise
+
+
+def _node() -> str:
+    """The name of this machine, as SLURM has it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 @contextmanager
@@ -46,17 +51,3 @@ def _as_exception(kind: type[BaseException]) -> Iterator[None]:
         yield
     except kind as error:
         raise RuntimeError(str(error)) from error
-
-
-def _is_first(file: Path, error: Exception) -> bool:
-    """Create the file, which only one rank can; where the disk does not let it, every rank is the first."""
-    with suppress(FileExistsError):
-        try:
-            descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:
-            return False
-        except OSError:
-            return True
-        with os.fdopen(descriptor, "w") as opened:
-            json.dump({"rank": ranks.rank(), "host": socket.gethostname(), "error": str(error)}, opened)
-    return True

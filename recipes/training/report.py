@@ -29,7 +29,8 @@ from .experts import read_expert_counts
 from .metrics import OF_SOURCE, Metrics
 from .peak import PeakMemory
 from .plan import estimate
-from .sessions import add_session, read_sessions, without_secret
+from .secrets import without_secret
+from .sessions import add_session, read_sessions
 from .settings import differences, text_of
 
 REPORT = "report.html"

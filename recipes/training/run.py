@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.utils.common_utils import get_master_addr_safe, get_master_port_safe
 
@@ -24,14 +25,16 @@ from ...bridge.mcore import cpu
 from ...errors import UserError
 from ...terminal import say
 from ..data.megatron import on_rank_0
-from . import ranks
+from . import outcome, ranks
 from .checkpoints import newest_complete
 from .derive import derive
 from .failures import first_failure
+from .heartbeat import Heartbeat
 from .plan import Hardware, Plan, check_processor, complete_steps, plan, validate
 from .report import FINISHED, SAVED, Report
 from .settings import settings_of
-from .stopping import EXIT_TO_BE_CONTINUED, Stopped, StopRequests, stop_requests
+from .stop_signals import EXIT_TO_BE_CONTINUED, Stopped
+from .stopping import stop_requests
 from .train import train
 from .weights import start_from
 
@@ -65,7 +68,14 @@ class Stage:
     recipe_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run(stages: Sequence[Stage], out: Path, *, weights: Path | None = None, seconds: float | None = None) -> int:
+def run(
+    stages: Sequence[Stage],
+    out: Path,
+    *,
+    weights: Path | None = None,
+    seconds: float | None = None,
+    hang: float | None = None,
+) -> int:
     """Train the stages that are not finished.
 
     Args:
@@ -73,6 +83,7 @@ def run(stages: Sequence[Stage], out: Path, *, weights: Path | None = None, seco
         out: folder of the run. Started again with the same folder, it continues.
         weights: Megatron checkpoint that the first stage starts from; None for random weights.
         seconds: time limit, after which the run is saved and ends.
+        hang: seconds of the longest step; a longer one ends the run as failed.
 
     Returns:
         0 when all stages are finished, `EXIT_TO_BE_CONTINUED` when the run was asked to end and is saved.
@@ -80,18 +91,21 @@ def run(stages: Sequence[Stage], out: Path, *, weights: Path | None = None, seco
     Raises:
         UserError: a configuration, the data, the weights or the folder cannot be used.
     """
-    with first_failure(out), ExitStack() as stack:
-        stack.enter_context(_locked(out))
-        stops = stack.enter_context(stop_requests(seconds))
+    with _locked(out), first_failure(out), ExitStack() as stack:
+        callbacks: list[Callback] = [stack.enter_context(stop_requests(seconds))]
+        if hang is not None:
+            log = stack.enter_context((out / "logs" / f"rank-{ranks.rank()}.txt").open("a"))
+            callbacks.append(Heartbeat(out, hang, log))
         try:
             stack.enter_context(_process_group(stages[0].config))
             for stage, folder in zip(stages, folders_of(stages, out), strict=True):
-                if not _train_stage(stage, folder, out, weights, stops):
-                    _say(f"{out} is saved; the same command continues it")
+                if not _train_stage(stage, folder, out, weights, callbacks):
+                    _end(out, outcome.SAVED, f"{out} is saved; the same command continues it")
                     return EXIT_TO_BE_CONTINUED
                 weights = folder / CHECKPOINTS
+            _end(out, outcome.FINISHED)
         except Stopped:
-            _say(f"Stopped before the first step; the same command continues {out}")
+            _end(out, outcome.SAVED, f"Stopped before the first step; the same command continues {out}")
             return EXIT_TO_BE_CONTINUED
     return 0
 
@@ -159,7 +173,9 @@ def _check_weights(stage: Stage, weights: Path | None) -> None:
         )
 
 
-def _train_stage(stage: Stage, folder: Path, out: Path, weights: Path | None, stops: StopRequests) -> bool:
+def _train_stage(
+    stage: Stage, folder: Path, out: Path, weights: Path | None, callbacks: Sequence[Callback]
+) -> bool:
     """Train a stage unless it is finished; return whether it is."""
     _check_weights(stage, weights)
     config = stage.config
@@ -175,11 +191,16 @@ def _train_stage(stage: Stage, folder: Path, out: Path, weights: Path | None, st
     start = f"after step {done[0]}" if done else f"from {weights}" if weights else "from random weights"
     _say(f"Training {stage.name} to step {steps}, {start}, in {folder}")
     report = Report(folder, stage.recipe, settings_of(config), stage.recipe_settings)
-    is_finished = train(config, callbacks=[stops], log=folder, report=report)
+    is_finished = train(config, callbacks=callbacks, log=folder, report=report)
     report.write(FINISHED if is_finished else SAVED)
     if is_finished:
         _say(f"{stage.name} is finished: {steps} steps are in {folder / CHECKPOINTS}")
     return is_finished
+
+
+def _end(out: Path, how: str, sentence: str = "") -> None:
+    if outcome.write(out, how, sentence) and sentence:
+        say(sentence)
 
 
 def _say(sentence: str) -> None:
@@ -197,6 +218,7 @@ def _locked(out: Path) -> Iterator[None]:
     if ranks.rank():
         yield
         return
+    out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of its children
@@ -223,5 +245,6 @@ def _process_group(config: ConfigContainer) -> Iterator[None]:
     torch.distributed.init_process_group(backend, timeout=minutes)
     try:
         yield
+        torch.distributed.barrier()  # launchers kill the ranks that still write when the first one has ended
     finally:
         torch.distributed.destroy_process_group()

@@ -74,13 +74,14 @@ OWN = {
         Field("gpus", ("size",)),
         Field("gpu", ("choice",), choices=("h100", "h200")),
         Field("time", ("duration",)),
+        Field("hang", ("duration",)),
         Field("train.tokens", ("count",)),
         Field("train.epochs", ("positive",)),
     )
 }
 """The settings of the command itself, which are no fields of a `ConfigContainer`."""
 
-FOR_ALL_STAGES = ("out", "weights", "gpus", "gpu", "time")
+FOR_ALL_STAGES = ("out", "weights", "gpus", "gpu", "time", "hang")
 """Settings that no stage has for itself."""
 
 

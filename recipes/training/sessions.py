@@ -9,7 +9,6 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,10 @@ from typing import Any
 import torch
 
 from ...bridge.mcore import cpu
+from .secrets import without_secret
 
 SESSIONS = "sessions.jsonl"
 VERSIONS = ("gpt-oss-vision", "megatron-bridge", "megatron-core", "torch", "transformers", "transformer-engine")
-
-_SECRET_NAME = re.compile(r"api_?key|password|passwd|secret|credential|auth|access_key|(^|[._-])token$", re.IGNORECASE)
-_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-HIDDEN = "(not shown)"
 
 
 def session(first_step: int, ranks: int) -> dict[str, Any]:
@@ -59,17 +55,6 @@ def command(arguments: list[str]) -> str:
         key, equals, value = argument.partition("=")
         shown.append(f"{key}={without_secret(key, value)}" if equals else without_secret("", argument))
     return shlex.join(shown)
-
-
-def without_secret(key: str, value: Any) -> Any:
-    """The value of a setting; hidden where the key is that of a secret, and without the user in a URL."""
-    if value and _SECRET_NAME.search(key):
-        return HIDDEN
-    if isinstance(value, str):
-        return _USER_IN_URL.sub(HIDDEN, value)
-    if isinstance(value, Mapping):
-        return {name: without_secret(str(name), item) for name, item in value.items()}
-    return [without_secret("", item) for item in value] if isinstance(value, list) else value
 
 
 def device() -> str:

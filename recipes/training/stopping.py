@@ -16,17 +16,11 @@ from typing import Any
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from ...terminal import terminal_descriptor
-
-EXIT_TO_BE_CONTINUED = 75
-"""EX_TEMPFAIL of sysexits.h: the run was saved, and the same command continues it."""
+from .stop_signals import Stopped
 
 STOPS_BY = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
 SECONDS_OF_ONE_INTERRUPT = 1.0
 """A terminal and `torchrun` each send SIGINT for one Ctrl-C."""
-
-
-class Stopped(BaseException):  # as KeyboardInterrupt: no `except Exception` may hold it up
-    """The run was asked to end before its first step; there is nothing to save."""
 
 
 @dataclass

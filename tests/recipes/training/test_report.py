@@ -239,7 +239,8 @@ def test_a_report_that_cannot_be_written_is_said_once_and_ends_nothing(
 
 
 def test_secrets_are_not_shown():
-    from gpt_oss_vision.recipes.training.sessions import command, without_secret
+    from gpt_oss_vision.recipes.training.secrets import without_secret
+    from gpt_oss_vision.recipes.training.sessions import command
 
     line = command(["/usr/bin/gpt-oss-vision", "train", "x", "logger.comet_api_key=abc", "train.tokens=2B", "a=b c"])
     assert line == "gpt-oss-vision train x 'logger.comet_api_key=(not shown)' train.tokens=2B 'a=b c'"

@@ -1,0 +1,73 @@
+
+# From here on the script is the same for every job.
+set -uo pipefail
+
+say() { echo "gpt-oss-vision: $*"; }
+
+for name in "${variables[@]}"; do
+    if [ -z "${!name+set}" ]; then
+        say "$name is not set: set it where the job is submitted, with \`export $name=...\`, and submit again"
+        exit 2
+    fi
+done
+
+# SLURM's own address of the first node needs no name service.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR
+
+# The first line of this file is `finished`, `saved`, `refused` or `failed`; a sentence follows.
+outcome() { if [ -f "$run/outcome.txt" ]; then head -n 1 "$run/outcome.txt"; else echo killed; fi; }
+sentence() { if [ -f "$run/outcome.txt" ]; then tail -n +2 "$run/outcome.txt"; else echo "a process was killed"; fi; }
+
+# --wait=0: tasks that are still writing when the first one has ended are not killed.
+start() {
+    export MASTER_PORT=$((15000 + (SLURM_JOB_ID + 7919 * failures) % 15000))
+    srun --kill-on-bad-exit=1 --wait=0 "${srun_options[@]}" "$@" ${prefix[@]+"${prefix[@]}"} "${command[@]}"
+}
+
+requeue() {
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+    if [ "$state" = CANCELLED ]; then
+        say "Cancelled; the run is saved, and continues with: sbatch $script"
+    elif ((${SLURM_RESTART_COUNT:-0} >= requeues)); then
+        say "The job was requeued $requeues times and ends here; the run is saved, and continues with: sbatch $script"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        say "The run is saved; the job returns to the queue"
+        sleep 60 # SLURM ends this script
+    else
+        say "SLURM does not requeue this job; the run is saved, and continues with: sbatch $script"
+    fi
+    exit 75
+}
+
+fail() {
+    say "The run failed: $(sentence)"
+    exit 1
+}
+
+# SLURM sends SIGTERM to this shell too when it cancels or preempts the job; the shell has to wait for the run.
+trap : TERM USR1
+
+failures=0
+while true; do
+    command=("${train[@]}")
+    rm -f "$run/outcome.txt"
+    start
+    code=$?
+    case $(outcome) in
+        finished) break ;;
+        saved) requeue ;;
+        refused) fail ;;
+    esac
+    # 2: the command line is wrong
+    if ((code == 2 || failures >= retries)); then fail; fi
+    failures=$((failures + 1))
+    say "The run failed: $(sentence); restart $failures of $retries from the newest checkpoint"
+done
+
+if ((${#export_command[@]})); then
+    command=("${export_command[@]}")
+    start --nodes=1 --ntasks=1 --ntasks-per-node=1 || exit $?
+fi
+say "The run is finished"

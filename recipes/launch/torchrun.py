@@ -1,0 +1,56 @@
+"""`torchrun` that waits for its workers: signals are passed on, and nothing is killed after 30 seconds.
+
+    python -m gpt_oss_vision.recipes.launch.torchrun RANKS_PER_NODE train RECIPE key=value ...
+
+The agent of torch 2.11 handles SIGTERM by passing it on and killing its workers 30 seconds later, which cuts a save. Here
+SIGTERM, SIGUSR1 and SIGINT are passed on alone, and the exit code is that of the workers where all have the same.
+Nodes are those of the step of SLURM that this runs in; without SLURM it is one.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STILL_HANDLED_BY_TORCHRUN = "SIGHUP,SIGQUIT"
+
+
+def main(arguments: list[str]) -> int:
+    """Start the ranks of this node, and return when all have ended."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    for number in PASSED_ON:
+        signal.signal(number, _pass_on)
+    try:
+        torchrun([*_options(arguments[0]), "--module", "gpt_oss_vision.cli", *arguments[1:]])
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        return codes.pop() if len(codes) == 1 and min(codes) > 0 else 1
+    return 0
+
+
+def _options(ranks: str) -> list[str]:
+    options = ["--nproc-per-node", ranks, "--signals-to-handle", STILL_HANDLED_BY_TORCHRUN]
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES", "1")
+    if nodes == "1":
+        return [*options, "--standalone"]
+    return [
+        *options,
+        *("--nnodes", nodes, "--node-rank", os.environ["SLURM_NODEID"]),
+        *("--master-addr", os.environ["MASTER_ADDR"], "--master-port", os.environ["MASTER_PORT"]),
+    ]
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Send a signal to the workers: the child processes, each in a session of its own."""
+    for file in Path("/proc/self/task").glob("*/children"):
+        for child in map(int, file.read_text().split()):
+            if os.getsid(child) == child:
+                os.kill(child, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
