@@ -24,11 +24,11 @@ from .recipes import commands as recipes
 from .recipes.launch import commands as launching
 
 
-def doctor() -> int:
-    """Show what this machine can run, and fixes for the rest."""
+def doctor(site: Path | None) -> int:
+    """Show what this machine can run, and fixes for the rest; with a site file also what a cluster can."""
     from .doctor import examine
 
-    text, is_ready = examine(Path.cwd())
+    text, is_ready = examine(Path.cwd(), site)
     print(text)
     return 0 if is_ready else 1
 
@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     recipes.add_to(commands)
     launching.add_to(commands)
     conversion.add_to(commands)
-    add_command(commands, doctor)
+    add = add_command(commands, doctor).add_argument
+    add("--site", type=Path, metavar="FILE", help="the site file of `launch`: check that jobs can run there")
     return top
 
 

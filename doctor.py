@@ -2,20 +2,32 @@
 
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from .bridge import cudnn
+
 GIB = 2**30
 ROOT = Path("/")
+CUDNN = "nvidia-cudnn-cu13"
 QUICKSTART_MEMORY_GIB = 4  # it peaks at 2.2, and says so in report.json
 QUICKSTART_DISK_GIB = 1
 
 
-def examine(folder: Path) -> tuple[str, bool]:
-    """Return the report as text, and whether the quickstart can run here with its output in `folder`."""
+def examine(folder: Path, site: Path | None = None) -> tuple[str, bool]:
+    """Return the report as text, and whether all of it can run.
+
+    Args:
+        folder: where the quickstart would write.
+        site: a site file, by which jobs would be launched; the report is about these then.
+    """
+    if site is not None:
+        problems = _site_problems(site)
+        return "\n".join(["\n".join(_attention()), _verdict(f"jobs at the site of {site}", problems)]), not problems
     problems = [*_system_problems(), *_package_problems(), *_space_problems(folder)]
     rows = [
         ("system", f"{platform.system()} {platform.release()}"),
@@ -23,6 +35,11 @@ def examine(folder: Path) -> tuple[str, bool]:
         *((name, _installed(name) or "missing") for name in _pins()),
         ("CUDA", _cuda()),
         ("transformer-engine", _installed("transformer-engine-torch") or "missing"),
+        ("apex", _installed("apex") or "missing; Megatron-Core then uses torch's and Transformer Engine's kernels"),
+        ("NVIDIA driver", _driver()),
+        ("NCCL", _installed("nvidia-nccl-cu13") or "missing"),
+        ("cuDNN", _installed(CUDNN) or "missing"),
+        ("glibc", " ".join(platform.libc_ver()) or "unknown"),
         ("processors", str(os.cpu_count())),
         ("memory available", _gib(_memory_available())),
         ("disk free", _gib(shutil.disk_usage(folder).free)),
@@ -33,8 +50,39 @@ def examine(folder: Path) -> tuple[str, bool]:
         "",
         _verdict("quickstart on the CPU", problems),
         _verdict("back end transformer_engine", _engine_problems()),
+        *_attention(),
     ]
     return "\n".join(lines), not problems
+
+
+def _site_problems(site: Path) -> list[str]:
+    from .recipes.launch.site import read_site
+    from .recipes.launch.site_check import problems
+
+    return [*_system_problems(), *problems(read_site(site, {}))]
+
+
+def _attention() -> Iterator[str]:
+    """The back end and the attention of the recipes on a GPU, by what is installed here."""
+    found = _installed(CUDNN)
+    engine = _installed("transformer-engine-torch")
+    for rows, least in (("", cudnn.WITH_SINKS), (" with packed rows", cudnn.WITH_PACKED_SINKS)):
+        needed = (
+            f"sinks{' of packed rows' if rows else ''} need cuDNN {cudnn.spelled(least)}, {found or 'none'} is here"
+        )
+        if engine is None:
+            choice = f"torch, by our Triton kernels, as Transformer Engine is missing ({needed})"
+        elif found is None or cudnn.number(found) < least:
+            choice = f"torch, by our Triton kernels: {needed}"
+        else:
+            choice = f"transformer_engine, by cuDNN's fused attention ({needed})"
+        yield f"     recipes on a GPU{rows}: {choice}"
+
+
+def _driver() -> str:
+    file = ROOT / "proc/driver/nvidia/version"
+    found = re.search(r"  (\d+\.[\d.]+)  ", file.read_text()) if file.exists() else None
+    return found[1] if found else "none"
 
 
 def _verdict(what: str, problems: list[str]) -> str:

@@ -99,7 +99,8 @@ def train(recipe: str, settings: Sequence[str], dry_run: bool) -> int:
     from .training import outcome, overrides, ranks
     from .training.stop_signals import EXIT_TO_BE_CONTINUED, Stopped, stopping_at_signals
 
-    ranks.name_ranks()
+    if not dry_run:
+        ranks.name_ranks()
     with ranks.usage_errors_of_one_rank():
         recipes = [find(name) for name in recipe.split(",")]
         found = overrides.parse(settings)
@@ -109,12 +110,14 @@ def train(recipe: str, settings: Sequence[str], dry_run: bool) -> int:
         return _dry_run(recipes, found, options, out)
     with ranks.usage_errors_of_one_rank():
         _refuse_plan_settings(options)
+    if ranks.rank() == 0:
+        outcome.forget(out)  # now: another rank may fail before this one has imported Megatron
     try:
         with stopping_at_signals(), ranks.log_of_rank(out / "logs"):
             return _train(recipes, found, options, out)
     except Stopped:  # while Megatron was imported
         sentence = f"Stopped before the first step; the same command continues {out}"
-        if outcome.write(out, outcome.SAVED, sentence):
+        if outcome.write(outcome.file_of(out), outcome.SAVED, sentence):
             print(sentence)
         return EXIT_TO_BE_CONTINUED
 
@@ -126,7 +129,7 @@ def _train(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any]
     try:
         stages = _stages(recipes, found, options)
     except UserError as error:
-        outcome.write(out, outcome.REFUSED, str(error))
+        outcome.write(outcome.file_of(out), outcome.REFUSED, str(error))
         raise
     return run(stages, out, weights=_weights(options), seconds=options.get("time"), hang=options.get("hang"))
 

@@ -52,7 +52,10 @@ RULES = {
         (), frozenset({"torch", "transformers", "huggingface_hub", "numpy", "PIL", "safetensors", "tokenizers"})
     ),
     "bridge/mcore": Rule(
-        ("bridge.ops", "bridge.weight_map", "bridge.config_map", "bridge.hf.configuration_gpt_oss_vision", "errors"),
+        (
+            *("bridge.ops", "bridge.weight_map", "bridge.config_map", "bridge.cudnn", "errors"),
+            "bridge.hf.configuration_gpt_oss_vision",
+        ),
         frozenset({"torch", "transformers", "megatron"}),
     ),
     "bridge/hf_attention.py": Rule(("bridge.ops.attention",), frozenset({"torch", "transformers"})),
@@ -61,6 +64,7 @@ RULES = {
     "bridge/hf_int8.py": Rule(
         ("bridge.hf.configuration_gpt_oss_vision", "errors"), frozenset({"torch", "transformers", "torchao"})
     ),
+    "bridge/cudnn.py": Rule((), frozenset()),
     "bridge/plugin.py": Rule(("bridge",), frozenset()),
     "conversion/dtypes.py": Rule((), frozenset({"torch"})),
     "conversion/engine": Rule(("conversion.dtypes", "errors", "terminal", "atomic")),
@@ -77,6 +81,21 @@ RULES = {
     "recipes/pages": Rule((), frozenset({"jinja2", "markupsafe"})),
     "recipes/data": Rule(("recipes.pages", "bridge", "errors", "atomic", "terminal")),
     "recipes/inference": Rule(("recipes.data", "bridge", "errors", "atomic", "terminal")),
+    "recipes/launch/plan.py": Rule((), frozenset()),
+    "recipes/launch/torchrun.py": Rule((), frozenset({"torch"})),
+    "recipes/launch/site.py": Rule(("recipes.launch.plan", "errors"), frozenset({"yaml"})),
+    "recipes/launch/site_check.py": Rule(("recipes.launch.site",), frozenset()),
+    "recipes/launch/nemo_run.py": Rule(
+        ("recipes.launch", "recipes.catalog", "recipes.commands", "recipes.training.overrides", "errors"),
+        frozenset({"nemo_run"}),
+    ),
+    "recipes/launch": Rule(
+        (
+            *("recipes.catalog", "recipes.commands", "errors", "arguments"),
+            *(f"recipes.training.{name}" for name in ("outcome", "overrides", "secrets")),
+        ),
+        frozenset(),
+    ),
     "recipes/training/schema.py": Rule((), frozenset()),
     "recipes/training/values.py": Rule(("recipes.training.schema", "errors"), frozenset({"hydra", "omegaconf"})),
     "recipes/training/settings_file.py": Rule(
@@ -107,8 +126,11 @@ RULES = {
     "arguments.py": Rule((), frozenset()),
     "atomic.py": Rule((), frozenset()),
     "terminal.py": Rule((), frozenset({"rich"})),
-    "doctor.py": Rule((), frozenset({"torch"})),
-    "cli.py": Rule(("", "arguments", "doctor", "errors", "conversion.commands", "recipes.commands"), frozenset()),
+    "doctor.py": Rule(("bridge.cudnn", "recipes.launch.site", "recipes.launch.site_check"), frozenset({"torch"})),
+    "cli.py": Rule(
+        ("", "arguments", "doctor", "errors", "conversion.commands", "recipes.commands", "recipes.launch.commands"),
+        frozenset(),
+    ),
     "__init__.py": Rule(("bridge",), frozenset()),
     "bridge/__init__.py": Rule((), frozenset()),
 }

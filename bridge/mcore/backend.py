@@ -9,14 +9,11 @@ import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from ...errors import UserError
+from .. import cudnn
 from . import cpu
 
 TORCH, ENGINE = "torch", "transformer_engine"
 Backend = Literal["auto", "transformer_engine", "torch"]
-
-# The first releases whose fused attention supports learnable sinks, by cudnn.version(): 9.13.1 and 9.18.
-CUDNN_WITH_SINKS = 91301
-CUDNN_WITH_PACKED_SINKS = 91800
 
 
 _is_planned = False
@@ -76,7 +73,7 @@ def _machine_problem() -> str | None:
         return (
             "the package is installed and cannot be imported (python -c 'import transformer_engine.pytorch' says why)"
         )
-    return cudnn_problem(CUDNN_WITH_SINKS, "learnable sinks")
+    return cudnn_problem(cudnn.WITH_SINKS, "learnable sinks")
 
 
 def cudnn_problem(least: int, feature: str) -> str | None:
@@ -87,8 +84,7 @@ def cudnn_problem(least: int, feature: str) -> str | None:
         return f"torch cannot use the cuDNN that was found ({error})"
     if found >= least:
         return None
-    return f"it needs cuDNN {_spelled(least)} for {feature}, this is {_spelled(found)}; install a newer nvidia-cudnn"
-
-
-def _spelled(version: int) -> str:
-    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+    return (
+        f"it needs cuDNN {cudnn.spelled(least)} for {feature}, this is {cudnn.spelled(found)}; install a newer "
+        "nvidia-cudnn"
+    )

@@ -4,7 +4,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from ...errors import UserError
-from .backend import CUDNN_WITH_PACKED_SINKS, ENGINE, cudnn_problem
+from .. import cudnn
+from .backend import ENGINE, cudnn_problem
 
 
 def sample_boundaries(packed: PackedSeqParams) -> torch.Tensor:
@@ -44,5 +45,5 @@ def check_packing(input_ids: torch.Tensor, packed: PackedSeqParams, context_para
         raise UserError(
             f"Packed samples do not support context_parallel_size={context_parallel}; use 1, or don't pack."
         )
-    if backend == ENGINE and (problem := cudnn_problem(CUDNN_WITH_PACKED_SINKS, "learnable sinks of packed samples")):
+    if backend == ENGINE and (problem := cudnn_problem(cudnn.WITH_PACKED_SINKS, "learnable sinks of packed samples")):
         raise UserError(f"Packed samples cannot run on Transformer Engine: {problem}, or set backend='torch'.")

@@ -26,23 +26,47 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("--executor", choices=("local", "slurm"), required=True, help="this machine, or a job of SLURM")
     add("--site", type=Path, metavar="FILE", help="defaults of the cluster, a YAML file of the options below")
     add("--nodes", type=at_least(1), metavar="N", help="number of nodes (the recipe's GPUs by those of a node)")
-    add("--gpus-per-node", type=at_least(1), metavar="N", help="ranks of a node, each with a GPU if the recipe has GPUs")
+    add(
+        "--gpus-per-node", type=at_least(1), metavar="N", help="ranks of a node, each with a GPU if the recipe has GPUs"
+    )
     for name in ("account", "partition", "time", "dependency", "array"):
         add(f"--{name}", metavar=name.upper(), help=f"as of `sbatch --{name}`")
-    add("--sbatch", action="append", default=[], metavar="OPTION", help="another option of `sbatch`: --sbatch=--qos=high")
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="another option of `sbatch`: --sbatch=--qos=high",
+    )
     add("--start", choices=("torchrun", "srun"), help="one torchrun per node, or one task of srun per rank (torchrun)")
     add("--python", metavar="FILE", help="Python on the nodes, or in the container (this one)")
     add("--container", choices=("none", "pyxis", "apptainer", "docker"), help="what the ranks run in (none)")
     add("--container-image", metavar="IMAGE", help="a file, or a name that the container's runtime knows")
     add("--mount", dest="mounts", action="append", default=[], metavar="DIR[:DIR]", help="a folder for the container")
     add("--module", dest="modules", action="append", default=[], metavar="NAME", help="an environment module to load")
-    add("--env", action="append", default=[], metavar="NAME", help="a variable that the job needs; its value is inherited")
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a variable that the job needs; its value is inherited",
+    )
     add("--seconds-to-save", type=at_least(1), metavar="N", help="before --time the run is asked to end (300)")
     add("--retries", type=at_least(0), metavar="N", help="restarts in an allocation after failures (3)")
     add("--requeues", type=at_least(0), metavar="N", help="returns to the queue (100)")
-    add("--export", action="store_true", help="convert the finished run to a checkpoint of transformers, in its folder hf")
+    add(
+        "--export",
+        action="store_true",
+        help="convert the finished run to a checkpoint of transformers, in its folder hf",
+    )
     add("--detach", action="store_true", help="return when the job is submitted")
-    add("--dry-run", action="store_true", help="check everything, and write and print the batch script")
+    tries = command.add_mutually_exclusive_group()
+    tries.add_argument("--dry-run", action="store_true", help="check everything, and write and print the batch script")
+    tries.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run the batch script here, with the tiny recipe of the task, and end it early in each way that jobs are",
+    )
 
     for run, text in ((status, "folder of the run"), (logs, "folder of the run"), (cancel, "folder of the run")):
         add_command(commands, run).add_argument("run_folder", type=Path, metavar="DIR", help=text)
@@ -57,6 +81,7 @@ def launch(
     export: bool,
     detach: bool,
     dry_run: bool,
+    rehearse: bool,
     dependency: str | None,
     array: str | None,
     **options: Any,
@@ -71,6 +96,8 @@ def launch(
     chosen = read_site(site, options)
     plan = _plan(recipe, settings, chosen, nodes, export=export, dependency=dependency, array=array)
     _check(plan, executor)
+    if rehearse:
+        return _rehearse(plan, recipe)
     if executor == "local":
         return _launch_here(plan, recipe, settings, dry_run)
     _validate(plan, recipe, settings)
@@ -88,6 +115,16 @@ def _launch_here(plan: "Plan", recipe: str, settings: Sequence[str], dry_run: bo
         print(shlex.join(local_command(plan)))
         return 0
     return local.run(plan)
+
+
+def _rehearse(plan: "Plan", recipe: str) -> int:
+    from ..catalog import find
+    from .rehearse import rehearse
+
+    tiny = ",".join(f"gpt_oss_vision_tiny_{find(name).task}" for name in recipe.split(","))
+    for line in rehearse(plan, tiny, plan.run / "rehearsal"):
+        print(line, flush=True)
+    return 0
 
 
 def _launch_on_slurm(plan: "Plan", detach: bool, dry_run: bool) -> int:
@@ -196,7 +233,9 @@ def _check(plan: "Plan", executor: str) -> None:
         raise UsageError(f"--array {plan.array}: the jobs continue one run, one at a time: --array {plan.array}%1")
     missing = [name for name in plan.environment if name not in os.environ]
     if missing:
-        raise UserError(f"{' and '.join(missing)} is not set here, where the job inherits it: `export {missing[0]}=...`")
+        raise UserError(
+            f"{' and '.join(missing)} is not set here, where the job inherits it: `export {missing[0]}=...`"
+        )
     _refuse_secrets(plan)
     if plan.container.kind == "none":
         _check_python(plan)
@@ -226,7 +265,9 @@ def _refuse_secrets(plan: "Plan") -> None:
     for word in plan.train:
         key, equals, value = word.partition("=")
         if equals and without_secret(key, value) == HIDDEN:
-            raise UserError(f"{key} is a secret, and the batch script would hold it: set it as a variable, with --env NAME")
+            raise UserError(
+                f"{key} is a secret, and the batch script would hold it: set it as a variable, with --env NAME"
+            )
     for name in plan.environment:
         value = os.environ[name]
         if len(value) >= 8 and any(value in word for word in plan.train):

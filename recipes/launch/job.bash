@@ -1,6 +1,7 @@
 
 # From here on the script is the same for every job.
 set -uo pipefail
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of the process that has submitted the job
 
 say() { echo "gpt-oss-vision: $*"; }
 
@@ -16,9 +17,12 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 export MASTER_ADDR
 
-# The first line of this file is `finished`, `saved`, `refused` or `failed`; a sentence follows.
-outcome() { if [ -f "$run/outcome.txt" ]; then head -n 1 "$run/outcome.txt"; else echo killed; fi; }
-sentence() { if [ -f "$run/outcome.txt" ]; then tail -n +2 "$run/outcome.txt"; else echo "a process was killed"; fi; }
+# Written by the run. Its first line is `finished`, `saved`, `refused` or `failed`; a sentence follows.
+export GPT_OSS_VISION_OUTCOME=$run/launch/outcome-$SLURM_JOB_ID.txt
+outcome() { if [ -f "$GPT_OSS_VISION_OUTCOME" ]; then head -n 1 "$GPT_OSS_VISION_OUTCOME"; else echo killed; fi; }
+sentence() {
+    if [ -f "$GPT_OSS_VISION_OUTCOME" ]; then tail -n +2 "$GPT_OSS_VISION_OUTCOME"; else echo "a process was killed, or printed why"; fi
+}
 
 # --wait=0: tasks that are still writing when the first one has ended are not killed.
 start() {
@@ -27,9 +31,10 @@ start() {
 }
 
 requeue() {
-    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-    if [ "$state" = CANCELLED ]; then
-        say "Cancelled; the run is saved, and continues with: sbatch $script"
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format="%T %r")
+    # A job that SLURM ends is COMPLETING: cancelled, or preempted, which SLURM itself requeues; or at its time limit.
+    if [ "${state%% *}" != RUNNING ] && [ "${state##* }" != TimeLimit ]; then
+        say "SLURM ends the job; the run is saved, and continues with: sbatch $script"
     elif ((${SLURM_RESTART_COUNT:-0} >= requeues)); then
         say "The job was requeued $requeues times and ends here; the run is saved, and continues with: sbatch $script"
     elif scontrol requeue "$SLURM_JOB_ID"; then
@@ -52,9 +57,10 @@ trap : TERM USR1
 failures=0
 while true; do
     command=("${train[@]}")
-    rm -f "$run/outcome.txt"
+    rm -f "$GPT_OSS_VISION_OUTCOME"
     start
     code=$?
+    if ((code == 0)); then break; fi
     case $(outcome) in
         finished) break ;;
         saved) requeue ;;

@@ -1,9 +1,10 @@
 """A plan on this machine: `torchrun` with restarts after failures."""
 
+import os
 import signal
 import subprocess
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from ..training import outcome
@@ -17,10 +18,12 @@ def run(plan: Plan) -> int:
 
     A run that fails is started again, up to ``plan.retries`` times, unless the user has to mend something.
     """
+    file = plan.launch_folder / f"outcome-local-{os.getpid()}.txt"
+    os.environ[outcome.VARIABLE] = str(file)
     for left in range(plan.retries, -1, -1):
-        outcome.forget(plan.run)
+        file.unlink(missing_ok=True)
         code = _run_once(local_command(plan))
-        how, sentence = outcome.read(plan.run) or (outcome.FAILED, "a process was killed")
+        how, sentence = outcome.read(file) or (outcome.FAILED, "a process was killed")
         if how == outcome.FINISHED:
             return _run_once((plan.python, "-m", "gpt_oss_vision.cli", *plan.export)) if plan.export else 0
         if how != outcome.FAILED or code == 2 or not left:

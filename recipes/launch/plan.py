@@ -17,6 +17,7 @@ MODULE = "gpt_oss_vision"
 RANK_VARIABLES = (
     *("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURMD_NODENAME", "MASTER_ADDR", "MASTER_PORT"),
+    "GPT_OSS_VISION_OUTCOME",
 )
 """What a process reads of SLURM and of the batch script: Docker passes on none by itself."""
 
@@ -46,7 +47,7 @@ class Plan:
     Attributes:
         name: of the job.
         run: folder of the run, absolute, on a disk that all nodes share.
-        folder: where the job starts, absolute.
+        folder: where the job starts, absolute; None: where it is submitted.
         train: the command line of `gpt-oss-vision`, from ``train`` on.
         export: the one that follows when the run is finished, or nothing.
         nodes: number of nodes.
@@ -63,14 +64,16 @@ class Plan:
         dependency: on other jobs.
         array: several jobs one after the other, which all continue the run.
         more: further options of `sbatch`, each as ``--name=value``.
-        seconds_to_save: how long before the time limit SLURM sends SIGUSR1.
+        file: of the batch script; in the folder of the run unless given.
+        output: file for the output of the job; in the folder of the run unless given.
+        seconds_to_save: how long before the time limit SLURM sends SIGUSR1; 0 for never.
         retries: restarts inside the allocation after a failure.
         requeues: how often the job returns to the queue.
     """
 
     name: str
     run: Path
-    folder: Path
+    folder: Path | None = None
     train: tuple[str, ...]
     export: tuple[str, ...] = ()
     nodes: int
@@ -87,6 +90,8 @@ class Plan:
     dependency: str | None = None
     array: str | None = None
     more: tuple[str, ...] = ()
+    file: str = ""
+    output: str = ""
     seconds_to_save: int = 300
     retries: int = 3
     requeues: int = 100
@@ -104,7 +109,7 @@ class Plan:
     @property
     def script(self) -> Path:
         """The batch script."""
-        return self.launch_folder / "job.sbatch"
+        return Path(self.file) if self.file else self.launch_folder / "job.sbatch"
 
 
 def batch_script(plan: Plan) -> str:
@@ -113,9 +118,9 @@ def batch_script(plan: Plan) -> str:
         "#!/usr/bin/env bash",
         *(f"#SBATCH {option}" for option in sbatch_options(plan)),
         "",
-        f"# Submit it again by hand with: sbatch {shlex.quote(str(plan.script))}",
+        f"# Submit it by hand with: sbatch {shlex.quote(str(plan.script))}",
         *(f"{name}={value}" for name, value in _variables(plan)),
-        *(["source /etc/profile", *(f"module load {shlex.quote(name)}" for name in plan.modules)] * bool(plan.modules)),
+        *_modules(plan),
         "export HF_HUB_OFFLINE=1 # nothing is downloaded on a node",
         "",
     ]
@@ -135,12 +140,22 @@ def sbatch_options(plan: Plan) -> Iterator[str]:
     for name in ("account", "partition", "time", "dependency", "array"):
         if (value := getattr(plan, name)) is not None:
             yield f"--{name}={_directive(value)}"
-    yield f"--signal=USR1@{plan.seconds_to_save}"
+    if plan.seconds_to_save:
+        yield f"--signal=USR1@{plan.seconds_to_save}"
     yield "--requeue"
     yield "--open-mode=append"
-    yield f"--chdir={_directive(str(plan.folder))}"
-    yield f"--output={_directive(str(plan.launch_folder).replace('%', '%%'))}/job-%j.txt"
+    if plan.folder is not None:
+        yield f"--chdir={_directive(str(plan.folder))}"
+    yield f"--output={_directive(plan.output or str(plan.launch_folder).replace('%', '%%') + '/job-%j.txt')}"
     yield from plan.more
+
+
+def _modules(plan: Plan) -> Iterator[str]:
+    if plan.modules:
+        yield "# shellcheck source=/dev/null"
+        yield "source /etc/profile"
+    for name in plan.modules:
+        yield f"module load {shlex.quote(name)}"
 
 
 def _directive(value: str) -> str:
@@ -173,7 +188,12 @@ def _variables(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _array(words: tuple[str, ...]) -> str:
-    return f"({shlex.join(words)})"
+    return f"({' '.join(map(_quoted, words))})"
+
+
+def _quoted(word: str) -> str:
+    """A word of bash, in quotes also where shellcheck takes a comma for a mistake."""
+    return f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word)
 
 
 def _srun_options(plan: Plan) -> tuple[str, ...]:
@@ -182,7 +202,8 @@ def _srun_options(plan: Plan) -> tuple[str, ...]:
         return options
     mounts = (f"--container-mounts={','.join(plan.container.mounts)}",) if plan.container.mounts else ()
     names = (f"--container-env={','.join(plan.environment)}",) if plan.environment else ()
-    image = (f"--container-image={plan.container.image}", f"--container-workdir={plan.folder}")
+    folder = () if plan.folder is None else (f"--container-workdir={plan.folder}",)
+    image = (f"--container-image={plan.container.image}", *folder)
     return (*options, *image, *mounts, *names)
 
 
@@ -192,11 +213,13 @@ def _prefix(plan: Plan) -> tuple[str, ...]:
     if plan.container.kind == "apptainer":
         gpus = ("--nv",) if plan.gpus else ()
         binds = (word for mount in mounts for word in ("--bind", mount))
-        return ("apptainer", "exec", *gpus, *binds, "--pwd", str(plan.folder), image)
+        folder = () if plan.folder is None else ("--pwd", str(plan.folder))
+        return ("apptainer", "exec", *gpus, *binds, *folder, image)
     if plan.container.kind == "docker":
         gpus = ("--gpus", "all", "--ulimit", "memlock=-1") if plan.gpus else ()
         binds = (word for mount in mounts for word in ("--volume", mount if ":" in mount else f"{mount}:{mount}"))
         names = (word for name in (*RANK_VARIABLES, *plan.environment) for word in ("--env", name))
         shared = ("--network", "host", "--ipc", "host", "--env", "HF_HUB_OFFLINE")
-        return ("docker", "run", "--rm", *gpus, *shared, *names, *binds, "--workdir", str(plan.folder), image)
+        folder = () if plan.folder is None else ("--workdir", str(plan.folder))
+        return ("docker", "run", "--rm", *gpus, *shared, *names, *binds, *folder, image)
     return ()

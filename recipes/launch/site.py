@@ -71,12 +71,12 @@ def _loaded(file: Path) -> dict[Any, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(file.read_text())
+        loaded = yaml.load(file.read_text(), Loader=yaml.BaseLoader)  # all values are text: `time: 4:00:00` too
     except OSError as error:
         raise UsageError(f"{file} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if loaded is None:
+    if not loaded:
         return {}
     if not isinstance(loaded, dict):
         raise UsageError(f"{file}: names with values are expected, such as `partition: batch`")
@@ -101,13 +101,13 @@ def _value(value: Any, kind: Any, where: str) -> Any:
             raise UsageError(f"{where} is one of {', '.join(get_args(kind))}, and not {value}")
         return value
     if kind is int or kind == int | None:
-        if type(value) is not int or value < 0:
+        if not isinstance(value, str) or not value.isdecimal():
             raise UsageError(f"{where} is a whole number, and not {value}")
-        return value
+        return int(value)
     if kind == tuple[str, ...]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise UsageError(f"{where} is a list of texts, such as [{value}]")
+            raise UsageError(f"{where} is a list, such as [{value}]")
         return tuple(value)
     if not isinstance(value, str):
-        raise UsageError(f"{where} is a text; write it in quotes: '{value}'")
+        raise UsageError(f"{where} is a text, and not {value}")
     return value

@@ -51,9 +51,7 @@ def submit(script: Path) -> int:
         UserError: there is no SLURM here, or it refuses the script.
     """
     if shutil.which("sbatch") is None:
-        raise UserError(
-            f"sbatch is not on this machine: run this where jobs are submitted; the script is {script}, for `sbatch` there"
-        )
+        raise UserError(f"sbatch is not on this machine: run this where jobs are submitted, or submit {script} there")
     done = subprocess.run(["sbatch", "--parsable", script], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"SLURM refuses {script}: {_last_line(done.stderr)}")
@@ -70,7 +68,9 @@ def job_of(run: Path) -> int:
     """
     file = run / "launch" / JOB
     if not file.is_file():
-        raise UserError(f"{run} has no job of SLURM: name the folder of a run that `launch --executor slurm` has started")
+        raise UserError(
+            f"{run} has no job of SLURM: name the folder of a run that `launch --executor slurm` has started"
+        )
     return int(json.loads(file.read_text())["job"])
 
 

@@ -30,8 +30,8 @@ def lines(run: Path) -> Iterator[tuple[str, str]]:
             yield title, f"{last['step']}, loss {last['loss']:.4f}, {age:.0f} s ago"
         if steps := sorted(path.parent.name for path in folder.glob("checkpoints/iter_*/run_config.yaml")):
             yield "checkpoint", str(folder / "checkpoints" / steps[-1])
-    found = outcome.read(run)
-    if found is not None:
+    files = sorted([*run.glob(outcome.FILE), *run.glob("launch/outcome-*.txt")], key=lambda file: file.stat().st_mtime)
+    if files and (found := outcome.read(files[-1])):
         yield "outcome", ": ".join(part for part in found if part)
 
 

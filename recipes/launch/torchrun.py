@@ -2,8 +2,8 @@
 
     python -m gpt_oss_vision.recipes.launch.torchrun RANKS_PER_NODE train RECIPE key=value ...
 
-The agent of torch 2.11 handles SIGTERM by passing it on and killing its workers 30 seconds later, which cuts a save. Here
-SIGTERM, SIGUSR1 and SIGINT are passed on alone, and the exit code is that of the workers where all have the same.
+The agent of torch 2.11 passes SIGTERM on and kills its workers 30 seconds later, which cuts a save. Here SIGTERM,
+SIGUSR1 and SIGINT are passed on alone, and the exit code is that of the workers where all have the same.
 Nodes are those of the step of SLURM that this runs in; without SLURM it is one.
 """
 

@@ -1,5 +1,6 @@
 """The first failure of a run: of the ranks that fail, one prints its sentence, and the others stay silent."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -17,26 +18,32 @@ def first_failure(folder: Path) -> Iterator[None]:
     """Let an exception through on the rank that fails first, and exit with 1 on the others.
 
     A rank that fails leaves the others waiting; they fail a moment later with a lost connection, which says nothing.
-    The first creates `outcome.OUTCOME` in the folder of the run, which all ranks share.
+    The first writes the outcome of the run (`outcome`), a file that all ranks share.
 
     Args:
         folder: of the run; made here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if ranks.rank() == 0:
-        outcome.forget(folder)
+    file = outcome.file_of(folder)
     try:
         with _as_exception(CheckpointException):
             yield
     except Exception as error:
         where = f"rank {ranks.rank()} of {ranks.world_size()}, {_node()}"
-        kind = outcome.REFUSED if isinstance(error, UserError) else outcome.FAILED
-        is_first = outcome.write(folder, kind, f"{error or type(error).__name__} ({where})")
+        kind = outcome.REFUSED if _is_for_the_user(error) else outcome.FAILED
+        is_first = outcome.write(file, kind, f"{error or type(error).__name__} ({where})")
         if ranks.world_size() > 1:
             if not is_first:
                 raise SystemExit(1) from error
             error.add_note(f"on {where}")
         raise
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether trying again does not help: a wrong value, a file that is missing or may not be read, a full disk."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return isinstance(error, UserError | FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError)
 
 
 def _node() -> str:

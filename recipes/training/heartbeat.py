@@ -76,12 +76,14 @@ class Heartbeat(Callback):
 
     def _end(self) -> None:
         faulthandler.dump_traceback(self.log)
-        where = f"rank {ranks.rank()} of {ranks.world_size()}, {os.environ.get('SLURMD_NODENAME', socket.gethostname())}"
+        where = (
+            f"rank {ranks.rank()} of {ranks.world_size()}, {os.environ.get('SLURMD_NODENAME', socket.gethostname())}"
+        )
         sentence = (
             f"the step after step {self._step} has taken more than {self.seconds:.0f} seconds ({where}); where each "
             f"thread stands is in {self.log.name}"
         )
-        if outcome.write(self.run, outcome.FAILED, sentence):
+        if outcome.write(outcome.file_of(self.run), outcome.FAILED, sentence):
             os.write(terminal_descriptor(), f"gpt-oss-vision: {sentence}\n".encode())
         time.sleep(SECONDS_FOR_OTHER_RANKS)
         os._exit(1)

@@ -1,13 +1,16 @@
-"""How a run ended, in a file of its folder that a batch script can read: ``outcome.txt``.
+"""How a run ended, in a file that a launcher reads: ``outcome.txt`` in the folder of the run, unless it names another.
 
 Its first line is `FINISHED`, `SAVED`, `REFUSED` or `FAILED`, and a sentence may follow. The first rank that ends writes
 it. Without it the run goes on, or was killed. Standard library only.
 """
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
-OUTCOME = "outcome.txt"
+FILE = "outcome.txt"
+VARIABLE = "GPT_OSS_VISION_OUTCOME"
+"""By it a launcher names the file, so that two jobs in one folder have two."""
 
 FINISHED = "finished"
 SAVED = "saved"
@@ -17,22 +20,28 @@ REFUSED = "refused"
 FAILED = "failed"
 
 
+def file_of(run: Path) -> Path:
+    """The file, for a process that trains."""
+    return Path(os.environ.get(VARIABLE) or run / FILE)
+
+
 def forget(run: Path) -> None:
-    """Remove the outcome of an earlier start."""
-    (run / OUTCOME).unlink(missing_ok=True)
+    """Remove the outcome of an earlier start; a launcher removes what it has named."""
+    if VARIABLE not in os.environ:
+        (run / FILE).unlink(missing_ok=True)
 
 
-def write(run: Path, outcome: str, sentence: str = "") -> bool:
+def write(file: Path, outcome: str, sentence: str = "") -> bool:
     """Write the outcome, unless there is one.
 
     Returns:
         Whether this call has written it; also where the disk does not let it, so that no failure stays unsaid.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    text = "\n".join([outcome, *([" ".join(sentence.split())] if sentence else []), ""])
+    lines = [outcome, *([" ".join(sentence.split())] if sentence else [])]
     try:
-        with (run / OUTCOME).open("x") as file:
-            file.write(text)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("x") as opened:
+            opened.write("\n".join(lines) + "\n")
     except FileExistsError:
         return False
     except OSError:
@@ -40,9 +49,9 @@ def write(run: Path, outcome: str, sentence: str = "") -> bool:
     return True
 
 
-def read(run: Path) -> tuple[str, str] | None:
+def read(file: Path) -> tuple[str, str] | None:
     """Outcome and sentence; None while the run goes on, or after it was killed."""
     with suppress(FileNotFoundError):
-        outcome, _, sentence = (run / OUTCOME).read_text().partition("\n")
+        outcome, _, sentence = file.read_text().partition("\n")
         return outcome, sentence.strip()
     return None

@@ -173,9 +173,7 @@ def _check_weights(stage: Stage, weights: Path | None) -> None:
         )
 
 
-def _train_stage(
-    stage: Stage, folder: Path, out: Path, weights: Path | None, callbacks: Sequence[Callback]
-) -> bool:
+def _train_stage(stage: Stage, folder: Path, out: Path, weights: Path | None, callbacks: Sequence[Callback]) -> bool:
     """Train a stage unless it is finished; return whether it is."""
     _check_weights(stage, weights)
     config = stage.config
@@ -199,7 +197,7 @@ def _train_stage(
 
 
 def _end(out: Path, how: str, sentence: str = "") -> None:
-    if outcome.write(out, how, sentence) and sentence:
+    if outcome.write(outcome.file_of(out), how, sentence) and sentence:
         say(sentence)
 
 
@@ -224,9 +222,10 @@ def _locked(out: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of its children
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise UserError(
-                f"{out} is in use by {file.read()}; wait for it, or name another folder with out=DIR"
-            ) from None
+            sentence = f"{out} is in use by {file.read()}; wait for it, or name another folder with out=DIR"
+            if outcome.VARIABLE in os.environ:  # else the file is that of the other run
+                outcome.write(outcome.file_of(out), outcome.REFUSED, sentence)
+            raise UserError(sentence) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

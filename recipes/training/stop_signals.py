@@ -1,4 +1,4 @@
-"""The signals that ask a run to end, before it trains: a process that is still importing Megatron has nothing to save."""
+"""The signals that ask a run to end, before its first step: what is still importing Megatron has nothing to save."""
 
 import signal
 from collections.abc import Iterator

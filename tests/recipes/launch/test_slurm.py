@@ -1,0 +1,259 @@
+"""`launch --executor slurm` on a real SLURM of two nodes: a job that ends early goes on as if it had not ended."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import forked
+import pytest
+import slurm
+from warm import WarmPython
+
+import gpt_oss_vision
+from gpt_oss_vision.bridge.mcore import cpu
+from gpt_oss_vision.recipes.data.digits import write_digits
+from gpt_oss_vision.recipes.data.tiny import write_processor
+
+pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"not installed: {', '.join(slurm.missing())}")
+
+STEPS = 16
+SMALL = {
+    "train.train_iters": STEPS,
+    "train.global_batch_size": 16,
+    "train.micro_batch_size": 4,
+    "logger.log_interval": 1,
+    "validation.eval_iters": 0,
+    "checkpoint.save_interval": 4,
+}
+TO_BE_CONTINUED = 75
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shared") / "digits"
+    cpu.run_ranks(1, write_few, folder)  # not here: a fork of a process that has trained a tokenizer cannot train one
+    return folder
+
+
+def write_few(folder: Path) -> None:
+    rows = write_digits(folder, 0).train_path.read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(rows[:60]))
+    write_processor(folder / "processor")
+
+
+@pytest.fixture(scope="module")
+def python(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    gpt_oss_vision.register()
+    from gpt_oss_vision.recipes import tiny  # noqa: F401 - so that forks need not import it
+    from gpt_oss_vision.recipes.training import run  # noqa: F401
+
+    with WarmPython(tmp_path_factory.mktemp("warm")) as warm:
+        yield warm.python
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]:
+    with slurm.Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def arguments(digits: Path) -> tuple[str, ...]:
+    """Recipe and settings of a run of a few steps on a few rows."""
+    settings = SMALL | {"data.folder": digits, "data.path": digits / "few.jsonl"}
+    return ("gpt_oss_vision_tiny_sft", *(f"{name}={value}" for name, value in settings.items()))
+
+
+@pytest.fixture(scope="module")
+def unbroken(arguments: tuple[str, ...], python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of one rank that nothing ends early."""
+    out = tmp_path_factory.mktemp("unbroken")
+    assert forked.run("train", *arguments, f"out={out / 'run'}", output=out / "output") == 0
+    return losses(out / "run")
+
+
+@pytest.fixture(params=["torchrun", "srun"])
+def start(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def launch(
+    arguments: tuple[str, ...], python: Path, cluster: slurm.Cluster, tmp_path: Path
+) -> Callable[..., forked.Command]:
+    """A function that launches the run on 2 nodes with 2 ranks each."""
+
+    def launched(*options: str) -> forked.Command:
+        nodes = ("--executor", "slurm", "--nodes", "2", "--gpus-per-node", "2", "--python", str(python))
+        given = {option.partition("=")[0] for option in options}
+        settings = [*(each for each in arguments if each.partition("=")[0] not in given), f"out={tmp_path / 'run'}"]
+        return forked.Command("launch", *settings, *nodes, *options, output=tmp_path / "output")
+
+    return launched
+
+
+def steps(out: Path) -> list[dict]:
+    file = out / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [entry for entry in map(json.loads, lines) if "loss" in entry]
+
+
+def losses(out: Path) -> dict[int, float]:
+    """The loss of each step, the last one where a step was computed twice."""
+    return {entry["step"]: entry["loss"] for entry in steps(out)}
+
+
+def job_of(run: Path) -> int:
+    return json.loads((run / "launch/job.json").read_text())["job"]
+
+
+def output_of(run: Path) -> str:
+    return (run / f"launch/job-{job_of(run)}.txt").read_text()
+
+
+def wait_for_step(command: forked.Command, run: Path, number: int) -> None:
+    command.wait_until(lambda: any(entry["step"] >= number for entry in steps(run)))
+
+
+def is_whole(run: Path, unbroken: dict[int, float]) -> bool:
+    return losses(run) == pytest.approx(unbroken, abs=1e-5)
+
+
+def test_two_nodes_train_as_one_rank(start: str, launch, cluster, unbroken, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start", start)
+    assert command.exit_code() == 0, command.output.read_text()
+    assert cluster.job(job_of(run))["JobState"] == "COMPLETED"
+    assert is_whole(run, unbroken)
+    assert [json.loads(line)["ranks"] for line in (run / "sessions.jsonl").read_text().splitlines()] == [4]
+    assert f"step {STEPS} of {STEPS}" in command.output.read_text()
+
+
+def test_a_run_that_receives_a_signal_is_requeued(start: str, launch, cluster, unbroken, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start", start)
+    for number, name in ((6, "TERM"), (12, "USR1")):
+        wait_for_step(command, run, number)
+        subprocess.run(["scancel", f"--signal={name}", str(job_of(run))], check=True)
+        command.wait_until(lambda name=name: f"Stopped by SIG{name}: saving" in output_of(run))
+    assert command.exit_code() == 0, command.output.read_text()
+    assert cluster.job(job_of(run))["Restarts"] == "2"
+    assert [entry["step"] for entry in steps(run)] == [*range(1, STEPS + 1)]
+    assert is_whole(run, unbroken)
+
+
+def test_a_requeued_job_goes_on(launch, cluster, unbroken, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start", "srun")
+    wait_for_step(command, run, 10)
+    subprocess.run(["scontrol", "requeue", str(job_of(run))], check=True)
+    assert command.exit_code() == 0, command.output.read_text()
+    assert cluster.job(job_of(run))["Restarts"] == "1"
+    assert is_whole(run, unbroken)
+
+
+def test_a_preempted_job_goes_on(launch, cluster, unbroken, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start", "torchrun")
+    wait_for_step(command, run, 10)
+    subprocess.run(
+        ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"], check=True
+    )
+    assert command.exit_code() == 0, command.output.read_text()
+    assert cluster.job(job_of(run))["Restarts"] == "1"
+    assert is_whole(run, unbroken)
+
+
+def test_a_cancelled_job_is_saved_and_stays_cancelled(launch, cluster, unbroken, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start", "srun")
+    wait_for_step(command, run, 6)
+    assert forked.run("cancel", str(run), output=tmp_path / "cancel") == 0
+    assert command.exit_code() != 0
+    assert cluster.job(job_of(run))["JobState"] == "CANCELLED"
+    assert f"continues with: sbatch {run}/launch/job.sbatch" in output_of(run)
+    done = subprocess.run(["sbatch", "--wait", run / "launch/job.sbatch"], stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    assert [entry["step"] for entry in steps(run)] == [*range(1, STEPS + 1)]
+    assert is_whole(run, unbroken)
+
+
+def test_a_killed_rank_is_restarted_in_the_allocation(start: str, launch, cluster, unbroken, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start", start)
+    wait_for_step(command, run, 10)
+    os.kill(a_rank(run), signal.SIGKILL)
+    assert command.exit_code() == 0, command.output.read_text()
+    assert "restart 1 of 3 from the newest checkpoint" in command.output.read_text()
+    assert cluster.job(job_of(run))["Restarts"] == "0"
+    assert is_whole(run, unbroken)
+
+
+def a_rank(run: Path) -> int:
+    """The process of rank 3, which has the log of its rank open."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(folder / "fd/1") == str(run / "logs/rank-3.txt"):
+                return int(folder.name)
+    raise AssertionError("no such process")
+
+
+def test_a_job_on_a_lost_node_goes_on(launch, cluster, unbroken, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start", "torchrun", "--retries", "0")
+    wait_for_step(command, run, 10)
+    cluster.kill_node("n2")
+    time.sleep(1)
+    cluster.start_node("n2")
+    assert command.exit_code() == 0, command.output.read_text()
+    assert is_whole(run, unbroken)
+
+
+def test_a_job_is_saved_before_its_time_limit(launch, cluster, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start", "srun", "--time=1", "--seconds-to-save=52", "train.train_iters=100000", "--requeues=1")
+    assert command.exit_code() == TO_BE_CONTINUED
+    job = cluster.job(job_of(run))
+    assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "1", "75:0")
+    assert "The job was requeued 1 times and ends here; the run is saved" in command.output.read_text()
+    assert [entry["step"] for entry in steps(run)] == [*range(1, len(steps(run)) + 1)]
+
+
+def test_a_failing_rank_fails_the_job_with_its_sentence(start: str, launch, digits: Path, cluster, tmp_path: Path):
+    run, copy = tmp_path / "run", tmp_path / "digits"
+    shutil.copytree(digits, copy)
+    command = launch(
+        "--start", start, f"data.path={copy / 'few.jsonl'}", "data.max_skipped=0", "train.train_iters=1000"
+    )
+    wait_for_step(command, run, 2)
+    for image in copy.rglob("*.png"):
+        image.unlink()
+    cluster.wait_until(lambda: "gpt-oss-vision: few.jsonl" in output_of(run) or "is missing" in output_of(run))
+    began = time.monotonic()
+    assert command.exit_code() == 1
+    assert time.monotonic() - began < 10
+    assert cluster.job(job_of(run))["JobState"] == "FAILED"
+    said = [line for line in command.output.read_text().splitlines() if "The run failed: " in line]
+    assert len(said) == 1
+    assert re.search(r"The run failed: .*\.png.* \(rank [0-3] of 4, n[12]\)", said[0])
+
+
+TEXTS = ("two words", "x[1,2]", "a'b\"c", "line\nline", "$HOME `id`", "ünï", "%j", "#", "a=b")
+
+
+def test_settings_arrive_byte_for_byte(start: str, cluster, tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$(dirname "$0")/arguments"\n')
+    python.chmod(0o755)
+    settings = [f"env_vars.N{number}={text}" for number, text in enumerate(TEXTS)]
+    options = ("--executor", "slurm", "--start", start, "--python", str(python), f"out={tmp_path / 'a folder' / 'run'}")
+    output = tmp_path / "output"
+    assert forked.run("launch", "gpt_oss_vision_tiny_sft", *settings, *options, output=output) == 0, output.read_text()
+    assert {setting.encode() for setting in settings} <= {*(tmp_path / "arguments").read_bytes().split(b"\0")}

@@ -1,0 +1,158 @@
+"""A real SLURM of two nodes on this machine: Debian's munged, slurmctld and two slurmd, with ports of their own."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+DAEMONS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+SECONDS = 120.0
+
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+SlurmdParameters=config_overrides
+SlurmdTimeout=10
+KillWait=20
+MpiDefault=none
+JobRequeue=1
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 State=UNKNOWN
+PartitionName=normal Nodes=n1,n2 Default=YES PriorityTier=1 MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=n1,n2 PriorityTier=2 MaxTime=INFINITE State=UP
+"""
+
+
+def missing() -> list[str]:
+    """The programs that this machine lacks."""
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    return [name for name in DAEMONS if shutil.which(name, path=path) is None]
+
+
+class Cluster:
+    """The running daemons, until the context ends.
+
+    Attributes:
+        configuration: for the variable SLURM_CONF, by which SLURM's commands find this cluster.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.configuration = folder, folder / "slurm.conf"
+
+    def __enter__(self) -> "Cluster":
+        os.environ["PATH"] += ":/usr/sbin:/sbin"
+        os.environ["SLURM_CONF"] = str(self.configuration)
+        for name in ("munge", "state", "spool-n1", "spool-n2"):
+            (self.folder / name).mkdir(parents=True)
+        self.configuration.write_text(
+            CONFIGURATION.format(
+                host=socket.gethostname(), ports=_free_ports(3), folder=self.folder, user=_output("id", "-un").strip()
+            )
+        )
+        self._start_munge()
+        subprocess.run(["slurmctld", "-f", self.configuration], check=True)
+        for node in ("n1", "n2"):
+            self.start_node(node)
+        self.wait_until(lambda: _output("sinfo", "-h", "-o", "%D %t").split() == ["2", "idle"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        user = _output("id", "-un").strip()
+        for options in ((), ("--signal=KILL",)):
+            subprocess.run(["scancel", *options, "--user", user], stderr=subprocess.DEVNULL)
+        for file in (*self.folder.glob("*.pid"), self.folder / "munge/pid"):
+            with suppress(ProcessLookupError, FileNotFoundError, ValueError):
+                process = int(file.read_text())
+                os.kill(process, signal.SIGTERM)
+                while Path(f"/proc/{process}").exists():
+                    time.sleep(0.01)
+
+    def _start_munge(self) -> None:
+        folder = self.folder / "munge"
+        subprocess.run(["mungekey", "--create", f"--keyfile={folder / 'key'}"], check=True)
+        files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
+        options = [f"--{option}={folder / name}" for option, name in files.items()]
+        subprocess.run(["munged", "--force", *options], check=True, stderr=subprocess.DEVNULL)
+
+    def start_node(self, node: str) -> None:
+        """Start the daemon of a node."""
+        subprocess.run(["slurmd", "-f", self.configuration, "-N", node], check=True)
+
+    def kill_node(self, node: str) -> None:
+        """Kill the daemon of a node and all that runs there."""
+        os.kill(int((self.folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+        for process in _steps_of(node):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def job(self, number: int) -> dict[str, str]:
+        """What `scontrol show job` prints."""
+        return dict(re.findall(r"(\w+)=(\S*)", _output("scontrol", "show", "job", "--oneliner", str(number))))
+
+    def wait_for(self, number: int, *states: str) -> dict[str, str]:
+        """Wait until a job is in one of these states."""
+        self.wait_until(lambda: self.job(number)["JobState"] in states)
+        return self.job(number)
+
+    def wait_until(self, is_reached: Callable[[], bool]) -> None:
+        """Wait for an event."""
+        end = time.monotonic() + SECONDS
+        while not is_reached():
+            assert time.monotonic() < end, _output("scontrol", "show", "job") + _output("sinfo", "-R")
+            time.sleep(0.1)
+
+
+def _steps_of(node: str) -> list[int]:
+    """The slurmstepd of a node, and their descendants."""
+    parents, roots = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if b"slurmstepd" in (folder / "cmdline").read_bytes() and _is_on(folder, node):
+                roots.append(int(folder.name))
+    found = {*roots}
+    while more := {process for process, parent in parents.items() if parent in found} - found:
+        found |= more
+    return [*found]
+
+
+def _is_on(folder: Path, node: str) -> bool:
+    return f"SLURMD_NODENAME={node}\0".encode() in (folder / "environ").read_bytes()
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -1,0 +1,160 @@
+"""A `python` for our command line that starts at once: each process is a fork of one that has imported Megatron.
+
+Launchers start ranks by an interpreter. `python` here is a small program that takes its place: it hands its arguments,
+variables and output to a server, which forks; it passes signals on to the fork, and ends with its exit code. When it is
+killed, the fork and all its descendants are killed.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from array import array
+from pathlib import Path
+
+CLIENT = """#!{python} -SEI
+import array, json, os, signal, socket, sys
+
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+request = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
+server.sendmsg([len(request).to_bytes(4)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
+server.sendall(request)
+child = int.from_bytes(server.recv(4))
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGCONT, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: os.kill(child, number))
+code = int.from_bytes(server.recv(4), signed=True)
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if code != -signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+class WarmPython:
+    """The server, a fork of this process until the context ends.
+
+    Attributes:
+        python: the program that takes the place of an interpreter.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.python, self.address = folder / "python", folder / "server"
+
+    def __enter__(self) -> "WarmPython":
+        self.python.write_text(CLIENT.format(python=sys.executable, address=str(self.address)))
+        self.python.chmod(0o755)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(self.address))
+        listener.listen(64)
+        self.process = os.fork()
+        if not self.process:
+            try:
+                _serve(listener, str(self.python))
+            finally:
+                os._exit(70)
+        listener.close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.kill(self.process, signal.SIGTERM)
+        os.waitpid(self.process, 0)
+
+
+def _serve(listener: socket.socket, python: str) -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    gc.freeze()
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    children: dict[int, tuple[int, socket.socket]] = {}
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is listener:
+                client, _ = listener.accept()
+                child = _fork(client, python)
+                watch = os.pidfd_open(child)
+                children[watch] = child, client
+                client.sendall(child.to_bytes(4))
+                selector.register(watch, selectors.EVENT_READ)
+                selector.register(client, selectors.EVENT_READ, child)
+            elif key.data is not None:  # the client was killed
+                selector.unregister(key.fileobj)
+                kill_tree(key.data)
+            else:
+                child, client = children.pop(key.fd)
+                selector.unregister(key.fd)
+                os.close(key.fd)
+                with contextlib.suppress(KeyError):
+                    selector.unregister(client)
+                code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                with contextlib.suppress(OSError):
+                    client.sendall(code.to_bytes(4, signed=True))
+                client.close()
+
+
+def _fork(client: socket.socket, python: str) -> int:
+    length, ancillary, _, _ = client.recvmsg(4, socket.CMSG_SPACE(12))
+    files = array("i", ancillary[0][2])
+    request, size = b"", int.from_bytes(length)
+    while len(request) < size:
+        request += client.recv(size - len(request))
+    child = os.fork()
+    if not child:
+        _run(*json.loads(request), files, python)
+    for file in files:
+        os.close(file)
+    return child
+
+
+def _run(arguments: list[str], environment: dict[str, str], folder: str, files: array, python: str) -> None:
+    """Run `-m MODULE ARGUMENTS` as an interpreter does, and end."""
+    code = 70
+    try:
+        import torch
+
+        warnings.resetwarnings()
+        os.setpgrp()
+        torch.set_num_threads(1)
+        os.environ.clear()
+        os.environ.update(environment | {"PYTHON_EXEC": python})  # by which torchrun starts its workers
+        os.chdir(folder)
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        position = arguments.index("-m")
+        sys.executable = python
+        sys.argv = [arguments[position + 1], *arguments[position + 2 :]]
+        warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+        runpy.run_module(arguments[position + 1], run_name="__main__", alter_sys=False)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 - the server's loop must not go on in the fork
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def kill_tree(root: int) -> None:
+    """Kill a process and its descendants."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {root}
+    while more := {process for process, parent in parents.items() if parent in found} - found:
+        found |= more
+    for process in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
