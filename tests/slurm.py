@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+ACCOUNTING = ("slurmdbd", "sacct", "sacctmgr", "mariadbd", "mariadb-install-db")
 DAEMONS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 SECONDS = 120.0
 
@@ -49,20 +50,41 @@ PartitionName=urgent Nodes=n1,n2 PriorityTier=2 MaxTime=INFINITE State=UP
 """
 
 
-def missing() -> list[str]:
+ACCOUNTING_CONFIGURATION = """
+AuthType=auth/munge
+AuthInfo={folder}/munge/socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={ports[0]}
+SlurmUser={user}
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={ports[1]}
+StorageUser=slurm
+StoragePass=slurm
+"""
+
+
+def missing(*, accounting: bool = False) -> list[str]:
     """The programs that this machine lacks."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    return [name for name in DAEMONS if shutil.which(name, path=path) is None]
+    return [name for name in DAEMONS + ACCOUNTING * accounting if shutil.which(name, path=path) is None]
 
 
 class Cluster:
     """The running daemons, until the context ends.
 
+    Args:
+        accounting: keep accounts of jobs, which `sacct` reads: slurmdbd, with a MariaDB of its own.
+
     Attributes:
         configuration: for the variable SLURM_CONF, by which SLURM's commands find this cluster.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, accounting: bool = False) -> None:
+        self.accounting = accounting
         self.folder, self.configuration = folder, folder / "slurm.conf"
 
     def __enter__(self) -> "Cluster":
@@ -76,6 +98,8 @@ class Cluster:
             )
         )
         self._start_munge()
+        if self.accounting:
+            self._start_accounting()
         subprocess.run(["slurmctld", "-f", self.configuration], check=True)
         for node in ("n1", "n2"):
             self.start_node(node)
@@ -90,8 +114,10 @@ class Cluster:
             with suppress(ProcessLookupError, FileNotFoundError, ValueError):
                 process = int(file.read_text())
                 os.kill(process, signal.SIGTERM)
-                while Path(f"/proc/{process}").exists():
+                end = time.monotonic() + 5
+                while Path(f"/proc/{process}").exists() and time.monotonic() < end:
                     time.sleep(0.01)
+                os.kill(process, signal.SIGKILL)
 
     def _start_munge(self) -> None:
         folder = self.folder / "munge"
@@ -99,6 +125,42 @@ class Cluster:
         files = {"socket": "socket", "key-file": "key", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
         options = [f"--{option}={folder / name}" for option, name in files.items()]
         subprocess.run(["munged", "--force", *options], check=True, stderr=subprocess.DEVNULL)
+
+    def _start_accounting(self) -> None:
+        user, ports, data = _output("id", "-un").strip(), _free_ports(2), self.folder / "database"
+        database = ["--no-defaults", f"--user={user}", f"--datadir={data}"]
+        subprocess.run(
+            ["mariadb-install-db", *database], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
+        statements = self.folder / "statements.sql"
+        statements.write_text(
+            "CREATE USER slurm@'127.0.0.1' IDENTIFIED BY 'slurm';\nGRANT ALL ON *.* TO slurm@'127.0.0.1';\n"
+        )
+        files = {
+            "socket": "mysql.sock",
+            "pid-file": "mariadbd.pid",
+            "log-error": "mariadbd.log",
+            "init-file": statements.name,
+        }
+        options = [f"--{option}={self.folder / name}" for option, name in files.items()]
+        network = (f"--port={ports[1]}", "--bind-address=127.0.0.1", "--skip-name-resolve")
+        subprocess.Popen(["mariadbd", *database, *options, *network], stderr=subprocess.DEVNULL, start_new_session=True)
+        configuration = self.folder / "slurmdbd.conf"
+        configuration.write_text(ACCOUNTING_CONFIGURATION.format(folder=self.folder, user=user, ports=ports))
+        configuration.chmod(0o600)
+        with self.configuration.open("a") as file:
+            file.write(
+                "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=127.0.0.1\n"
+                f"AccountingStoragePort={ports[0]}\nAccountingStoragePass={self.folder}/munge/socket\nJobAcctGatherType=jobacct_gather/none\n"
+            )
+        self.wait_until(lambda: (self.folder / "mariadbd.pid").exists())
+        environment = os.environ | {"SLURM_CONF": str(self.configuration)}
+        subprocess.run(["slurmdbd"], env=environment, check=True)
+        self.wait_until(
+            lambda: subprocess.run(["sacctmgr", "-n", "list", "cluster"], capture_output=True).returncode == 0
+        )
+        for words in ("cluster test", "account team", f"user {user} account=team"):
+            subprocess.run(["sacctmgr", "-i", "add", *words.split()], check=True, stdout=subprocess.DEVNULL)
 
     def start_node(self, node: str) -> None:
         """Start the daemon of a node."""

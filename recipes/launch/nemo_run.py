@@ -27,6 +27,7 @@ from ..training import overrides
 from .site import read_site
 
 MODULE = "gpt_oss_vision.cli"
+PATHS = ("out", "weights", "path", "folder", "image_folder")
 
 
 def script(
@@ -50,13 +51,24 @@ def script(
         find(name)
     overrides.parse(settings)
     is_slurm = isinstance(executor, run.SlurmExecutor)
-    arguments = ["train", recipe, *settings]
+    if not any(setting.startswith("out=") for setting in settings):
+        settings = (*settings, f"out={Path('runs', recipe.replace(',', '+'))}")
+    # NeMo-Run starts a job in a folder of its own.
+    arguments = ["train", recipe, *map(_with_absolute_path, settings)]
     return run.Script(
         path=MODULE,
         m=True,
         entrypoint=python or ("python" if is_slurm else sys.executable),
         args=[shlex.quote(argument) for argument in arguments] if is_slurm else arguments,
     )
+
+
+def _with_absolute_path(setting: str) -> str:
+    """A setting whose value is a path, from the current folder on."""
+    if setting.startswith("@"):
+        return f"@{Path(setting[1:]).absolute()}"
+    key, equals, value = setting.partition("=")
+    return f"{key}={Path(value).absolute()}" if equals and value and key.split(".")[-1] in PATHS else setting
 
 
 def slurm_executor(

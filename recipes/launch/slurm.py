@@ -14,7 +14,11 @@ from ...errors import UserError
 JOB = "job.json"
 SECONDS_BETWEEN_POLLS = 2.0
 
-PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING", "COMPLETING", "SUSPENDED", "RESIZING")
+ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"),
+    *("DEADLINE", "REVOKED"),
+)
+"""States of a job that has ended; some stand for a moment before the job is requeued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,8 @@ class State:
 
     @property
     def is_over(self) -> bool:
-        """Whether it will not run any more."""
-        return self.name not in ("RUNNING", *PENDING)
+        """Whether it has ended, unless it is requeued."""
+        return self.name in ENDED
 
     @property
     def exit_code(self) -> int:
@@ -115,17 +119,18 @@ def follow(run: Path, job: int) -> State:
     Raises:
         UserError: SLURM does not know the job any more.
     """
-    file, position, waiting = output_of(run, job), 0, ""
+    file, position, waiting, was_over = output_of(run, job), 0, "", False
     while True:
         found = state(job)
         position = _print_from(file, position)
         if found is None:
             raise UserError(f"SLURM does not know job {job} any more; its output is {file}")
-        if found.is_over:
+        if found.is_over and was_over:
             _print_from(file, position)
             return found
         if found.name == "PENDING" and waiting != found.reason:
             print(f"Job {job} waits: {found.reason or 'no reason given'}", flush=True)
+        was_over = found.is_over
         waiting = found.reason if found.name == "PENDING" else ""
         time.sleep(SECONDS_BETWEEN_POLLS)
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ def first_failure(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = outcome.file_of(folder)
     try:
-        with _as_exception(CheckpointException):
+        with _lost_connection(), _as_exception(CheckpointException):
             yield
     except Exception as error:
         where = f"rank {ranks.rank()} of {ranks.world_size()}, {_node()}"
@@ -49,6 +50,22 @@ def _is_for_the_user(error: Exception) -> bool:
 def _node() -> str:
     """The name of this machine, as SLURM has it."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+_LOST = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|remote process exited|NCCL.*timeout", re.I)
+
+
+@contextmanager
+def _lost_connection() -> Iterator[None]:
+    """Name what has happened where a communication of torch fails: it is no fault of this rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise ConnectionError(
+            f"the connection to another rank was lost: it was killed, or its node is down ({error})"
+        ) from error
 
 
 @contextmanager

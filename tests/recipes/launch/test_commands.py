@@ -183,7 +183,8 @@ def test_here_a_killed_rank_is_restarted(launch, tmp_path: Path):
     command.wait_until(lambda: len(steps(run)) >= 5)
     os.kill(rank_1(run), signal.SIGKILL)
     assert command.exit_code() == 0, command.output.read_text()
-    assert "The run failed: a process was killed; restart 1 of 3" in command.output.read_text()
+    assert "the connection to another rank was lost: it was killed, or its node is down" in command.output.read_text()
+    assert "restart 1 of 3" in command.output.read_text()
     assert sorted({*steps(run)}) == [*range(1, 13)]
 
 
@@ -212,7 +213,7 @@ def test_a_step_that_hangs_ends_the_run_with_the_place(launch, tmp_path: Path):
     said = command.output.read_text()
     assert "has taken more than 4 seconds (rank 0 of 2" in said
     stacks = (run / "logs/rank-0.txt").read_text()
-    assert ("Current thread" in stacks and "all_reduce" in stacks) or "wait" in stacks
+    assert "most recent call first" in stacks and "torch/distributed" in stacks
 
 
 def test_status_shows_step_checkpoint_and_outcome(launch, tmp_path: Path, capsys):

@@ -235,7 +235,6 @@ def test_a_failing_rank_fails_the_job_with_its_sentence(start: str, launch, digi
     wait_for_step(command, run, 2)
     for image in copy.rglob("*.png"):
         image.unlink()
-    cluster.wait_until(lambda: "gpt-oss-vision: few.jsonl" in output_of(run) or "is missing" in output_of(run))
     began = time.monotonic()
     assert command.exit_code() == 1
     assert time.monotonic() - began < 10
@@ -245,7 +244,7 @@ def test_a_failing_rank_fails_the_job_with_its_sentence(start: str, launch, digi
     assert re.search(r"The run failed: .*\.png.* \(rank [0-3] of 4, n[12]\)", said[0])
 
 
-TEXTS = ("two words", "x[1,2]", "a'b\"c", "line\nline", "$HOME `id`", "ünï", "%j", "#", "a=b")
+TEXTS = ("two words", "x[1,2]", "a'b\"c", "line\nline", "a$ `id`", "ünï", "%j", "#", "a=b")
 
 
 def test_settings_arrive_byte_for_byte(start: str, cluster, tmp_path: Path):

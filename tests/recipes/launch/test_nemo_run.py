@@ -1,0 +1,84 @@
+"""NeMo-Run runs our script: submitted to a real SLURM, as a process of this machine, and from `nemorun`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import slurm
+
+ROOT = Path(__file__).parents[3]
+
+SUBMIT = """
+import sys
+from pathlib import Path
+import nemo_run as run
+from gpt_oss_vision.recipes.launch.nemo_run import script, slurm_executor
+from megatron.bridge.recipes.run_plugins import PreemptionPlugin
+
+folder = Path(sys.argv[1])
+executor = slurm_executor(folder / "site.yaml", nodes=2, allow_uncommitted=True)
+settings = ("env_vars.A=two 'words' $HOME", "data.path=rows.jsonl")
+task = script("gpt_oss_vision_tiny_sft", *settings, executor=executor, python=str(folder / "python"))
+with run.Experiment("submitted") as experiment:
+    experiment.add(task, executor=executor, name="train", plugins=[PreemptionPlugin(preempt_time=90)])
+    experiment.run(detach=False, tail_logs=False)
+print("status:", [each["status"] for each in experiment.status(return_dict=True).values()])
+"""
+
+
+def python(code: str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"NEMORUN_HOME": str(folder / "home"), "COLUMNS": "200"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.skipif(bool(slurm.missing(accounting=True)), reason=f"not installed: {slurm.missing(accounting=True)}")
+def test_slurm_runs_the_script_and_its_status_comes_back(tmp_path: Path):
+    (tmp_path / "site.yaml").write_text("account: team\npartition: normal\ntime: 0:10:00\nseconds_to_save: 120\n")
+    (tmp_path / "python").write_text('#!/bin/sh\nfor word in "$@"; do printf "[%s]" "$word"; done\n')
+    (tmp_path / "python").chmod(0o755)
+    with slurm.Cluster(tmp_path / "cluster", accounting=True) as cluster:
+        done = python(SUBMIT, str(tmp_path), folder=tmp_path)
+        job = cluster.job(1)
+    assert "SUCCEEDED" in done.stdout
+    assert (job["JobState"], job["NumNodes"]) == ("COMPLETED", "2")
+    (script,) = tmp_path.glob("home/experiments/submitted/*/*_sbatch.sh")
+    text = script.read_text()
+    assert "#SBATCH --signal=TERM@90" in text  # by Megatron-Bridge's plug-in
+    assert text.rindex("--wait=0") > text.rindex("--wait=60")
+    (log,) = tmp_path.glob("home/experiments/submitted/*/train/log-*.out")
+    words = re.findall(r"\[(.*?)\]", log.read_text())
+    assert words[: len(words) // 2] == [
+        *("-m", "gpt_oss_vision.cli", "train", "gpt_oss_vision_tiny_sft", "env_vars.A=two 'words' $HOME"),
+        *(f"data.path={tmp_path}/rows.jsonl", f"out={tmp_path}/runs/gpt_oss_vision_tiny_sft"),
+        *("train.exit_signal_handler=True", "train.exit_signal_handler_for_dataloader=False"),
+    ]
+
+
+def test_the_example_trains_on_this_machine(tmp_path: Path):
+    steps = ("train.train_iters=3", "validation.eval_iters=0", "logger.log_interval=1", "out=run")
+    command = [sys.executable, str(ROOT / "examples/nemo_run/launch.py"), "--local", *steps]
+    environment = os.environ | {"NEMORUN_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("align", "sft"):
+        lines = (tmp_path / "run" / stage / "metrics.jsonl").read_text().splitlines()
+        assert [entry["step"] for entry in map(json.loads, lines) if "loss" in entry] == [1, 2, 3]
+
+
+def test_nemorun_lists_and_dry_runs_our_entry_point(tmp_path: Path):
+    command = [str(Path(sys.executable).with_name("nemorun")), "gpt_oss_vision", "train", "--dryrun"]
+    settings = ("recipe=gpt_oss_vision_tiny_sft", "settings=['train.train_iters=3']", "executor=run.LocalExecutor()")
+    environment = os.environ | {"NEMORUN_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
+    done = subprocess.run(
+        [*command, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gpt_oss_vision_tiny_sft" in done.stdout + done.stderr
+    assert "train.train_iters=3" in done.stdout + done.stderr
