@@ -1,7 +1,7 @@
 """A rehearsal of a job on this machine: the batch script is run as it is, and ended early in each way that jobs are.
 
-The ranks are real; SLURM is the stand-in of `stand_in`. The tiny recipe of the same task is trained, on two nodes with
-two ranks each. The losses have to be those of a run that nothing ends early.
+The ranks are real; SLURM is the stand-in of `stand_in`. The tiny recipe of the same task is trained, on two nodes with a
+rank each. The losses have to be those of a run that nothing ends early.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ SETTINGS = (
     *(f"train.train_iters={STEPS}", "train.global_batch_size=16", "train.micro_batch_size=4"),
     *("checkpoint.save_interval=3", "logger.log_interval=1", "validation.eval_iters=0"),
 )
-NODES = RANKS_PER_NODE = 2
+NODES, RANKS_PER_NODE = 2, 1
 SECONDS = 1800.0
 TOLERANCE = 1e-5
 

@@ -22,6 +22,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which prints a warning for each process
     for number in PASSED_ON:
         signal.signal(number, _pass_on)
     try:

@@ -106,6 +106,8 @@ def run(
             _end(out, outcome.FINISHED)
         except Stopped:
             _end(out, outcome.SAVED, f"Stopped before the first step; the same command continues {out}")
+            if ranks.world_size() > 1:
+                os._exit(EXIT_TO_BE_CONTINUED)  # others may wait for this rank, which then waits at its end
             return EXIT_TO_BE_CONTINUED
     return 0
 
@@ -242,8 +244,6 @@ def _process_group(config: ConfigContainer) -> Iterator[None]:
     os.environ.setdefault("MASTER_PORT", str(get_master_port_safe()))
     minutes = datetime.timedelta(minutes=config.dist.distributed_timeout_minutes)
     torch.distributed.init_process_group(backend, timeout=minutes)
-    try:
-        yield
-        torch.distributed.barrier()  # launchers kill the ranks that still write when the first one has ended
-    finally:
-        torch.distributed.destroy_process_group()
+    yield  # after an exception the group stays: destroying it would wait for the other ranks
+    torch.distributed.barrier()  # launchers kill the ranks that still write when the first one has ended
+    torch.distributed.destroy_process_group()
