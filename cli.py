@@ -92,6 +92,8 @@ def _sentence(error: Exception) -> str:
         return (f"{error.strerror}: {files}" if files else error.strerror) + notes
     if isinstance(error, UserError | OSError):
         return message + notes
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(__package__):
+        return f"{error.name} is not installed in this Python, {sys.executable}: install all of the package (`uv sync`)"
     if (memory := _exhausted_memory(error)) is not None:
         return (
             f"out of {memory} memory: {message}; use fewer --jobs, a smaller --batch-size, --int8, or a machine with "

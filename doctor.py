@@ -64,6 +64,9 @@ def _site_problems(site: Path) -> list[str]:
 
 def _attention() -> Iterator[str]:
     """The back end and the attention of the recipes on a GPU, by what is installed here."""
+    if _installed("torch") is None:
+        yield "     recipes on a GPU: unknown without torch; run this with the Python of the nodes"
+        return
     found = _installed(CUDNN)
     engine = _installed("transformer-engine-torch")
     for rows, least in (("", cudnn.WITH_SINKS), (" with packed rows", cudnn.WITH_PACKED_SINKS)):

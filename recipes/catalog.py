@@ -1,7 +1,7 @@
 """The recipes by name, with what each needs and is for: strings and numbers, so that listing them takes no time."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -158,6 +158,12 @@ def find(name: str) -> Recipe:
     raise UsageError(
         f"There is no recipe {name}; near it are {', '.join(nearest[:3])}; the command `recipes` lists all."
     )
+
+
+def stage_names(recipes: Sequence[Recipe]) -> list[str]:
+    """The names of the stages of a run, and of their folders: the task, with a number where it comes twice."""
+    tasks = [recipe.task for recipe in recipes]
+    return [task if tasks.count(task) == 1 else f"{number}-{task}" for number, task in enumerate(tasks, start=1)]
 
 
 def load(recipe: Recipe) -> "ConfigContainer":

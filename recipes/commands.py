@@ -365,7 +365,7 @@ def _weights(options: dict[str, Any]) -> Path | None:
 
 def _stages(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any]) -> list[Any]:
     """The stages of a run: each a recipe with the settings that are for it."""
-    from .catalog import ASSUMED_TFLOPS, GPUS, load
+    from .catalog import ASSUMED_TFLOPS, GPUS, load, stage_names
     from .training import overrides
     from .training.run import Hardware, Stage
     from .training.settings import settings_of
@@ -373,7 +373,7 @@ def _stages(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any
     names = [name for recipe in recipes for name in (recipe.task, recipe.stem, recipe.name)]
     overrides.refuse_other_stages(found, names)
     stages = []
-    for number, recipe in enumerate(recipes, start=1):
+    for number, (recipe, name) in enumerate(zip(recipes, stage_names(recipes), strict=True), start=1):
         config, mine = load(recipe), overrides.for_stage(found, (recipe.task, recipe.name, recipe.stem))
         recipe_settings = settings_of(config)
         overrides.apply(config, mine)
@@ -389,9 +389,7 @@ def _stages(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any
         )
         stages.append(
             Stage(
-                name=recipe.task
-                if [each.task for each in recipes].count(recipe.task) == 1
-                else f"{number}-{recipe.task}",
+                name=name,
                 config=config,
                 given=frozenset(own),
                 needs_weights=recipe.size != "tiny" and recipe.task != "pretrain",

@@ -46,7 +46,7 @@ JobRequeue=1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 State=UNKNOWN
 PartitionName=normal Nodes=n1,n2 Default=YES PriorityTier=1 MaxTime=INFINITE State=UP
-PartitionName=urgent Nodes=n1,n2 PriorityTier=2 MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=n1,n2 PriorityTier=2 MaxTime=2:00:00 State=UP
 """
 
 

@@ -131,6 +131,8 @@ def _launch_on_slurm(plan: "Plan", detach: bool, dry_run: bool) -> int:
     from . import slurm
     from .plan import batch_script
 
+    if plan.dependency is None and not dry_run:
+        slurm.refuse_second_job(plan.run)
     plan.launch_folder.mkdir(parents=True, exist_ok=True)
     plan.script.write_text(batch_script(plan))
     if dry_run:
@@ -219,8 +221,10 @@ def _plan(
 
 
 def _export(run: Path, recipes: Sequence[Any]) -> tuple[str, ...]:
-    last = run if len(recipes) == 1 else run / recipes[-1].task
-    return ("convert", "export", "--megatron", str(last / "checkpoints"), "--hf", str(run / "hf"), "--overwrite")
+    from ..catalog import stage_names
+
+    last = run if len(recipes) == 1 else run / stage_names(recipes)[-1]
+    return ("convert", "export", "--megatron", str(last / "checkpoints"), "--out", str(run / "hf"), "--overwrite")
 
 
 def _check(plan: "Plan", executor: str) -> None:

@@ -17,7 +17,7 @@ def examples() -> Iterator[tuple[str, str]]:
     yield _training("pretrain", "gpt_oss_vision_20b_pretrain", f"data.path={DATA}/pretrain.jsonl", start, nodes=2)
     yield _training("sft", "gpt_oss_vision_20b_sft", f"data.path={DATA}/chats.jsonl", start, nodes=1)
     yield _training("lora", "gpt_oss_vision_20b_lora", f"data.path={DATA}/chats.jsonl", start, nodes=1, gpus=1)
-    convert = ("convert", "import", "--hf", f"{CHECKPOINTS}/gpt-oss-20b-vision", "--megatron", f"{CHECKPOINTS}/20b")
+    convert = ("convert", "import", "--hf", f"{CHECKPOINTS}/gpt-oss-20b-vision", "--out", f"{CHECKPOINTS}/20b")
     yield _script("convert", *convert, time="02:00:00", more=("--cpus-per-task=32", "--mem=128G"))
     files = (f"{DATA}/questions-{TASK}.jsonl", "--out", f"{DATA}/answers-{TASK}.jsonl")
     answer = ("generate", "--model", f"{RUNS}/sft/hf", "--batch", *files)
@@ -27,7 +27,7 @@ def examples() -> Iterator[tuple[str, str]]:
 
 def _training(name: str, recipe: str, *settings: str, nodes: int, gpus: int = 8) -> tuple[str, str]:
     run = Path(RUNS, name)
-    export = ("convert", "export", "--megatron", f"{run}/checkpoints", "--hf", f"{run}/hf", "--overwrite")
+    export = ("convert", "export", "--megatron", f"{run}/checkpoints", "--out", f"{run}/hf", "--overwrite")
     plan = Plan(
         name=name,
         run=run,

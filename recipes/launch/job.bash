@@ -24,12 +24,6 @@ sentence() {
     if [ -f "$GPT_OSS_VISION_OUTCOME" ]; then tail -n +2 "$GPT_OSS_VISION_OUTCOME"; else echo "a process was killed, or printed why"; fi
 }
 
-# --wait=0: tasks that are still writing when the first one has ended are not killed.
-start() {
-    export MASTER_PORT=$((15000 + (SLURM_JOB_ID + 7919 * failures) % 15000))
-    srun --kill-on-bad-exit=1 --wait=0 "${srun_options[@]}" "$@" ${prefix[@]+"${prefix[@]}"} "${command[@]}"
-}
-
 requeue() {
     state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format="%T %r")
     # A job that SLURM ends is COMPLETING: cancelled, or preempted, which SLURM itself requeues; or at its time limit.
@@ -54,26 +48,35 @@ fail() {
 # SLURM sends SIGTERM to this shell too when it cancels or preempts the job; the shell has to wait for the run.
 trap : TERM USR1
 
-failures=0
-while true; do
-    command=("${train[@]}")
-    rm -f "$GPT_OSS_VISION_OUTCOME"
-    start
-    code=$?
-    if ((code == 0)); then break; fi
-    case $(outcome) in
-        finished) break ;;
-        saved) requeue ;;
-        refused) fail ;;
-    esac
-    # 2: the command line is wrong
-    if ((code == 2 || failures >= retries)); then fail; fi
-    failures=$((failures + 1))
-    say "The run failed: $(sentence); restart $failures of $retries from the newest checkpoint"
-done
+# Run a command in the allocation until it is finished: run_to_end OPTION_OF_SRUN... -- WORD...
+# --wait=0: tasks that are still writing when the first one has ended are not killed.
+run_to_end() {
+    local options=() failures=0 code
+    while [ "$1" != -- ]; do options+=("$1") && shift; done
+    shift
+    while true; do
+        rm -f "$GPT_OSS_VISION_OUTCOME"
+        export MASTER_PORT=$((15000 + (SLURM_JOB_ID + 7919 * failures) % 15000))
+        srun --kill-on-bad-exit=1 --wait=0 "${srun_options[@]}" "${options[@]}" "${prefix[@]}" "$@"
+        code=$?
+        if ((code == 0)); then return; fi
+        case $(outcome) in
+            finished) return ;;
+            saved) requeue ;;
+            refused) fail ;;
+        esac
+        case $code in
+            2) fail ;;            # the command line is wrong
+            138 | 143) requeue ;; # SIGUSR1 or SIGTERM, and nothing to save
+        esac
+        if ((failures >= retries)); then fail; fi
+        failures=$((failures + 1))
+        say "The run failed: $(sentence); restart $failures of $retries from the newest checkpoint"
+    done
+}
 
+run_to_end -- "${train[@]}"
 if ((${#export_command[@]})); then
-    command=("${export_command[@]}")
-    start --nodes=1 --ntasks=1 --ntasks-per-node=1 || exit $?
+    run_to_end --nodes=1 --ntasks=1 --ntasks-per-node=1 -- "${export_command[@]}"
 fi
 say "The run is finished"

@@ -146,7 +146,8 @@ def sbatch_options(plan: Plan) -> Iterator[str]:
     yield "--open-mode=append"
     if plan.folder is not None:
         yield f"--chdir={_directive(str(plan.folder))}"
-    yield f"--output={_directive(plan.output or str(plan.launch_folder).replace('%', '%%') + '/job-%j.txt')}"
+    number = "%j" if plan.array is None else "%A"  # one file for all jobs of an array
+    yield f"--output={_directive(plan.output or str(plan.launch_folder).replace('%', '%%') + f'/job-{number}.txt')}"
     yield from plan.more
 
 

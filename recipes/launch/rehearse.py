@@ -1,7 +1,7 @@
-"""A rehearsal of a job on this machine: the batch script is run as it is, and ended early in each way that jobs are.
+"""A rehearsal of a job on this machine: the batch script is run as it is, and ended early in each way jobs are.
 
-The ranks are real; SLURM is the stand-in of `stand_in`. The tiny recipe of the same task is trained, on two nodes with a
-rank each. The losses have to be those of a run that nothing ends early.
+The ranks are real; SLURM is the stand-in of `stand_in`. The tiny recipe of the same task is trained, on two nodes with
+a rank each. The losses have to be those of a run that nothing ends early.
 """
 
 import dataclasses

@@ -82,11 +82,8 @@ def state(job: int) -> State | None:
     """What the controller knows of a job, or else the accounting; None where neither does."""
     shown = subprocess.run(["scontrol", "show", "job", "--oneliner", str(job)], capture_output=True, text=True)
     if shown.returncode == 0:
-        fields = dict(re.findall(r"(JobState|ExitCode|Reason|Restarts)=(\S+)", shown.stdout))
-        reason = fields.get("Reason", "None")
-        return State(
-            fields["JobState"], _code(fields["ExitCode"]), "" if reason == "None" else reason, int(fields["Restarts"])
-        )
+        states = [_state(line) for line in shown.stdout.splitlines() if line.strip()]  # several of an array
+        return next((each for each in states if not each.is_over), states[-1])
     command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State,ExitCode", "--jobs", str(job)]
     if shutil.which("sacct") is None:
         return None
@@ -95,6 +92,27 @@ def state(job: int) -> State | None:
         return None
     name, code = kept.stdout.splitlines()[-1].split("|")
     return State(name.split()[0], _code(code))
+
+
+def _state(line: str) -> State:
+    fields = dict(re.findall(r"(JobState|ExitCode|Reason|Restarts)=(\S+)", line))
+    reason = fields.get("Reason", "None")
+    code, restarts = _code(fields["ExitCode"]), int(fields["Restarts"])
+    return State(fields["JobState"], code, "" if reason == "None" else reason, restarts)
+
+
+def refuse_second_job(run: Path) -> None:
+    """Refuse a job for a run that has one in the queue.
+
+    Raises:
+        UserError: it has.
+    """
+    if not (run / "launch" / JOB).is_file():
+        return
+    job = job_of(run)
+    found = state(job) if shutil.which("scontrol") else None
+    if found is not None and not found.is_over:
+        raise UserError(f"{run} has job {job}, which is {found.name}: follow it with `logs`, or end it with `cancel`")
 
 
 def cancel(job: int) -> None:

@@ -95,7 +95,7 @@ def light(*arguments: str) -> subprocess.CompletedProcess[str]:
         "class Missing(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.partition('.')[0] in ('torch', 'transformers', 'megatron', 'numpy', 'datasets'):\n"
-        "            raise ModuleNotFoundError(name)\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
         "import importlib.util\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
@@ -121,6 +121,12 @@ def test_a_login_node_without_torch_writes_the_script():
     assert "hang=20m" in script and f"'out={Path.cwd()}/shared runs/gpt_oss_vision_20b_sft'" in script
     this = light("launch", "gpt_oss_vision_20b_sft", "--executor=slurm", "--dry-run")
     assert "This Python has no torch: name the one of the nodes with --python" in this.stderr
+
+
+def test_what_needs_torch_says_so_without_it():
+    done = light("train", RECIPE)
+    assert done.returncode == 1
+    assert "torch is not installed in this Python" in done.stderr
 
 
 def test_without_slurm_the_script_is_named():

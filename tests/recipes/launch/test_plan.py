@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_oss_vision import cli
 from gpt_oss_vision.recipes.launch import examples
 from gpt_oss_vision.recipes.launch.plan import Container, Plan, batch_script
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 PLAN = Plan(
     name="first",
     run=Path("/shared/runs/first"),
-    folder=Path("/home/me/a folder"),
+    folder=Path("/scratch/a folder"),
     train=("train", "gpt_oss_vision_20b_sft", "data.path=it's.jsonl", "out=/shared/runs/first"),
     nodes=2,
     ranks_per_node=8,
@@ -86,7 +87,7 @@ def test_pyxis_is_asked_by_options_of_srun(tmp_path: Path):
     assert {
         "--container-image=team/image:1",
         "--container-mounts=/shared,/data:/d",
-        "--container-workdir=/home/me/a folder",
+        "--container-workdir=/scratch/a folder",
         "--container-env=TOKEN",
     } <= {*called}
 
@@ -98,7 +99,7 @@ def test_apptainer_and_docker_get_gpus_folders_and_variables(tmp_path: Path):
             dataclasses.replace(PLAN, container=Container(kind="apptainer", image="i.sif", mounts=mounts)), tmp_path
         )
     )
-    assert "apptainer exec --nv --bind /shared --bind /data:/d --pwd '/home/me/a folder' i.sif python" in called
+    assert "apptainer exec --nv --bind /shared --bind /data:/d --pwd '/scratch/a folder' i.sif python" in called
     plan = dataclasses.replace(
         PLAN, container=Container(kind="docker", image="i", mounts=mounts), environment=("TOKEN",)
     )
@@ -118,6 +119,17 @@ def test_a_variable_that_is_not_set_ends_the_job_with_its_name(tmp_path: Path):
 def test_the_examples_are_those_of_the_plans():
     written = {file.name: file.read_text() for file in (ROOT / "examples/slurm").glob("*.sbatch")}
     assert written == dict(examples.examples())
+
+
+@pytest.mark.parametrize("text", dict(examples.examples()).values(), ids=dict(examples.examples()))
+def test_the_commands_of_the_examples_are_those_of_the_command_line(text: str):
+    lines = [line for line in text.splitlines() if line.startswith(("train=(", "export_command=("))]
+    assert len(lines) == 2
+    for line in lines:
+        words = shlex.split(line.partition("(")[2].removesuffix(")"))
+        if words:
+            first = 3 if words[2] == "gpt_oss_vision.cli" else 4
+            cli.parser().parse_args(words[first:])
 
 
 @pytest.mark.parametrize("text", dict(examples.examples()).values(), ids=dict(examples.examples()))

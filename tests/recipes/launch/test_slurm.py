@@ -14,12 +14,14 @@ from pathlib import Path
 import forked
 import pytest
 import slurm
+import torch
 from warm import WarmPython
 
 import gpt_oss_vision
+from gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionProcessor, cli
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.recipes.data.digits import write_digits
-from gpt_oss_vision.recipes.data.tiny import write_processor
+from gpt_oss_vision.recipes.data.tiny import tiny_config, write_processor
 
 pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"not installed: {', '.join(slurm.missing())}")
 
@@ -90,11 +92,11 @@ def launch(
 ) -> Callable[..., forked.Command]:
     """A function that launches the run on 2 nodes with 2 ranks each."""
 
-    def launched(*options: str) -> forked.Command:
+    def launched(*options: str, output: str = "output") -> forked.Command:
         nodes = ("--executor", "slurm", "--nodes", "2", "--gpus-per-node", "2", "--python", str(python))
         given = {option.partition("=")[0] for option in options}
         settings = [*(each for each in arguments if each.partition("=")[0] not in given), f"out={tmp_path / 'run'}"]
-        return forked.Command("launch", *settings, *nodes, *options, output=tmp_path / "output")
+        return forked.Command("launch", *settings, *nodes, *options, output=tmp_path / output)
 
     return launched
 
@@ -175,6 +177,9 @@ def test_a_cancelled_job_is_saved_and_stays_cancelled(launch, cluster, unbroken,
     run = tmp_path / "run"
     command = launch("--start", "srun")
     wait_for_step(command, run, 6)
+    second = launch("--detach", output="second")
+    assert second.exit_code() == 1
+    assert f"has job {job_of(run)}, which is RUNNING" in second.output.read_text()
     assert forked.run("cancel", str(run), output=tmp_path / "cancel") == 0
     assert command.exit_code() != 0
     assert cluster.job(job_of(run))["JobState"] == "CANCELLED"
@@ -194,6 +199,26 @@ def test_a_killed_rank_is_restarted_in_the_allocation(start: str, launch, cluste
     assert "restart 1 of 3 from the newest checkpoint" in command.output.read_text()
     assert cluster.job(job_of(run))["Restarts"] == "0"
     assert is_whole(run, unbroken)
+
+
+def test_ranks_killed_in_a_save_lose_nothing_older(launch, cluster, unbroken, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start=srun", "checkpoint.save_interval=2")
+    command.wait_until(lambda: any((run / "checkpoints").glob("iter_0000006*")))
+    os.kill(a_rank(run), signal.SIGKILL)
+    assert command.exit_code() == 0, command.output.read_text()
+    assert "restart 1 of 3 from the newest checkpoint" in command.output.read_text()
+    assert is_whole(run, unbroken)
+
+
+def test_an_export_that_is_ended_goes_on(launch, cluster, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start=srun", "--export")
+    command.wait_until(lambda: "sft is finished" in command.output.read_text())
+    subprocess.run(["scancel", "--signal=TERM", str(job_of(run))], check=True)  # to the export, if it is quick enough
+    assert command.exit_code() == 0, command.output.read_text()
+    GPTOSSVisionForCausalLM.from_pretrained(run / "hf")
+    assert not (run / "hf.partial").exists()
 
 
 def a_rank(run: Path) -> int:
@@ -256,3 +281,79 @@ def test_settings_arrive_byte_for_byte(start: str, cluster, tmp_path: Path):
     output = tmp_path / "output"
     assert forked.run("launch", "gpt_oss_vision_tiny_sft", *settings, *options, output=output) == 0, output.read_text()
     assert {setting.encode() for setting in settings} <= {*(tmp_path / "arguments").read_bytes().split(b"\0")}
+
+
+def toy(script: str, shared: Path, python: Path) -> str:
+    """An example as it is, but for its size and its site."""
+    for old, new in (
+        ("/shared/venv/bin/python", str(python)),
+        ("gpt_oss_vision_20b_", "gpt_oss_vision_tiny_"),
+        ("/shared", str(shared)),
+        (".torchrun 8 ", ".torchrun 2 "),
+        ("out=/", "train.train_iters=4 validation.eval_iters=0 out=/"),
+        ("--array=0-7", "--array=0-1"),
+        ("ACCOUNT", "team"),
+        ("PARTITION", "normal"),
+        ("--cpus-per-task=32", "--cpus-per-task=2"),
+    ):
+        script = script.replace(old, new)
+    return re.sub(r"#SBATCH --(gpus|exclusive|mem).*\n", "", script)
+
+
+def test_the_examples_run_at_toy_size(digits: Path, python: Path, cluster: slurm.Cluster, tmp_path: Path):
+    shared, here = tmp_path / "shared", tmp_path / "here"
+    here.mkdir()
+    cpu.run_ranks(1, write_model, shared / "checkpoints/gpt-oss-20b-vision", digits / "processor")
+    shutil.copytree(digits, shared / "data")
+    for name in ("pretrain", "chats"):
+        shutil.copy(digits / "few.jsonl", shared / f"data/{name}.jsonl")
+    question = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Which digit?"}]}]}
+    for number in (0, 1):
+        (shared / f"data/questions-{number}.jsonl").write_text(json.dumps(question) + "\n")
+    scripts = {
+        file.stem: file.read_text() for file in (Path(slurm.__file__).parents[1] / "examples/slurm").glob("*.sbatch")
+    }
+    assert {*scripts} == {"convert", "pretrain", "sft", "lora", "answer"}
+    for name in ("convert", "pretrain", "sft", "lora", "answer"):
+        (here / f"{name}.sbatch").write_text(toy(scripts[name], shared, python))
+        done = subprocess.run(["sbatch", "--wait", f"{name}.sbatch"], cwd=here, capture_output=True, text=True)
+        assert done.returncode == 0, "".join(file.read_text() for file in here.glob(f"{name}-*.txt"))
+    for name in ("pretrain", "sft", "lora"):
+        assert len(steps(shared / "runs" / name)) == 4
+    answers = [json.loads((shared / f"data/answers-{number}.jsonl").read_text()) for number in (0, 1)]
+    assert answers[0] == answers[1] and "answer" in answers[0]
+
+
+def write_model(folder: Path, processor: Path) -> None:
+    torch.manual_seed(0)
+    GPTOSSVisionForCausalLM(tiny_config()).save_pretrained(folder)
+    GPTOSSVisionProcessor.from_pretrained(processor).save_pretrained(folder)
+
+
+SITES = {
+    "all is there": ("partition: normal\ntime: 0:30:00", None),
+    "no such partition": ("partition: gpu", "there is no partition gpu; this cluster has normal, urgent"),
+    "too long": ("partition: urgent\ntime: 3:00:00", "time 3:00:00 is longer than partition urgent permits, 02:00:00"),
+    "no GPUs": ("partition: normal\ngpus_per_node: 8", "nodes of partition normal have 0 GPUs, and gpus_per_node is 8"),
+    "no folder": ("runs: /proc/runs", "/proc/runs, the folder of the runs, cannot be written"),
+    "no pyxis": ("container: pyxis\ncontainer_image: a", "pyxis is not installed"),
+    "no apptainer": ("container: apptainer\ncontainer_image: /a.sif", "apptainer is not on this machine"),
+    "no image": ("container: docker\ncontainer_image: /a.tar", "/a.tar, the image, is not there"),
+    "no mount": (
+        "container: docker\ncontainer_image: a\nmounts: [/a/b]",
+        "/a/b, a mount of the container, is not there",
+    ),
+    "no Python": ("python: /a/python", "/a/python, the Python of the nodes, is not there"),
+    "another Python": ("python: /usr/bin/false", "/usr/bin/false does not import gpt_oss_vision"),
+}
+
+
+@pytest.mark.parametrize(("text", "problem"), SITES.values(), ids=SITES)
+def test_the_doctor_checks_a_site(text: str, problem: str | None, cluster, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "site.yaml").write_text(text)
+    code = cli.main(["doctor", "--site", "site.yaml"])
+    said = capsys.readouterr().out
+    assert code == (problem is not None), said
+    assert ("yes  jobs at the site of site.yaml" in said) if problem is None else (problem in said)
+    assert "recipes on a GPU:" in said
