@@ -118,6 +118,8 @@ class Cluster:
                 while Path(f"/proc/{process}").exists() and time.monotonic() < end:
                     time.sleep(0.01)
                 os.kill(process, signal.SIGKILL)
+        if self.accounting:
+            self.database.wait()
 
     def _start_munge(self) -> None:
         folder = self.folder / "munge"
@@ -144,7 +146,7 @@ class Cluster:
         }
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
         network = (f"--port={ports[1]}", "--bind-address=127.0.0.1", "--skip-name-resolve")
-        subprocess.Popen(["mariadbd", *database, *options, *network], stderr=subprocess.DEVNULL, start_new_session=True)
+        self.database = subprocess.Popen(["mariadbd", *database, *options, *network], stderr=subprocess.DEVNULL)
         configuration = self.folder / "slurmdbd.conf"
         configuration.write_text(ACCOUNTING_CONFIGURATION.format(folder=self.folder, user=user, ports=ports))
         configuration.chmod(0o600)

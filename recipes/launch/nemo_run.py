@@ -97,7 +97,7 @@ def slurm_executor(
     if chosen.container not in ("none", "pyxis"):
         raise UserError(f"NeMo-Run starts containers by pyxis alone, and {site} has {chosen.container}: use `launch`")
     if not allow_uncommitted:
-        _refuse_uncommitted()
+        refuse_uncommitted(Path(__file__).parents[2])
     home = Path(folder or os.environ.get("NEMORUN_HOME") or Path.home() / ".nemo_run")
     ranks = chosen.gpus_per_node or 1
     return run.SlurmExecutor(
@@ -134,9 +134,12 @@ def _options(options: tuple[str, ...]) -> dict[str, str | bool]:
     return {name.replace("-", "_"): value if equals else True for name, equals, value in pairs}
 
 
-def _refuse_uncommitted() -> None:
-    """Refuse a package that is a working tree with changes: the job would not run what its commit says."""
-    package = Path(__file__).parents[2]
+def refuse_uncommitted(package: Path) -> None:
+    """Refuse a package that is a working tree with changes: the job would not run what its commit says.
+
+    Raises:
+        UserError: with the first files that differ.
+    """
     if not (package / ".git").exists():
         return
     command = ["git", "-C", str(package), "status", "--porcelain", "--untracked-files=no"]
@@ -162,6 +165,9 @@ def train(recipe: str, settings: Optional[List[str]] = None) -> None:  # noqa: U
 
 
 @run.cli.factory
-def gpt_oss_vision_site(site: str = "site.yaml", nodes: int = 1) -> run.Config[run.SlurmExecutor]:
-    """The executor of a site file: ``executor=gpt_oss_vision_site(site=site.yaml,nodes=2)``."""
-    return slurm_executor(site, nodes=nodes).to_config()
+def gpt_oss_vision_site() -> run.Config[run.SlurmExecutor]:
+    """The executor of ``site.yaml`` in the current folder, for ``run.executor=gpt_oss_vision_site``."""
+    try:
+        return slurm_executor("site.yaml").to_config()
+    except UserError as error:  # NeMo-Run 0.11.1 takes a ValueError for a factory that is not there
+        raise RuntimeError(str(error)) from error

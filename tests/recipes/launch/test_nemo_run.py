@@ -16,16 +16,21 @@ SUBMIT = """
 import sys
 from pathlib import Path
 import nemo_run as run
-from gpt_oss_vision.recipes.launch.nemo_run import script, slurm_executor
+from gpt_oss_vision.recipes.launch.nemo_run import gpt_oss_vision_site, script, slurm_executor
+import gpt_oss_vision.bridge.plugin
 from megatron.bridge.recipes.run_plugins import PreemptionPlugin
 
 folder = Path(sys.argv[1])
 executor = slurm_executor(folder / "site.yaml", nodes=2, allow_uncommitted=True)
-settings = ("env_vars.A=two 'words' $HOME", "data.path=rows.jsonl")
+settings = ("env_vars.A=two 'words' a$ b", "data.path=rows.jsonl")
 task = script("gpt_oss_vision_tiny_sft", *settings, executor=executor, python=str(folder / "python"))
 with run.Experiment("submitted") as experiment:
     experiment.add(task, executor=executor, name="train", plugins=[PreemptionPlugin(preempt_time=90)])
     experiment.run(detach=False, tail_logs=False)
+try:
+    print("factory:", gpt_oss_vision_site().nodes)
+except RuntimeError as error:  # in a working tree with changes
+    print("factory:", error)
 print("status:", [each["status"] for each in experiment.status(return_dict=True).values()])
 """
 
@@ -47,6 +52,7 @@ def test_slurm_runs_the_script_and_its_status_comes_back(tmp_path: Path):
         done = python(SUBMIT, str(tmp_path), folder=tmp_path)
         job = cluster.job(1)
     assert "SUCCEEDED" in done.stdout
+    assert re.search("factory: (1|the package in .* has changes that are not committed)", done.stdout)
     assert (job["JobState"], job["NumNodes"]) == ("COMPLETED", "2")
     (script,) = tmp_path.glob("home/experiments/submitted/*/*_sbatch.sh")
     text = script.read_text()
@@ -55,10 +61,24 @@ def test_slurm_runs_the_script_and_its_status_comes_back(tmp_path: Path):
     (log,) = tmp_path.glob("home/experiments/submitted/*/train/log-*.out")
     words = re.findall(r"\[(.*?)\]", log.read_text())
     assert words[: len(words) // 2] == [
-        *("-m", "gpt_oss_vision.cli", "train", "gpt_oss_vision_tiny_sft", "env_vars.A=two 'words' $HOME"),
+        *("-m", "gpt_oss_vision.cli", "train", "gpt_oss_vision_tiny_sft", "env_vars.A=two 'words' a$ b"),
         *(f"data.path={tmp_path}/rows.jsonl", f"out={tmp_path}/runs/gpt_oss_vision_tiny_sft"),
         *("train.exit_signal_handler=True", "train.exit_signal_handler_for_dataloader=False"),
     ]
+
+
+def test_changes_that_are_not_committed_are_named(tmp_path: Path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "model.py").write_text("a = 1\n")
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "a"]):
+        subprocess.run([*git, *command], check=True)
+    code = (
+        "import sys; from pathlib import Path; from gpt_oss_vision.recipes.launch.nemo_run import refuse_uncommitted\n"
+        "folder = Path(sys.argv[1]); refuse_uncommitted(folder); (folder / 'model.py').write_text('a = 2')\n"
+        "try: refuse_uncommitted(folder)\n"
+        "except ValueError as error: print(error)\n"
+    )
+    assert "has changes that are not committed (model.py)" in python(code, str(tmp_path), folder=tmp_path).stdout
 
 
 def test_the_example_trains_on_this_machine(tmp_path: Path):
@@ -72,13 +92,13 @@ def test_the_example_trains_on_this_machine(tmp_path: Path):
         assert [entry["step"] for entry in map(json.loads, lines) if "loss" in entry] == [1, 2, 3]
 
 
-def test_nemorun_lists_and_dry_runs_our_entry_point(tmp_path: Path):
+def test_nemorun_dry_runs_our_entry_point(tmp_path: Path):
     command = [str(Path(sys.executable).with_name("nemorun")), "gpt_oss_vision", "train", "--dryrun"]
-    settings = ("recipe=gpt_oss_vision_tiny_sft", "settings=['train.train_iters=3']", "executor=run.LocalExecutor()")
+    settings = ("recipe=gpt_oss_vision_tiny_sft", "settings=['train.train_iters=3']")
     environment = os.environ | {"NEMORUN_HOME": str(tmp_path / "home"), "COLUMNS": "200"}
     done = subprocess.run(
         [*command, *settings], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "gpt_oss_vision_tiny_sft" in done.stdout + done.stderr
-    assert "train.train_iters=3" in done.stdout + done.stderr
+    for words in ("Dry run for train", "'gpt_oss_vision_tiny_sft'", "['train.train_iters=3']"):
+        assert words in done.stdout
