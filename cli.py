@@ -92,7 +92,7 @@ def _sentence(error: Exception) -> str:
         return (f"{error.strerror}: {files}" if files else error.strerror) + notes
     if isinstance(error, UserError | OSError):
         return message + notes
-    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith(__package__):
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("gpt_oss_vision"):
         return f"{error.name} is not installed in this Python, {sys.executable}: install all of the package (`uv sync`)"
     if (memory := _exhausted_memory(error)) is not None:
         return (

@@ -214,7 +214,7 @@ def test_ranks_killed_in_a_save_lose_nothing_older(launch, cluster, unbroken, tm
 def test_an_export_that_is_ended_goes_on(launch, cluster, tmp_path: Path):
     run = tmp_path / "run"
     command = launch("--start=srun", "--export")
-    command.wait_until(lambda: "sft is finished" in command.output.read_text())
+    command.wait_until(lambda: command.output.exists() and "sft is finished" in command.output.read_text())
     subprocess.run(["scancel", "--signal=TERM", str(job_of(run))], check=True)  # to the export, if it is quick enough
     assert command.exit_code() == 0, command.output.read_text()
     GPTOSSVisionForCausalLM.from_pretrained(run / "hf")
