@@ -22,8 +22,8 @@ from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .findings import KINDS, Findings
 from .rows import Skipped
-from .samples import ALL, Learned
 from .sources.base import Source
+from .tokens import ALL, Learned
 
 VERSION = 1
 CHUNK = 2**24

@@ -47,7 +47,7 @@ class Picture:
     """
 
     name: str
-    path: Path | None = None
+    path: str | None = None
     start: int = 0
     size: int | None = None
     content: bytes | None = field(default=None, repr=False)
@@ -71,14 +71,14 @@ class Picture:
         if self.address is not None:
             return _fetch(self.address, self.hosts)
         assert self.path is not None
-        with self.path.open("rb") as file:
+        with open(self.path, "rb") as file:
             file.seek(self.start)
             return file.read(-1 if self.size is None else self.size)
 
     def source(self) -> str | Image.Image:
         """What the processor opens: the path of a file, or the decoded image."""
         if self.path is not None and self.size is None:
-            return str(self.path)
+            return self.path
         image = Image.open(BytesIO(self.read()))
         image.load()
         return image
@@ -201,7 +201,7 @@ def from_base64(text: str) -> Picture:
     return Picture(f"of {len(content):,} bytes", content=content)
 
 
-def resolve_image(name: str, folder: Path) -> Path:
+def resolve_image(name: str, folder: Path) -> str:
     """The absolute path of an image. A relative one must stay inside `folder`, with `..` and symbolic links followed.
 
     Backslashes separate folders where there is no slash, as in paths that were written on Windows.
@@ -215,7 +215,7 @@ def resolve_image(name: str, folder: Path) -> Path:
             raise UnusableRow(f"image {name:.80} is on a drive of Windows")
         name = windows.as_posix()
     if os.path.isabs(name):
-        return Path(name)
+        return name
     try:
         directory, file = os.path.split(name)
         root, inside = _resolved(os.fspath(folder)), _resolved(os.path.join(folder, directory))
@@ -226,7 +226,7 @@ def resolve_image(name: str, folder: Path) -> Path:
         raise UnusableRow(f"image {name!r:.80} is no path ({error})") from error
     if path != root and not path.startswith(root.rstrip("/") + "/"):
         raise UnusableRow(f"image {name} leaves the data folder; a file elsewhere needs its absolute path")
-    return Path(path)
+    return path
 
 
 @lru_cache(maxsize=4096)

@@ -91,7 +91,7 @@ class Archive(Source):
         if not member.isreg() or member.issparse():
             raise UnusableRow(f"the member {member.name} is a link or sparse, which is not read")
         if is_image(extension):
-            return Picture(member.name, path=self.path, start=member.offset_data, size=member.size)
+            return Picture(member.name, path=str(self.path), start=member.offset_data, size=member.size)
         if _last(extension) not in DESCRIBE:
             return b""
         file.seek(member.offset_data)

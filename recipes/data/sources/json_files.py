@@ -77,7 +77,8 @@ def parse_json(content: bytes | str) -> Any:
         UnusableRow: it is malformed, or an object has a key twice.
     """
     try:
-        return json.loads(content, object_pairs_hook=_without_repetition)
+        text = content if isinstance(content, str) else content.decode(json.detect_encoding(content), "surrogatepass")
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise UnusableRow(f"malformed JSON ({error})") from error
 
@@ -88,6 +89,10 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise UnusableRow(f"the key {json.dumps(next(key for key in keys if keys.count(key) > 1))} is there twice")
     return record
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_without_repetition)
+"""`json.loads` would make one for each text."""
 
 
 def _plain(path: Path) -> Path:
