@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from shutil import copyfileobj
 from typing import Any, TextIO
 
 import numpy as np
-import xxhash
 import zstandard
 
 from ....atomic import atomic_file
@@ -21,6 +19,7 @@ from ..formats import parse_record
 from ..pictures import Pictures, UnusableRow
 from ..rows import Row
 from .base import Source, UnchangedFile
+from .cache import cached, made_once
 
 WINDOW = 2**23
 """Bytes of an array that are scanned at once."""
@@ -101,14 +100,11 @@ def _plain(path: Path) -> Path:
         head = file.read(4)
     if not head.startswith((GZIP, ZSTANDARD, *WIDE)):
         return path
-    state = path.stat()
-    name = xxhash.xxh3_64_hexdigest(os.fsencode(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gpt-oss-vision", "plain")
-    copy = cache / f"{name}.json"
-    if not copy.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with atomic_file(copy) as target:
-            _decode(path, target)
+    copy = cached(path, "plain", ".json")
+    with made_once(copy) as is_missing:
+        if is_missing:
+            with atomic_file(copy) as target:
+                _decode(path, target)
     return copy
 
 

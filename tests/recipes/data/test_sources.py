@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import webdataset
 import zstandard
@@ -37,15 +36,6 @@ from records import (
 )
 
 SEQ_LENGTH = 96
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Caches of our own and of `datasets` that no other test has written."""
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "arrow")
-    return cache
 
 
 @pytest.fixture
