@@ -27,6 +27,11 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.err
 SECONDS = 30
 """How long a host may take to answer."""
 
+BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+"""How files of JPEG, PNG, GIF and WebP begin in base64."""
+LONGEST_NAME = 255
+"""Bytes of the name of a file; images in base64 are longer, and "/9j/" may begin a path too."""
+
 
 class UnusableRow(UserError):
     """Why one row can't be used, without its file and line."""
@@ -132,6 +137,8 @@ class Pictures:
                 return value
             case str() if value in self.members:
                 return self.members[value]
+            case str() if value.startswith(BASE64) and len(value) > LONGEST_NAME:
+                return from_base64(value)
             case str():
                 return self._named(value)
             case bytes() | bytearray():

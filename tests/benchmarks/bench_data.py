@@ -82,8 +82,8 @@ class Memory(threading.Thread):
         self.peak, self.done = 0.0, threading.Event()
 
     def run(self) -> None:
-        """Look every half second."""
-        while not self.done.wait(0.5):
+        """Look every five seconds; a look takes several milliseconds of each process."""
+        while not self.done.wait(5):
             self.peak = max(self.peak, sum(map(proportional_gib, [os.getpid(), *children()])))
 
 

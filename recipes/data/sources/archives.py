@@ -14,11 +14,11 @@ import xxhash
 from ....atomic import atomic_file
 from ....errors import UserError
 from ..formats import CHATS, has_own_images, parse_record
+from ..json_values import parse_json
 from ..pictures import Picture, Pictures, UnusableRow
 from ..rows import Row
 from .base import Source, UnchangedFile
 from .cache import cached, made_once
-from .json_files import parse_json
 from .tar_headers import BLOCK, headers, members
 
 logger = logging.getLogger(__name__)

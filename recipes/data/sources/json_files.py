@@ -16,7 +16,8 @@ import zstandard
 from ....atomic import atomic_file
 from ....errors import UserError
 from ..formats import parse_record
-from ..pictures import Pictures, UnusableRow
+from ..json_values import parse_json
+from ..pictures import Pictures
 from ..rows import Row
 from .base import Source, UnchangedFile
 from .cache import cached, made_once
@@ -67,31 +68,6 @@ class JSONFile(Source):
     def place(self, index: int) -> tuple[str, int | str]:
         """The line at which it begins."""
         return str(self.path), int(self._places[index]["line"])
-
-
-def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        UnusableRow: it is malformed, or an object has a key twice.
-    """
-    try:
-        text = content if isinstance(content, str) else content.decode(json.detect_encoding(content), "surrogatepass")
-        return DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise UnusableRow(f"malformed JSON ({error})") from error
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise UnusableRow(f"the key {json.dumps(next(key for key in keys if keys.count(key) > 1))} is there twice")
-    return record
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_without_repetition)
-"""`json.loads` would make one for each text."""
 
 
 def _plain(path: Path) -> Path:

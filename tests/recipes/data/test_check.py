@@ -119,6 +119,15 @@ def test_a_file_that_was_only_copied_keeps_its_lock(rows, processor):
     assert read(rows, processor) is not None
 
 
+def test_a_lock_of_images_in_another_folder_is_refused(rows, processor, tmp_path):
+    lock(rows, processor)
+    same = open_source(rows, image_folder=f"{rows.parent}/../{rows.parent.name}")
+    assert read_lock(lock_of(rows), same, processor, decode_images=False) is not None
+    other = open_source(rows, image_folder=tmp_path / "other")
+    with pytest.raises(UserError, match=r"images were looked up in \., and now in other"):
+        read_lock(lock_of(rows), other, processor, decode_images=False)
+
+
 @pytest.mark.parametrize("change", ["longer", "same size", "processor", "decoded", "damaged", "version"])
 def test_a_lock_that_does_not_fit_is_refused(rows, processor, change):
     lock(rows, processor)
@@ -136,7 +145,7 @@ def test_a_lock_that_does_not_fit_is_refused(rows, processor, change):
         lock_of(rows).write_bytes(lock_of(rows).read_bytes()[:100])
     else:
         whole = lock_of(rows).read_bytes()
-        lock_of(rows).write_bytes(whole.replace(b'\\"version\\": 1', b'\\"version\\": 9'))
+        lock_of(rows).write_bytes(whole.replace(b'\\"version\\": 2', b'\\"version\\": 9'))
     why = {
         "longer": r"rows.json has [\d,]+ bytes and had",
         "same size": "the content of .*rows.json has changed",

@@ -315,7 +315,7 @@ def test_an_empty_file_is_an_error(folder, processor):
         (chat("Hi", "one") | {"imges": []}, '"imges" is not read; is "image" meant?'),
         (chat("Hi", "one") | {"conversations": []}, 'several chats, in "messages" and "conversations"'),
         (chat("Hi", "one") | {"system": 7}, '"system" is no text'),
-        (chat("Hi", "one") | {"tools": "{"}, '"tools" is malformed JSON'),
+        (chat("Hi", "one") | {"tools": "{"}, '"tools": malformed JSON'),
         (chat("Hi", "one") | {"tools": [{"name": "look"}]}, '"tools" without a system message'),
         ({"texts": [{"user": "Hi"}]}, 'a turn of "texts" without "assistant"'),
         ({"text": "   "}, "an empty text"),
