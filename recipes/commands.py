@@ -158,7 +158,7 @@ def check(
 
         check_file(json, "--json", overwrite=True)
     from .data.check import check_files, together
-    from .data.samples import Learned
+    from .data.tokens import Learned
 
     found = []
     for each in check_files(
@@ -210,8 +210,8 @@ def show(
         from .pages.environment import is_page_of
 
         check_file(out, "--out", overwrite=overwrite or is_page_of(out, "data show"))
-    from .data.samples import Learned
     from .data.show import show_files
+    from .data.tokens import Learned
 
     sources = show_files(
         file,
@@ -269,12 +269,12 @@ def _lengths_of(recipe: str | None, seq_length: int | None) -> tuple[int, int | 
     return length, chosen and chosen.tokens_per_step // chosen.seq_length
 
 
-def _processor_of(folder: Path | None) -> Callable[[], Any]:
-    """What loads the processor of a folder, or makes that of the tiny model."""
+def _processor_of(folder: Path | None) -> Any:
+    """The processor of a folder, or that of the tiny model."""
     from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
     from .data.tiny import tiny_processor
 
-    return tiny_processor if folder is None else lambda: GPTOSSVisionProcessor.from_pretrained(folder)
+    return tiny_processor() if folder is None else GPTOSSVisionProcessor.from_pretrained(folder)
 
 
 def _dry_run(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any], out: Path) -> int:

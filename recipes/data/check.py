@@ -1,9 +1,10 @@
 """What `data check` finds in sources: rows by format, images, tokens, duplicates, and the rows that cannot be used."""
 
+import gc
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,9 +22,9 @@ from .lock import lock_of, write_lock
 from .order import Order
 from .packing import PackedOrder, PackStatistics
 from .rows import describe_skipped
-from .samples import ALL, Learned
 from .sources.base import Source
 from .sources.opening import open_source
+from .tokens import ALL, Learned
 
 CHUNK = 2000
 """Rows that a process checks at once."""
@@ -145,7 +146,7 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
 
 def check_files(
     paths: Sequence[str],
-    make_processor: Callable[[], GPTOSSVisionProcessor],
+    processor: GPTOSSVisionProcessor,
     seq_length: int,
     *,
     rows_per_step: int | None = None,
@@ -158,7 +159,7 @@ def check_files(
 
     Args:
         paths: as of `open_source`.
-        make_processor: called in each process.
+        processor: of the model.
         seq_length: longest row in tokens.
         rows_per_step: of a recipe.
         image_folder: as of `open_source`.
@@ -174,9 +175,9 @@ def check_files(
     for path in paths:
         source = open_rows(path, image_folder, seq_length)
         options = {"decode_images": decode_images, "learned_parts": learned_parts}
-        found = check_source(source, make_processor, console=console, **options)
+        found = check_source(source, processor, console=console, **options)
         if writes_lock:
-            write_lock(lock_of(path), source, found, make_processor(), **options)
+            write_lock(lock_of(path), source, found, processor, **options)
         yield Check.of(source, found, seq_length, rows_per_step)
 
 
@@ -194,7 +195,7 @@ def open_rows(path: str, image_folder: Path | None, seq_length: int) -> Source:
 
 def check_source(
     source: Source,
-    make_processor: Callable[[], GPTOSSVisionProcessor],
+    processor: GPTOSSVisionProcessor,
     *,
     decode_images: bool = False,
     learned_parts: Learned = ALL,
@@ -205,7 +206,7 @@ def check_source(
 
     Args:
         source: the rows.
-        make_processor: called in each process.
+        processor: of the model.
         decode_images: whether pixels are checked.
         learned_parts: of chats.
         processes: None for one per core.
@@ -214,8 +215,8 @@ def check_source(
     chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
     processes = min(processes or len(os.sched_getaffinity(0)), max(len(chunks), 1))
     found = Findings.of_rows(range(len(source)))
-    # Forked: the source, with the places of all rows, is shared.
-    setting = (source, make_processor, {"decode_images": decode_images, "learned_parts": learned_parts})
+    # Forked: the source, with the places of all rows, and the processor are shared.
+    setting = (source, processor, {"decode_images": decode_images, "learned_parts": learned_parts})
     with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _set_up, setting) as pool:
         parts = pool.map(_examine, chunks)
         with Progress("Rows checked", len(source), console) as progress:
@@ -232,8 +233,9 @@ def _counted(parts: Iterable[Findings], progress: Progress) -> Iterator[Findings
 _state: dict[str, Any] = {}
 
 
-def _set_up(source: Source, make_processor: Callable[[], GPTOSSVisionProcessor], options: dict[str, Any]) -> None:
-    _state.update(source=source, processor=make_processor(), options=options)
+def _set_up(source: Source, processor: GPTOSSVisionProcessor, options: dict[str, Any]) -> None:
+    gc.freeze()  # a collection would write to the pages of all objects, which are shared until then
+    _state.update(source=source, processor=processor, options=options)
 
 
 def _examine(numbers: range) -> Findings:

@@ -12,9 +12,10 @@ from .findings import Findings, examine
 from .order import Order
 from .pictures import UNREADABLE, UnusableRow
 from .rows import Skipped
-from .samples import ALL, Learned, Sample, encode_row
+from .samples import Sample, encode_row
 from .sources.base import Joined, Source
 from .sources.opening import open_source
+from .tokens import ALL, Learned
 
 
 class ChatDataset(Dataset[Sample]):

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG
+from .json_values import parse_json
 from .pictures import Picture, Pictures, UnusableRow, from_base64
 from .rows import Row
 
@@ -68,6 +69,9 @@ def parse_record(record: Any, pictures: Pictures, *, for_training: bool = True) 
     if not isinstance(record, dict):
         raise UnusableRow('neither an object with "messages" nor one with "text"')
     record = {key: value for key, value in record.items() if value is not None}
+    for name in (*CHATS, "texts"):
+        if name in record:  # a column of Parquet or CSV often has it as text
+            record[name] = _parsed(record[name], json.dumps(name))
     _refuse_other_keys(record)
     images = [pictures.find(image) for image in _listed(record)]
     row = _parsed_row(record, images, pictures, for_training)
@@ -279,9 +283,9 @@ def _parsed(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except ValueError as error:
-        raise UnusableRow(f"{what} is malformed JSON ({error})") from error
+        return parse_json(value) if value.strip() else None
+    except UnusableRow as error:
+        raise UnusableRow(f"{what}: {error}") from error
 
 
 def _text_of(value: Any, name: str) -> str:

@@ -1,10 +1,11 @@
 """What a check has found, written beside the data, so that training need not check again while nothing has changed.
 
 A lock is a safetensors file: the arrays of `Findings`, and in its metadata the files with sizes, times and hashes, the
-rows that are left out, and a hash of the processor. Images are not part of it.
+rows that are left out, the folders of images, and a hash of the processor. Images are not part of it.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +23,10 @@ from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .findings import KINDS, Findings
 from .rows import Skipped
-from .samples import ALL, Learned
 from .sources.base import Source
+from .tokens import ALL, Learned
 
-VERSION = 1
+VERSION = 2
 CHUNK = 2**24
 FILE_FORMAT = ("auto_map", "image_processor_type", "processor_class")
 """Settings of an image processor that say how it is saved; some are there only after it was."""
@@ -66,6 +67,7 @@ def write_lock(
     record = {
         "version": VERSION,
         "kind": source.kind,
+        "image_folders": _image_folders(source, path),
         "files": [_measured(file) for file in source.files],
         "processor": processor_hash(processor),
         "decoded": decode_images,
@@ -107,7 +109,7 @@ def read_lock(
             arrays = {name: file.get_tensor(name) for name in KINDS}
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, or no lock of data ({error}); {again}") from error
-    if problem := _problem(record, arrays, source, processor, decode_images, learned_parts):
+    if problem := _problem(path, record, arrays, source, processor, decode_images, learned_parts):
         raise UserError(f"{path} does not fit: {problem}; {again}")
     return Findings(
         numbers=range(len(source)),
@@ -120,6 +122,7 @@ def read_lock(
 
 
 def _problem(
+    path: Path,
     record: dict[str, Any],
     arrays: dict[str, np.ndarray],
     source: Source,
@@ -137,6 +140,9 @@ def _problem(
             return changed
     if any(len(array) != len(source) for array in arrays.values()):
         return f"it is of {len(arrays['lengths'])} rows, and there are {len(source)}"
+    if record["image_folders"] != (folders := _image_folders(source, path)):
+        before, now = (", ".join(each) or "none" for each in (record["image_folders"], folders))
+        return f"images were looked up in {before}, and now in {now}, from {path.parent}"
     if record["processor"] != processor_hash(processor):
         return "the processor is another"
     if record["learned"] != asdict(learned_parts):
@@ -153,6 +159,12 @@ def _changed(saved: LockedFile, file: Path) -> str | None:
     if state.st_mtime_ns != saved.time and content_hash(file) != saved.hash:
         return f"the content of {file} has changed"
     return None
+
+
+def _image_folders(source: Source, lock: Path) -> list[str]:
+    """From the folder of the lock, so that it may be moved together with the images."""
+    start = lock.parent.resolve()
+    return sorted({os.path.relpath(folder.resolve(), start) for folder in source.image_folders})
 
 
 def _measured(file: Path) -> dict[str, Any]:

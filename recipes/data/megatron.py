@@ -28,10 +28,11 @@ from .mixture import Part, parse_parts, per_epoch
 from .order import Order
 from .packing import PackedEpochs, PackedOrder, PackStatistics
 from .rows import describe_skipped
-from .samples import Batch, Learned, LossWeights, Sample, collate, collate_pack, weighted
+from .samples import Batch, LossWeights, Sample, collate, collate_pack, weighted
 from .sources.base import Source
 from .sources.opening import open_source
 from .tiny import write_processor
+from .tokens import Learned
 
 logger = logging.getLogger(__name__)
 

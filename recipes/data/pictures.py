@@ -27,6 +27,11 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.err
 SECONDS = 30
 """How long a host may take to answer."""
 
+BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+"""How files of JPEG, PNG, GIF and WebP begin in base64."""
+LONGEST_NAME = 255
+"""Bytes of the name of a file; images in base64 are longer, and "/9j/" may begin a path too."""
+
 
 class UnusableRow(UserError):
     """Why one row can't be used, without its file and line."""
@@ -47,7 +52,7 @@ class Picture:
     """
 
     name: str
-    path: Path | None = None
+    path: str | None = None
     start: int = 0
     size: int | None = None
     content: bytes | None = field(default=None, repr=False)
@@ -71,14 +76,14 @@ class Picture:
         if self.address is not None:
             return _fetch(self.address, self.hosts)
         assert self.path is not None
-        with self.path.open("rb") as file:
+        with open(self.path, "rb") as file:
             file.seek(self.start)
             return file.read(-1 if self.size is None else self.size)
 
     def source(self) -> str | Image.Image:
         """What the processor opens: the path of a file, or the decoded image."""
         if self.path is not None and self.size is None:
-            return str(self.path)
+            return self.path
         image = Image.open(BytesIO(self.read()))
         image.load()
         return image
@@ -132,6 +137,8 @@ class Pictures:
                 return value
             case str() if value in self.members:
                 return self.members[value]
+            case str() if value.startswith(BASE64) and len(value) > LONGEST_NAME:
+                return from_base64(value)
             case str():
                 return self._named(value)
             case bytes() | bytearray():
@@ -201,7 +208,7 @@ def from_base64(text: str) -> Picture:
     return Picture(f"of {len(content):,} bytes", content=content)
 
 
-def resolve_image(name: str, folder: Path) -> Path:
+def resolve_image(name: str, folder: Path) -> str:
     """The absolute path of an image. A relative one must stay inside `folder`, with `..` and symbolic links followed.
 
     Backslashes separate folders where there is no slash, as in paths that were written on Windows.
@@ -215,7 +222,7 @@ def resolve_image(name: str, folder: Path) -> Path:
             raise UnusableRow(f"image {name:.80} is on a drive of Windows")
         name = windows.as_posix()
     if os.path.isabs(name):
-        return Path(name)
+        return name
     try:
         directory, file = os.path.split(name)
         root, inside = _resolved(os.fspath(folder)), _resolved(os.path.join(folder, directory))
@@ -226,7 +233,7 @@ def resolve_image(name: str, folder: Path) -> Path:
         raise UnusableRow(f"image {name!r:.80} is no path ({error})") from error
     if path != root and not path.startswith(root.rstrip("/") + "/"):
         raise UnusableRow(f"image {name} leaves the data folder; a file elsewhere needs its absolute path")
-    return Path(path)
+    return path
 
 
 @lru_cache(maxsize=4096)

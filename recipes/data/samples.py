@@ -5,41 +5,21 @@ channels, h x w pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
 
-from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG, GPTOSSVisionProcessor
+from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .rows import Row, render
+from .tokens import ALL, Learned, loss_mask_of, short_ids
 
 IGNORE_INDEX = -100
 
 LossWeights = Literal["token", "sample", "square_root"]
 EXPONENTS: dict[LossWeights, float] = {"token": 0.0, "sample": 1.0, "square_root": 0.5}
 """A learned token of a sample with n learned tokens has the weight 1 / n^exponent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """Which parts of a chat are learned; texts without turns are learned whole.
-
-    Attributes:
-        turns: those of the assistant, or the last one: its messages behind the last message of someone else.
-        channels: all (analysis, commentary with calls of tools, final), or the final one.
-    """
-
-    turns: Literal["all", "last"] = "all"
-    channels: Literal["all", "final"] = "all"
-
-
-ALL = Learned()
-
-START, CHANNEL, END = 1, 2, 3
-"""What a control token is to a message."""
 
 
 class Sample(TypedDict):
@@ -83,7 +63,7 @@ def encode_row(row: Row, processor: GPTOSSVisionProcessor, learned_parts: Learne
         learned = torch.ones_like(input_ids, dtype=torch.bool)
     else:
         # As the processor itself, which takes several times as long: it tokenises each placeholder.
-        short = _short_ids(row, render(row, processor), processor)
+        short, _ = short_ids([render(row, processor)], [row], processor)
         repeats = np.where(short == processor.image_token_id, processor.num_image_tokens, 1)
         input_ids = torch.from_numpy(short.repeat(repeats))
         learned = torch.from_numpy(loss_mask_of(short, processor, learned_parts).repeat(repeats))
@@ -100,95 +80,6 @@ def encode_row(row: Row, processor: GPTOSSVisionProcessor, learned_parts: Learne
         pixel_values=pixels,
         source_ids=torch.zeros_like(input_ids),
     )
-
-
-def count_tokens(
-    row: Row, text: str | None, processor: GPTOSSVisionProcessor, learned_parts: Learned = ALL
-) -> tuple[int, int]:
-    """The number of tokens of a row, and how many of them are learned. No image is opened.
-
-    Args:
-        row: which `encode_row` would encode.
-        text: rendered; None for a row of tokens.
-        processor: of the model.
-        learned_parts: of chats.
-    """
-    if text is None:
-        assert row.tokens is not None
-        return len(row.tokens), len(row.tokens) - 1
-    ids = _short_ids(row, text, processor)
-    learned = loss_mask_of(ids, processor, learned_parts)[1:].sum()
-    return len(ids) + len(row.images) * (processor.num_image_tokens - 1), int(learned)
-
-
-def _short_ids(row: Row, text: str, processor: GPTOSSVisionProcessor) -> np.ndarray:
-    """The tokens of a row with one placeholder for each image. The images of a text without marks are in front."""
-    marked = text.replace(IMAGE_TAG, processor.image_token)
-    if processor.image_token not in marked:
-        marked = processor.image_token * len(row.images) + marked
-    return np.asarray(processor.tokenizer.backend_tokenizer.encode(marked).ids)
-
-
-def loss_mask_of(input_ids: np.ndarray, processor: GPTOSSVisionProcessor, learned_parts: Learned = ALL) -> np.ndarray:
-    """Which tokens, [s], the model is trained to write, as booleans.
-
-    In a chat: the tokens that it generates when it answers, from behind `<|start|>assistant` to the turn's `<|end|>`,
-    `<|return|>` or `<|call|>`, so the channel header too; and `<|start|>assistant` between a thought and the answer,
-    where generation doesn't stop. In a text without turns: all tokens. Image placeholders are never learned.
-
-    Read from the token ids, which works for plain texts in harmony too; for chats it is the mask of the chat template's
-    generation blocks.
-    """
-    codes = _codes(processor.tokenizer)[input_ids]
-    control = np.flatnonzero(codes).tolist()
-    is_text = input_ids != processor.image_token_id
-    if START not in codes[control]:
-        return is_text
-    learned = np.zeros(len(input_ids), dtype=bool)
-    for first, last in _spans(input_ids, codes, control, processor.tokenizer, learned_parts):
-        goes_on = first > 0 and learned[first - 1]
-        learned[first if goes_on else first + 1 + len(_words(processor.tokenizer)[0]) : last + 1] = True
-    return learned & is_text
-
-
-def _spans(
-    input_ids: np.ndarray, codes: np.ndarray, control: list[int], tokenizer: Any, learned_parts: Learned
-) -> list[tuple[int, int]]:
-    """First and last token of each message that is learned."""
-    assistant, final = _words(tokenizer)
-    starts = [place for place in control if codes[place] == START]
-    is_answer = [_follows(input_ids, start + 1, assistant) for start in starts]
-    first = 0
-    if learned_parts.turns == "last" and any(is_answer):
-        last_answer = max(number for number, answers in enumerate(is_answer) if answers)
-        first = max((number + 1 for number in range(last_answer) if not is_answer[number]), default=0)
-    spans = []
-    for start in (start for start, answers in zip(starts[first:], is_answer[first:], strict=True) if answers):
-        inside = [place for place in control if start < place]
-        last = next((place for place in inside if codes[place] == END), len(input_ids) - 1)
-        channel = next((place for place in inside if codes[place] == CHANNEL and place < last), None)
-        if learned_parts.channels == "all" or channel is None or _follows(input_ids, channel + 1, final):
-            spans.append((start, last))
-    return spans
-
-
-def _follows(input_ids: np.ndarray, place: int, word: list[int]) -> bool:
-    return input_ids[place : place + len(word)].tolist() == word
-
-
-@lru_cache(maxsize=8)
-def _codes(tokenizer: Any) -> np.ndarray:
-    """Of each token of the vocabulary, whether it starts a message, names its channel or ends it; 0 for the others."""
-    codes = np.zeros(len(tokenizer), dtype=np.uint8)
-    names = {"<|start|>": START, "<|channel|>": CHANNEL, "<|end|>": END, "<|return|>": END, "<|call|>": END}
-    codes[tokenizer.convert_tokens_to_ids([*names])] = [*names.values()]
-    return codes
-
-
-@lru_cache(maxsize=8)
-def _words(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens of "assistant" and of "final"."""
-    return tuple(tokenizer.encode(word, add_special_tokens=False) for word in ("assistant", "final"))
 
 
 def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype: torch.dtype = torch.float32) -> Batch:

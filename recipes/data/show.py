@@ -3,7 +3,7 @@
 import base64
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import chain, islice
@@ -22,8 +22,9 @@ from .findings import Findings
 from .lock import lock_of, read_lock
 from .pictures import UNREADABLE
 from .rows import Row, Skipped, check_text, render
-from .samples import ALL, IGNORE_INDEX, Learned, Sample, encode_row
+from .samples import IGNORE_INDEX, Sample, encode_row
 from .sources.base import Source
+from .tokens import ALL, Learned
 
 EXTREMES, SPREAD = 2, 6
 """The longest and the shortest rows that are shown; those that are spread evenly over the source."""
@@ -128,7 +129,7 @@ class Choice:
 
 def show_files(
     paths: Sequence[str],
-    make_processor: Callable[[], GPTOSSVisionProcessor],
+    processor: GPTOSSVisionProcessor,
     seq_length: int,
     *,
     rows_per_step: int | None = None,
@@ -140,7 +141,7 @@ def show_files(
 
     Args:
         paths: as of `open_source`.
-        make_processor: called in each process.
+        processor: of the model.
         seq_length: longest row in tokens.
         rows_per_step: of a recipe.
         image_folder: as of `open_source`.
@@ -152,12 +153,11 @@ def show_files(
         OSError: a source cannot be read.
     """
     console = Console(stderr=True, highlight=False)
-    processor = make_processor()
     for path in paths:
         source = open_rows(path, image_folder, seq_length)
         found = read_lock(lock_of(path), source, processor, decode_images=False, learned_parts=learned_parts)
         if found is None:
-            found = check_source(source, make_processor, learned_parts=learned_parts, console=console)
+            found = check_source(source, processor, learned_parts=learned_parts, console=console)
         check = Check.of(source, found, seq_length, rows_per_step)
         chosen = choose(check.found, source, processor, strangest)
         yield ShownSource(

@@ -1,14 +1,13 @@
 """Training of a small tokenizer like gpt-oss's, for toy models."""
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from ...bridge.hf.tokenization_gpt_oss_vision import CHAT_TEMPLATE, GPTOSSVisionTokenizer
+from .tokens import without_threads
 
 # gpt-oss's special tokens by id. They follow the ordinary tokens, in a smaller vocabulary too.
 _NAMES = {199998: "startoftext", 199999: "endoftext", 200002: "return", 200003: "constrain", 200005: "channel"}
@@ -56,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPTOSSVisionTokeni
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(vocab_size=num_ordinary, initial_alphabet=alphabet, show_progress=False)
-    with _without_threads():
+    with without_threads():
         tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return GPTOSSVisionTokenizer(
@@ -66,17 +65,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPTOSSVisionTokeni
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
     )
-
-
-@contextmanager
-def _without_threads() -> Iterator[None]:
-    """Let tokenizers (0.22.2) work in this thread: its pool does not exist in a fork, which would wait for it."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ..data.pictures import Picture, UnusableRow
 from ..data.rows import Row, check_text
-from ..data.samples import count_tokens
 from ..data.sources.opening import open_source
+from ..data.tokens import count_tokens
 from ..inference.generate import final_words, inputs_of
 
 ROWS, NEW_TOKENS, PIXELS = 6, 16, 192
@@ -69,7 +69,7 @@ def _rows(path: Path, processor: GPTOSSVisionProcessor, seq_length: int) -> Iter
     for index in sorted({part * len(source) // ROWS for part in range(ROWS)} if len(source) else ()):
         try:
             row = source.row(index)
-            tokens, _ = count_tokens(row, check_text(row, processor), processor)
+            [(tokens, _)] = count_tokens([row], [check_text(row, processor)], processor)
             for picture in row.images:
                 picture.check(processor, decode=True)
         except UnusableRow:

@@ -11,12 +11,14 @@ import json
 import multiprocessing
 import os
 import random
-import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
@@ -72,10 +74,36 @@ def write(folder: Path, count: int) -> Path:
     return folder / "rows.json"
 
 
-def peak_gib() -> float:
-    """Of this process and the largest of its children."""
-    kib = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return kib / 2**20
+class Memory(threading.Thread):
+    """The most memory that this process and its children hold together: pages that they share count once."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.done = 0.0, threading.Event()
+
+    def run(self) -> None:
+        """Look every five seconds; a look takes several milliseconds of each process."""
+        while not self.done.wait(5):
+            self.peak = max(self.peak, sum(map(proportional_gib, [os.getpid(), *children()])))
+
+
+def children() -> list[int]:
+    """Processes that this one has started."""
+    return [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
+
+
+def proportional_gib(pid: int) -> float:
+    """Memory of a process, in which a page that n processes share is an n-th."""
+    with suppress(OSError):  # it has ended
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 2**20
+    return 0.0
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def rate(function: Callable[[int], object], count: int) -> float:
@@ -106,23 +134,32 @@ def main() -> None:
     writer.start()
     writer.join()
     assert writer.exitcode == 0
-    started = time.perf_counter()
+    memory = Memory()
+    memory.start()
+    started, cpu_before = time.perf_counter(), cpu_seconds()
     source = open_source(folder / "rows.json")
     indexed = time.perf_counter() - started
-    found = check_source(source, lambda: GPTOSSVisionProcessor.from_pretrained(folder / "processor"))
-    seconds = time.perf_counter() - started
+    found = check_source(source, GPTOSSVisionProcessor.from_pretrained(folder / "processor"))
+    seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu_before
+    memory.done.set()
     size = (folder / "rows.json").stat().st_size
     print(
         f"check: {len(found):,} rows, {size / 1e9:.2f} GB, {seconds:.0f} s on {len(os.sched_getaffinity(0))} cores "
-        f"({indexed:.0f} s to find the rows), {int(found.lengths.sum()):,} tokens, {len(found.skipped)} skipped, "
-        f"{peak_gib():.2f} GiB in this process and its largest child"
+        f"({indexed:.0f} s to find the rows), {cpu:.0f} s of CPU, {1e6 * cpu / len(found):.0f} us a row, "
+        f"{int(found.lengths.sum()):,} tokens, {len(found.skipped)} skipped, "
+        f"at most {memory.peak:.2f} GiB in all processes"
     )
+    torch.set_num_threads(1)  # as in a loader's worker
     lines = (folder / "rows.json").read_bytes()[2:500_000].split(b"\n,")[:400]
     (folder / "few.jsonl").write_bytes(b"\n".join(lines))
     dataset = ChatDataset(folder / "few.jsonl", GPTOSSVisionProcessor.from_pretrained(folder / "processor"), 8192)
     ours = rate(lambda number: dataset[number % len(dataset)], 400)
     pil = rate(lambda number: by_pil(folder / f"images/{number % IMAGES:04}.jpg"), 400)
-    print(f"load: {ours:.0f} samples/s of one image each on one core, PIL alone {pil:.0f}; {ours / pil:.2f} of it")
+    decode = rate(lambda number: Image.open(folder / f"images/{number % IMAGES:04}.jpg").load(), 400)
+    print(
+        f"load: {ours:.0f} samples/s of one image each on one core ({1000 / ours:.2f} ms of CPU), "
+        f"PIL alone {pil:.0f} ({1000 / pil:.2f} ms, of which decoding {1000 / decode:.2f}); {ours / pil:.2f} of it"
+    )
 
 
 if __name__ == "__main__":

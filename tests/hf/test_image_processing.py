@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers.image_utils import OPENAI_CLIP_MEAN
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import OPENAI_CLIP_MEAN, PILImageResampling
 
 from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
 from tiny import tiny_config, tiny_vision_config
@@ -37,6 +38,27 @@ def test_pixels_are_resized_by_bicubic_rescaled_and_normalised(processor):
     expected = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     expected = torch.from_numpy((expected - 0.5) / 0.5).permute(2, 0, 1)
     torch.testing.assert_close(pixels(processor, image)[0], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (1, 300), (7, 9), (SIDE, SIDE)])
+def test_pixels_are_those_of_transformers_bit_by_bit(processor, width, height, channels):
+    """Resized, rescaled and normalised by its methods, which copy the image four times more."""
+    settings = {"size": {"height": SIDE, "width": SIDE + 2}, "image_mean": [0.48, 0.45, 0.4][:channels]}
+    settings |= {"image_std": [0.26, 0.25, 0.27][:channels], "do_resize": True}
+    plain = PilBackend(**settings, resample=3, do_rescale=True, rescale_factor=1 / 255, do_normalize=True)
+    image = picture(width, height).convert({1: "L", 3: "RGB"}[channels])
+    ours = pixels(GPTOSSVisionImageProcessor(**settings, num_channels=channels), image)
+    assert torch.equal(ours, pixels(plain, image))
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 8}, {"height": 8, "width": 5}])
+@pytest.mark.parametrize("resample", [0, PILImageResampling.LANCZOS])
+def test_other_sizes_and_filters_are_those_of_transformers(size, resample):
+    plain = PilBackend(do_resize=True, do_rescale=False, do_normalize=False)
+    ours = GPTOSSVisionImageProcessor(do_rescale=False, do_normalize=False)
+    given = {"size": size, "resample": resample, "return_tensors": "pt"}
+    assert torch.equal(ours(picture(), **given).pixel_values, plain(picture(), **given).pixel_values)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 300), (500, 3), (SIDE, SIDE)])

@@ -1,21 +1,27 @@
 """WebDataset: tar files in which the members of one name, with several extensions, are a sample."""
 
+import logging
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 import xxhash
 
+from ....atomic import atomic_file
 from ....errors import UserError
 from ..formats import CHATS, has_own_images, parse_record
+from ..json_values import parse_json
 from ..pictures import Picture, Pictures, UnusableRow
 from ..rows import Row
 from .base import Source, UnchangedFile
-from .json_files import parse_json
+from .cache import cached, made_once
+from .tar_headers import BLOCK, headers, members
+
+logger = logging.getLogger(__name__)
 
 MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 """Key and extension, as webdataset and Energon split a name; members of other names belong to no sample."""
@@ -41,7 +47,6 @@ DESCRIBE = {
     "md",
 }
 """Extensions of members that are texts, or about the sample."""
-BLOCK = tarfile.BLOCKSIZE
 PLACE = np.dtype([("start", np.int64), ("end", np.int64)])
 
 
@@ -59,8 +64,7 @@ class Archive(Source):
         self.pictures = pictures
         self.files = (path,)
         self._file = UnchangedFile(path)
-        with self._file.open() as file:
-            self._places = _scan(file, path)
+        self._places = _places_of(self._file)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -71,8 +75,8 @@ class Archive(Source):
         parts: dict[str, bytes | Picture] = {}
         names: dict[str, str] = {}
         with self._file.open() as file:
-            for member, place in _members(file, int(start)):
-                if (split := _split(member)) is not None:
+            for member, place in members(file, int(start)):
+                if (split := _split(member.name, member.isdir())) is not None:
                     _, extension = split
                     if extension in parts:
                         raise UnusableRow(f"the member {member.name} is there twice")
@@ -91,7 +95,7 @@ class Archive(Source):
         if not member.isreg() or member.issparse():
             raise UnusableRow(f"the member {member.name} is a link or sparse, which is not read")
         if is_image(extension):
-            return Picture(member.name, path=self.path, start=member.offset_data, size=member.size)
+            return Picture(member.name, path=str(self.path), start=member.offset_data, size=member.size)
         if _last(extension) not in DESCRIBE:
             return b""
         file.seek(member.offset_data)
@@ -178,24 +182,35 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _split(member: tarfile.TarInfo) -> tuple[str, str] | None:
+def _split(name: str, is_folder: bool) -> tuple[str, str] | None:
     """Key and extension of a member; None where it belongs to no sample."""
-    if member.isdir() or SKIPPED.match(member.name) or not (match := MEMBER.fullmatch(member.name)):
+    if is_folder or SKIPPED.match(name) or not (match := MEMBER.fullmatch(name)):
         return None
     return match[1], match[2].lower()
 
 
-def _members(file: BinaryIO, start: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """The members of a tar file from a place on, and where each ends; contents are passed over.
+def _places_of(archive: UnchangedFile) -> np.ndarray:
+    """Where each sample begins and ends, `[samples]` of `PLACE`; found once, and kept in the cache folder of the user.
 
     Raises:
-        tarfile.ReadError: the file ends within a member.
+        UserError: the archive is cut off or damaged, or members of a sample stand apart.
     """
-    file.seek(start)
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # it would keep them all
-            yield member, archive.offset
+    places, kept = None, cached(archive.path, "tar", ".npy")
+    try:
+        with made_once(kept) as is_missing:
+            if not is_missing:
+                return np.load(kept)
+            places = _scanned(archive)
+            with atomic_file(kept) as file:
+                np.save(file.buffer, places)
+    except OSError as error:
+        logger.warning("%s is scanned at each start, as its index cannot be kept (%s)", archive.path, error)
+    return _scanned(archive) if places is None else places
+
+
+def _scanned(archive: UnchangedFile) -> np.ndarray:
+    with archive.open() as file:
+        return _scan(file, archive.path)
 
 
 def _scan(file: BinaryIO, path: Path) -> np.ndarray:
@@ -203,12 +218,12 @@ def _scan(file: BinaryIO, path: Path) -> np.ndarray:
     places, keys = array("q"), array("Q")
     key, last, end = None, None, 0
     try:
-        for member, end in _members(file, 0):
-            if (split := _split(member)) is None:
+        for name, is_folder, start, end in headers(file):
+            if (split := _split(name, is_folder)) is None:
                 continue
             if split[0] != key:
                 last, key = key, split[0]
-                places.extend((member.offset, end))
+                places.extend((start, end))
                 keys.append(xxhash.xxh3_64_intdigest(key.encode("utf-8", "surrogateescape")))
             places[-1] = end
         _check_end(file, end)
@@ -249,4 +264,5 @@ def _refuse_scattered(keys: np.ndarray, places: np.ndarray, file: BinaryIO, path
 
 
 def _key_at(file: BinaryIO, start: int) -> str:
-    return next(split[0] for member, _ in _members(file, int(start)) if (split := _split(member)) is not None)
+    found = (_split(member.name, member.isdir()) for member, _ in members(file, int(start)))
+    return next(split[0] for split in found if split is not None)

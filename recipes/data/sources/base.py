@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ....errors import UserError
+from ..pictures import Pictures
 from ..rows import Row
 
 
@@ -18,16 +19,23 @@ class Source(ABC):
     Attributes:
         kind: what the files are, in a word or two.
         files: that are read, without images.
+        pictures: where images are looked up; None for rows that have none, and for several sources.
     """
 
     kind: str
     files: tuple[Path, ...]
+    pictures: Pictures | None = None
 
     @property
     def title(self) -> str:
         """Its files, for messages."""
         more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
         return f"{next(iter(self.files))}{more}"
+
+    @property
+    def image_folders(self) -> set[Path]:
+        """The folders that relative paths of images start from."""
+        return set() if self.pictures is None else {self.pictures.folder}
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -54,6 +62,11 @@ class Joined(Source):
         self.kind = " and ".join(dict.fromkeys(source.kind for source in sources))
         self.files = tuple(file for source in sources for file in source.files)
         self._starts = list(accumulate((len(source) for source in sources), initial=0))
+
+    @property
+    def image_folders(self) -> set[Path]:
+        """Those of all sources."""
+        return {folder for source in self.sources for folder in source.image_folders}
 
     def __len__(self) -> int:
         return self._starts[-1]

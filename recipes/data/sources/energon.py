@@ -12,11 +12,11 @@ import yaml
 
 from ....errors import UserError
 from ..formats import CHATS, parse_record
+from ..json_values import parse_json
 from ..pictures import Picture, Pictures, UnusableRow
 from ..rows import Row
 from .archives import is_image, parse_sample, refuse_unread
 from .base import Source, UnchangedFile
-from .json_files import parse_json
 
 if TYPE_CHECKING:
     from megatron.energon.flavors.webdataset.itar_reader import ShardInfosITarReader

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -12,15 +11,16 @@ from shutil import copyfileobj
 from typing import Any, TextIO
 
 import numpy as np
-import xxhash
 import zstandard
 
 from ....atomic import atomic_file
 from ....errors import UserError
 from ..formats import parse_record
-from ..pictures import Pictures, UnusableRow
+from ..json_values import parse_json
+from ..pictures import Pictures
 from ..rows import Row
 from .base import Source, UnchangedFile
+from .cache import cached, made_once
 
 WINDOW = 2**23
 """Bytes of an array that are scanned at once."""
@@ -70,40 +70,17 @@ class JSONFile(Source):
         return str(self.path), int(self._places[index]["line"])
 
 
-def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        UnusableRow: it is malformed, or an object has a key twice.
-    """
-    try:
-        return json.loads(content, object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise UnusableRow(f"malformed JSON ({error})") from error
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise UnusableRow(f"the key {json.dumps(next(key for key in keys if keys.count(key) > 1))} is there twice")
-    return record
-
-
 def _plain(path: Path) -> Path:
     """The file, or its copy in plain UTF-8."""
     with path.open("rb") as file:
         head = file.read(4)
     if not head.startswith((GZIP, ZSTANDARD, *WIDE)):
         return path
-    state = path.stat()
-    name = xxhash.xxh3_64_hexdigest(os.fsencode(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gpt-oss-vision", "plain")
-    copy = cache / f"{name}.json"
-    if not copy.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with atomic_file(copy) as target:
-            _decode(path, target)
+    copy = cached(path, "plain", ".json")
+    with made_once(copy) as is_missing:
+        if is_missing:
+            with atomic_file(copy) as target:
+                _decode(path, target)
     return copy
 
 

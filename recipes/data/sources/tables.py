@@ -7,7 +7,7 @@ from ....errors import UserError
 from ..formats import parse_record
 from ..pictures import Pictures
 from ..rows import Row
-from .base import Source
+from .base import Source, UnchangedFile
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +28,8 @@ class Table(Source):
         self.kind = kind
         self.pictures = pictures
         self.files = (path,) if path.is_file() else tuple(sorted(file for file in path.iterdir() if file.is_file()))
+        # Of a folder, what `save_to_disk` writes anew each time; there may be thousands of other files.
+        self._written = UnchangedFile(path if path.is_file() else path / "state.json")
         self._dataset = dataset.with_format("arrow")
 
     def __len__(self) -> int:
@@ -35,6 +37,7 @@ class Table(Source):
 
     def row(self, index: int, *, for_training: bool = True) -> Row:
         """Convert one row from Arrow."""
+        self._written.check()
         [record] = self._dataset[index : index + 1].to_pylist()
         return parse_record(_without_absent(record), self.pictures, for_training=for_training)
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ....errors import UserError
 from ..rows import Row
-from .base import Source
+from .base import Source, UnchangedFile
 
 HEADER = b"MMIDIDX\0\0"
 """How an `.idx` file begins."""
@@ -32,6 +32,7 @@ class TokenFile(Source):
         self.files = (prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx"))
         self.seq_length = seq_length
         _check_sizes(*self.files)
+        self._written = [UnchangedFile(file) for file in self.files]
         self._tokens = IndexedDataset(str(prefix))
         ends = np.concatenate(([0], np.cumsum(self._tokens.sequence_lengths, dtype=np.int64)))
         self._lengths = np.diff(ends[self._tokens.document_indices])
@@ -43,6 +44,8 @@ class TokenFile(Source):
 
     def row(self, index: int, *, for_training: bool = True) -> Row:
         """Read one piece."""
+        for file in self._written:
+            file.check()
         document, start = self._find(index)
         length = min(self.seq_length, int(self._lengths[document]) - start)
         # The sequences of a document follow each other in the file.

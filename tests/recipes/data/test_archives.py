@@ -2,21 +2,29 @@
 
 import io
 import json
+import multiprocessing
 import os
 import tarfile
+import time
 import tracemalloc
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import webdataset
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.dataset import ChatDataset
 from gpt_oss_vision.recipes.data.findings import examine
+from gpt_oss_vision.recipes.data.sources import archives
 from gpt_oss_vision.recipes.data.sources.opening import open_source
+from gpt_oss_vision.recipes.data.sources.tar_headers import headers, members
 from records import (
     CONVERSATIONS,
     assert_same,
@@ -173,6 +181,84 @@ def test_of_a_tar_only_places_are_held_in_memory(folder):
     assert len(source) == count
     assert held < 32 * count
     assert peak < 100 * count
+
+
+# --- the index
+
+
+names = st.text("ab/é.", min_size=1, max_size=9).map(lambda name: name.strip("/") or "a")
+long_names = st.integers(90, 300).map(lambda length: "x" * (length // 2) + "/" + "y" * (length // 2))
+
+
+@given(
+    contents=st.lists(st.tuples(names | long_names, st.binary(max_size=700)), min_size=1, max_size=6),
+    others=st.lists(st.sampled_from([tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE]), max_size=2),
+    form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    time=st.sampled_from([0, 1.5, 2**32]),
+    headers_of_all=st.sampled_from([{}, {"comment": "made by hand"}]),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_members_are_found_where_tarfile_finds_them(tmp_path, contents, others, form, time, headers_of_all):
+    assume(form != tarfile.USTAR_FORMAT or all(len(name.encode()) < 100 for name, _ in contents))
+    with tarfile.open(tmp_path / "a.tar", "w", format=form, pax_headers=headers_of_all) as archive:
+        for number, (name, content) in enumerate(contents):
+            for kind in others if number == 1 else ():
+                other = tarfile.TarInfo(f"other/{number}")
+                other.type, other.linkname = kind, "z" * (20 if form == tarfile.USTAR_FORMAT else 120)
+                archive.addfile(other)
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(content), time
+            archive.addfile(member, io.BytesIO(content))
+    with (tmp_path / "a.tar").open("rb") as file:
+        found = [tuple(header) for header in headers(file)]
+        expected = [(member.name, member.isdir(), member.offset, end) for member, end in members(file, 0)]
+    assert found == expected
+
+
+def test_a_tar_is_scanned_once_and_again_when_it_has_changed(folder, monkeypatch):
+    path = write_tar(folder / "data.tar", *[{"txt": "one"}] * 3)
+    expected = open_source(path)
+    scan, scans = archives._scan, []
+    monkeypatch.setattr(archives, "_scan", lambda file, path: scans.append(path) or scan(file, path))
+    again = open_source(path)
+    assert scans == [] and [again.place(row) for row in range(3)] == [expected.place(row) for row in range(3)]
+    write_tar(path, *[{"txt": "one"}] * 4)
+    assert len(open_source(path)) == 4 and scans == [path]
+    os.utime(path, ns=(1, 1))
+    assert len(open_source(path)) == 4 and scans == [path] * 2
+
+
+def test_of_processes_that_open_a_tar_at_once_one_scans_it(folder, caches):
+    path = write_tar(folder / "data.tar", *[{"txt": "one"}] * 3)
+    start = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(4, start) as pool:
+        assert list(pool.map(rows_and_scans, [path] * 4)) != []
+    assert (caches / "scans").read_text() == "1"
+
+
+def rows_and_scans(path: Path) -> int:
+    scan = archives._scan
+
+    def counted(file, path):
+        with Path(os.environ["XDG_CACHE_HOME"], "scans").open("a") as scans:
+            scans.write("1")
+        time.sleep(0.3)
+        return scan(file, path)
+
+    archives._scan = counted
+    return len(open_source(path))
+
+
+@pytest.mark.parametrize("why", ["no folder can be made", "the disk is full"])
+def test_an_index_that_cannot_be_kept_is_said_and_the_tar_is_read(folder, caches, monkeypatch, caplog, why):
+    path = write_tar(folder / "data.tar", *[{"txt": "one"}] * 3)
+    if why == "no folder can be made":
+        (caches / "gpt-oss-vision").write_text("in the way")
+    else:
+        monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert len(open_source(path)) == 3
+    assert "is scanned at each start, as its index cannot be kept" in caplog.text
+    assert not list((caches / "gpt-oss-vision").rglob("*.npy"))
 
 
 # --- what is refused

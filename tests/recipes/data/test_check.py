@@ -71,14 +71,12 @@ def test_lines_for_a_terminal_name_the_rows_that_cannot_be_used(rows, processor)
     assert "3 an epoch of 4 rows" in lines
 
 
-def test_several_processes_find_what_one_finds(folder, processor, tmp_path):
-    processor.save_pretrained(tmp_path / "processor")
+def test_several_processes_find_what_one_finds(folder, processor):
     lines = [json.dumps({"text": f"A cat {i}."} if i % 7 else {"text": ""}) for i in range(5000)]
     (folder / "texts.jsonl").write_text("\n".join(lines))
     source = open_source(folder / "texts.jsonl")
     alone = examine(source, processor)
-    make = lambda: GPTOSSVisionProcessor.from_pretrained(tmp_path / "processor")  # noqa: E731
-    together = check_source(source, make, processes=2)
+    together = check_source(source, processor, processes=2)
     assert (together.skipped, together.shapes) == (alone.skipped, alone.shapes)
     assert all((getattr(together, name) == getattr(alone, name)).all() for name in KINDS)
 
@@ -121,6 +119,15 @@ def test_a_file_that_was_only_copied_keeps_its_lock(rows, processor):
     assert read(rows, processor) is not None
 
 
+def test_a_lock_of_images_in_another_folder_is_refused(rows, processor, tmp_path):
+    lock(rows, processor)
+    same = open_source(rows, image_folder=f"{rows.parent}/../{rows.parent.name}")
+    assert read_lock(lock_of(rows), same, processor, decode_images=False) is not None
+    other = open_source(rows, image_folder=tmp_path / "other")
+    with pytest.raises(UserError, match=r"images were looked up in \., and now in other"):
+        read_lock(lock_of(rows), other, processor, decode_images=False)
+
+
 @pytest.mark.parametrize("change", ["longer", "same size", "processor", "decoded", "damaged", "version"])
 def test_a_lock_that_does_not_fit_is_refused(rows, processor, change):
     lock(rows, processor)
@@ -138,7 +145,7 @@ def test_a_lock_that_does_not_fit_is_refused(rows, processor, change):
         lock_of(rows).write_bytes(lock_of(rows).read_bytes()[:100])
     else:
         whole = lock_of(rows).read_bytes()
-        lock_of(rows).write_bytes(whole.replace(b'\\"version\\": 1', b'\\"version\\": 9'))
+        lock_of(rows).write_bytes(whole.replace(b'\\"version\\": 2', b'\\"version\\": 9'))
     why = {
         "longer": r"rows.json has [\d,]+ bytes and had",
         "same size": "the content of .*rows.json has changed",

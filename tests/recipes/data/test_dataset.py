@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,10 +20,11 @@ from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.data.findings import KINDS, Findings, examine
 from gpt_oss_vision.recipes.data.formats import parse_record
 from gpt_oss_vision.recipes.data.order import Order
-from gpt_oss_vision.recipes.data.pictures import Pictures, UnusableRow, resolve_image
+from gpt_oss_vision.recipes.data.pictures import Picture, Pictures, UnusableRow, resolve_image
 from gpt_oss_vision.recipes.data.rows import Row, Skipped, render
-from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, Learned, collate, encode_row, loss_mask_of
+from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate, encode_row
 from gpt_oss_vision.recipes.data.sources.opening import open_source
+from gpt_oss_vision.recipes.data.tokens import Learned, count_tokens, loss_mask_of, short_ids
 
 SEQ_LENGTH = 64
 
@@ -139,6 +141,25 @@ def test_the_mask_is_that_of_the_chat_templates_generation_blocks(folder, proces
     )
     expected = torch.as_tensor(inputs["assistant_masks"])[0].bool()
     assert loss_mask_of(inputs["input_ids"][0].numpy(), processor).tolist() == expected.tolist()
+
+
+words = st.sampled_from(
+    ["<|start|>", "<|channel|>", "<|end|>", "assistant", "assist", "final", "user", " a", "<image>"]
+)
+
+
+@given(st.lists(st.lists(words, min_size=1, max_size=8).map("".join), min_size=1, max_size=5))
+@pytest.mark.parametrize(
+    "parts", [Learned(turns, channels) for turns in ("all", "last") for channels in ("all", "final")]
+)
+def test_tokens_of_rows_together_are_those_of_each_alone(processor, parts, texts):
+    images = [(Picture("one.png"),) * text.count("<image>") for text in texts]
+    rows = [Row(text=text, images=held) for text, held in zip(texts, images, strict=True)]
+    alone = [count_tokens([row], [row.text], processor, parts)[0] for row in rows]
+    assert count_tokens(rows, texts, processor, parts) == alone
+    ids, lengths = short_ids(texts, rows, processor)
+    masks = [loss_mask_of(each, processor, parts) for each in np.split(ids, np.cumsum(lengths)[:-1])]
+    assert loss_mask_of(ids, processor, parts, lengths).tolist() == np.concatenate(masks).tolist()
 
 
 texts = st.lists(
@@ -294,7 +315,7 @@ def test_an_empty_file_is_an_error(folder, processor):
         (chat("Hi", "one") | {"imges": []}, '"imges" is not read; is "image" meant?'),
         (chat("Hi", "one") | {"conversations": []}, 'several chats, in "messages" and "conversations"'),
         (chat("Hi", "one") | {"system": 7}, '"system" is no text'),
-        (chat("Hi", "one") | {"tools": "{"}, '"tools" is malformed JSON'),
+        (chat("Hi", "one") | {"tools": "{"}, '"tools": malformed JSON'),
         (chat("Hi", "one") | {"tools": [{"name": "look"}]}, '"tools" without a system message'),
         ({"texts": [{"user": "Hi"}]}, 'a turn of "texts" without "assistant"'),
         ({"text": "   "}, "an empty text"),
@@ -422,7 +443,11 @@ def test_a_link_that_points_out_of_the_data_folder_is_refused(tmp_path):
 
 def test_links_and_climbs_that_stay_inside_are_followed(folder):
     (folder / "link.png").symlink_to("red.png")
-    assert resolve_image("link.png", folder) == resolve_image("deep/../red.png", folder) == folder.resolve() / "red.png"
+    assert (
+        resolve_image("link.png", folder)
+        == resolve_image("deep/../red.png", folder)
+        == str(folder.resolve() / "red.png")
+    )
 
 
 def test_an_absolute_path_may_lead_anywhere(folder, processor, tmp_path_factory):

@@ -271,6 +271,14 @@ def test_documents_are_cut_into_pieces_that_share_one_token(tokens, name):
     assert source.place(5) == (f"{tokens}.bin", "document 3, token 3")
 
 
+@pytest.mark.parametrize("ending", [".bin", ".idx"])
+def test_tokens_that_change_during_the_run_are_named(tokens, ending):
+    source = open_source(tokens, seq_length=4)
+    os.utime(f"{tokens}{ending}", ns=(1, 1))
+    with pytest.raises(UserError, match=rf"data\{ending} has changed since it was opened"):
+        source.row(0)
+
+
 def test_each_token_but_the_first_of_a_document_is_learned_once(tokens, processor):
     for seq_length in (2, 3, 5, 9, 10, 64):
         samples = ChatDataset(open_source(tokens, seq_length=seq_length), processor, seq_length)

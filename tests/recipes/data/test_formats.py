@@ -2,7 +2,9 @@
 
 import base64
 import copy
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +133,7 @@ def test_no_record_of_any_shape_gives_a_sample_without_its_images(folder, proces
         assert len(row.images) == count
         seen[count] = seen.get(count, 0) + 1
         is_there = all(
-            picture.path is None or picture.path.is_file() for picture in row.images
+            picture.path is None or os.path.isfile(picture.path) for picture in row.images
         )  # a missing one is named
         if is_there and seen[count] < 20:
             sample = encode_row(row, processor)
@@ -215,3 +217,31 @@ def test_keys_that_describe_images_are_no_media(folder):
     assert len(parse_record(fine_vision, Pictures(folder)).images) == 1
     for described in ({"id": "coco/0007.jpg"}, {"image_id": "7.jpg"}, {"url": "http://example.org/"}, {"n": 7}):
         assert parse_record({"messages": [USER, ANSWER]} | described, Pictures(folder)).images == ()
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_a_chat_may_be_a_text_of_json(folder, name):
+    """As in columns of Parquet whose rows differ in their keys."""
+    messages = [{"role": "user", "content": "<image>Who?"}, {"role": "assistant", "content": "A cat."}]
+    given = {name: json.dumps(messages), "images": ["red.png"]}
+    assert parse_record(given, Pictures(folder)) == parse_record(given | {name: messages}, Pictures(folder))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("[{", "malformed JSON"), ('[{"role": "user", "role": "user"}]', "twice"), ('"Hi"', "is not a list")],
+)
+def test_a_chat_as_a_text_that_is_no_chat_is_refused(folder, text, why):
+    with pytest.raises(UnusableRow, match=f'"messages".*{why}'):
+        parse_record({"messages": text}, Pictures(folder))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP"])
+def test_an_image_may_be_bare_base64(folder, kind):
+    content = io.BytesIO()
+    Image.effect_noise((40, 30), 50).save(content, kind)
+    text = base64.b64encode(content.getvalue()).decode()
+    row = parse_record({"text": "A cat.", "image": text}, Pictures(folder))
+    assert [picture.read() for picture in row.images] == [content.getvalue()]
+    row = parse_record({"text": "A cat.", "image": "/9j/red.jpg"}, Pictures(folder))
+    assert row.images[0].path == "/9j/red.jpg"

@@ -93,7 +93,7 @@ def test_an_image_that_cannot_be_fetched_is_named(folder, processor, address, pa
 def test_a_part_of_a_file_is_read_alone(folder):
     content = (folder / "red.png").read_bytes()
     (folder / "data").write_bytes(b"before" + content + b"after")
-    picture = Picture("red.png", path=folder / "data", start=6, size=len(content))
+    picture = Picture("red.png", path=str(folder / "data"), start=6, size=len(content))
     assert picture.read() == content
     assert picture.source().size == (12, 9)
 

@@ -39,15 +39,6 @@ from records import (
 SEQ_LENGTH = 96
 
 
-@pytest.fixture(autouse=True)
-def caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Caches of our own and of `datasets` that no other test has written."""
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache / "arrow")
-    return cache
-
-
 @pytest.fixture
 def folder(folder: Path) -> Path:
     """A folder with `red.png` and `blue.png`, and once more in a folder `deep`."""
@@ -379,17 +370,24 @@ def test_a_parquet_that_is_cut_off_is_named(folder):
         open_source(path)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "tar"])
+@pytest.mark.parametrize("kind", ["jsonl", "tar", "parquet", "saved"])
 def test_a_file_that_changes_during_the_run_is_named(folder, processor, kind):
     def write(word: str) -> Path:
         if kind == "tar":
             return write_tar(folder / "data.tar", {"__key__": "0", "txt": f"It is a {word}."})
+        if kind == "parquet":
+            datasets.Dataset.from_list([{"text": f"It is a {word}."}]).to_parquet(folder / "data.parquet")
+            return folder / "data.parquet"
+        if kind == "saved":
+            datasets.Dataset.from_list([{"text": f"It is a {word}."}]).save_to_disk(folder / "saved")
+            return folder / "saved"
         return write_lines(folder / "data.jsonl", [{"text": f"It is a {word}."}])
 
     dataset = ChatDataset(write("cat"), processor, SEQ_LENGTH)
     dataset[0]
     path = write("dog")
-    os.utime(path, ns=(1, 1))  # in case that both were written within one tick of the clock
+    # In case that both were written within one tick of the clock.
+    os.utime(path / "state.json" if kind == "saved" else path, ns=(1, 1))
     with pytest.raises(UserError, match="has changed since it was opened"):
         dataset[0]
 

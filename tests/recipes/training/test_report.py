@@ -257,4 +257,4 @@ def test_pictures_are_made_small(tmp_path: Path):
     from gpt_oss_vision.recipes.training.answers import _data_url
 
     Image.effect_noise((4000, 3000), 60).save(tmp_path / "large.png")
-    assert len(_data_url(Picture("large.png", path=tmp_path / "large.png"))) < 60_000
+    assert len(_data_url(Picture("large.png", path=str(tmp_path / "large.png")))) < 60_000
