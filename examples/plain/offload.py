@@ -2,8 +2,8 @@
 
     uv run python examples/plain/offload.py CHECKPOINT [TOKEN_ID ...]
 
-The model is that of model.py, with hooks that fill a layer before its call and empty it afterwards. What is stored in bf16
-is mapped from its file and needs no memory of its own; experts in MXFP4 are unpacked, which takes the memory of one layer.
+The model is that of model.py, with hooks that fill a layer before its call and empty it afterwards. What is stored in
+bf16 is mapped from its file, without memory of its own; experts in MXFP4 are unpacked, into the memory of one layer.
 """
 
 import re
