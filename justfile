@@ -42,6 +42,10 @@ test-te *ARGS:
         "tests/mcore/test_layouts.py::test_five_steps_equal_those_of_transformers[TP2]" \
         tests/recipes/training/test_training.py::test_in_bf16_the_vision_bias_stays_fp32_and_learns
 
+# Whether this package resolves beside TRL, verl and NeMo-RL's bounds, and with the lowest transformers of its range
+resolves:
+    uv run python tests/resolves.py
+
 # transformers' own common tests at the installed version, out of its source distribution, for tests/hf/common
 mixins:
     #!/usr/bin/env bash

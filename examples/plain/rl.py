@@ -104,7 +104,9 @@ def damaged(folder: Path) -> GPTOSSVision:
                 parameter += NOISE * parameter.std() * torch.randn_like(parameter)
     return model
 
+
 NOISE = 0.9
+
 
 def main(folder: Path, algorithm: str, steps: int) -> None:
     """Train, and print the reward of each step and the accuracy before and after."""
