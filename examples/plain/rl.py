@@ -3,10 +3,10 @@
     uv run python examples/plain/train.py --out digits
     uv run python examples/plain/rl.py digits [--algorithm grpo|ppo] [--steps 60]
 
-It starts from train.py's model with noise on its weights, which is right now and then: where no sample is ever right,
-no reward tells what to change. Each step samples answers to some questions, and makes those that were better than
-expected likelier. GRPO (arXiv 2402.03300) expects the mean of the answers to the same question; PPO (arXiv 1707.06347)
-expects what a value head predicts, token by token. There is no penalty for leaving the first model: the reward is exact.
+It starts from train.py's model with noise on its weights, which is right now and then: where no answer is ever right,
+no reward tells what to change. Each step samples answers, and makes those that were better than expected likelier. GRPO
+(arXiv 2402.03300) expects the mean of the answers to the same question, PPO (arXiv 1707.06347) what a value head
+predicts before each token. Nothing holds the model near its start, since this reward can't be tricked.
 
 Shapes: b answers (those to one question are neighbours), a tokens of an answer, h hidden size.
 """
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from model import GPT_OSS_SMALL, GPTOSSVision
 from train import DIGITS, HELD_OUT, IMAGES, QUESTION, WORDS
 
-QUESTIONS, GROUP, LENGTH = 8, 8, 3  # questions of a step, answers to each, tokens of an answer at most
-UPDATES, CLIP = 2, 0.2  # of the same samples; how far the probability of a token may move in them
+NOISE = 1.3
+QUESTIONS, GROUP, LENGTH = 16, 8, 3  # questions of a step, answers to each, tokens of an answer at most
+UPDATES, CLIP = 2, 0.2  # updates from the same answers, and how far they may move the probability of a token
 DISCOUNT, LAMBDA = 1.0, 0.95
 STOP = WORDS.index(".")
 
@@ -73,7 +74,7 @@ def generalized_advantages(rewards: Tensor, values: Tensor, is_answer: Tensor) -
     is_last = is_answer & (is_answer.cumsum(1) == is_answer.sum(1, keepdim=True))
     for t in reversed(range(LENGTH)):
         surprise = rewards * is_last[:, t] + DISCOUNT * value_later - values[:, t]
-        advantages[:, t] = later = (surprise + DISCOUNT * LAMBDA * later) * is_answer[:, t]
+        later = advantages[:, t] = (surprise + DISCOUNT * LAMBDA * later) * is_answer[:, t]
         value_later = values[:, t] * is_answer[:, t]
     return advantages
 
@@ -95,7 +96,7 @@ def accuracy(model: GPTOSSVision) -> tuple[float, float]:
 
 
 def damaged(folder: Path) -> GPTOSSVision:
-    """The model of train.py with noise of 0.9 standard deviations on every matrix."""
+    """The model of train.py with noise on every matrix, in proportion to its standard deviation."""
     model = GPTOSSVision(GPT_OSS_SMALL)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     with torch.no_grad():
@@ -105,16 +106,13 @@ def damaged(folder: Path) -> GPTOSSVision:
     return model
 
 
-NOISE = 0.9
-
-
 def main(folder: Path, algorithm: str, steps: int) -> None:
     """Train, and print the reward of each step and the accuracy before and after."""
     torch.manual_seed(0)
     model, value_head = damaged(folder), nn.Linear(GPT_OSS_SMALL.hidden_size, 1)
     optimizer = torch.optim.AdamW([*model.parameters(), *value_head.parameters()], lr=1e-3)
     print("before: {:.1%} of held-out digits, {:.1%} with the image of another".format(*accuracy(model)))
-    rewards_of_steps = []
+    history = []
     for step in range(1, steps + 1):
         rows = torch.randint(HELD_OUT.start, (QUESTIONS,)).repeat_interleave(GROUP)
         images, digits = IMAGES[rows], DIGITS[rows]
@@ -138,10 +136,9 @@ def main(folder: Path, algorithm: str, steps: int) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        rewards_of_steps.append(rewards.mean().item())
-        print(f"step {step}: reward {rewards_of_steps[-1]:.2f}")
-    last = rewards_of_steps[-10:]
-    print(f"reward of the last {len(last)} steps: {sum(last) / len(last):.2f}")
+        history.append(rewards.mean())
+        print(f"step {step}: reward {history[-1]:.2f}")
+    print(f"reward of the last 10 steps: {sum(history[-10:]) / 10:.2f}")
     print("after: {:.1%} of held-out digits, {:.1%} with the image of another".format(*accuracy(model)))
 
 

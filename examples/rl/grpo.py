@@ -1,8 +1,6 @@
-"""GRPO with TRL: the model of a quickstart, damaged by noise, learns to read digits again from a computed reward.
+"""GRPO with TRL: a quickstart's model, damaged by noise, learns to read digits again from a reward that is computed.
 
-uv sync --extra rl
-uv run gpt-oss-vision quickstart --out out
-uv run python examples/rl/grpo.py out [--lora] [--steps 60]
+uv run python examples/rl/grpo.py QUICKSTART [--lora] [--steps 60]    # after `uv sync --extra rl`
 """
 
 import argparse
@@ -18,24 +16,25 @@ from trl import GRPOConfig, GRPOTrainer
 from gpt_oss_vision.recipes.data.digits import DigitsSplit, evaluation_rows, write_digits
 from gpt_oss_vision.recipes.inference.generate import Sampling, answers_to, load
 
+OPTIONS = {"per_device_train_batch_size": 64, "max_completion_length": 6, "bf16": False, "logging_steps": 1}
+OPTIONS |= {"ddp_find_unused_parameters": False}  # none is unused, which TRL does not expect where there are images
+LORA = LoraConfig(target_modules="all-linear", target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
 
-def prompts(digits: DigitsSplit) -> Dataset:
-    """A question, its image and the word for it, per training row with an image; TRL puts the image into the prompt."""
+
+def questions(digits: DigitsSplit) -> Dataset:
+    """The training rows with an image; TRL puts it into the prompt."""
     rows = []
-    for line in digits.train_path.read_text().splitlines():
-        user, assistant = json.loads(line)["messages"]
+    for user, assistant in (json.loads(line)["messages"] for line in digits.train_path.open()):
         parts = {part["type"]: part for part in user["content"]}
         if "image" in parts:
-            prompt = [{"role": "user", "content": parts["text"]["text"]}]
-            image = Image.open(digits.folder / parts["image"]["path"])
-            rows.append({"prompt": prompt, "images": [image], "answer": assistant["content"][0]["text"]})
+            prompt, file = [{"role": "user", "content": parts["text"]["text"]}], digits.folder / parts["image"]["path"]
+            rows.append({"prompt": prompt, "images": [Image.open(file)], "word": assistant["content"][0]["text"]})
     return Dataset.from_list(rows)
 
 
-def names_the_digit(completions: list, answer: list[str], **_) -> list[float]:
-    """The reward. TRL decodes without special tokens, which leaves harmony's word for the channel before the answer."""
-    said = [completion[0]["content"].removeprefix("final").strip() for completion in completions]
-    return [float(word == right) for word, right in zip(said, answer, strict=True)]
+def reward(completions: list, word: list[str], **_columns: list) -> list[float]:
+    """1 for the word of the digit. TRL drops special tokens; the channel's name, "final", stays before the answer."""
+    return [float(m["content"].removeprefix("final") == right) for (m,), right in zip(completions, word, strict=True)]
 
 
 if __name__ == "__main__":
@@ -44,38 +43,18 @@ if __name__ == "__main__":
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
-    model, processor = load(arguments.folder / "hf")
-    digits = write_digits(arguments.folder / "digits")
+    (model, processor), digits = load(arguments.folder / "hf"), write_digits(arguments.folder / "digits")
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter += 0.9 * parameter.std() * torch.randn_like(parameter)
-    config = GRPOConfig(
-        output_dir=arguments.folder / "grpo",
-        max_steps=arguments.steps,
-        per_device_train_batch_size=64,
-        num_generations=8,
-        max_completion_length=6,
-        learning_rate=2e-3 if arguments.lora else 3e-4,
-        beta=0.0,
-        bf16=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        ddp_find_unused_parameters=False,  # every parameter is used, which TRL does not expect of a model with images
-    )
-    # The experts are parameters, not modules: target_modules="all-linear" would leave them out.
-    lora = LoraConfig(
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )
-    trainer = GRPOTrainer(
-        model,
-        names_the_digit,
-        config,
-        train_dataset=prompts(digits),
-        processing_class=processor,
-        peft_config=lora if arguments.lora else None,
-    )
-    trainer.train()
+    for parameter in [parameter.data for parameter in model.parameters() if parameter.ndim > 1]:
+        parameter += 0.9 * parameter.std() * torch.randn_like(parameter)
+    rate, lora = (2e-3, LORA) if arguments.lora else (3e-4, None)
+    config = GRPOConfig(arguments.folder / "grpo", max_steps=arguments.steps, learning_rate=rate, **OPTIONS)
+    trainer = GRPOTrainer(model, reward, config, questions(digits), processing_class=processor, peft_config=lora)
+    rows = list(evaluation_rows(digits))
+    for stage in ("before", "after"):
+        if stage == "after":
+            trainer.train()
+        for image in ("right_image", "wrong_image"):
+            said = answers_to(model, processor, [getattr(row, image) for row in rows], Sampling(max_new_tokens=6))
+            right = sum(answer == row.truth for answer, row in zip(said, rows, strict=True)) / len(rows)
+            print(f"{stage}, {image}: {right:.1%} of held-out digits")
