@@ -45,8 +45,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     (model, processor), digits = load(arguments.folder / "hf"), write_digits(arguments.folder / "digits")
     torch.manual_seed(0)
-    for parameter in [parameter.data for parameter in model.parameters() if parameter.ndim > 1]:
-        parameter += 0.9 * parameter.std() * torch.randn_like(parameter)
+    for matrix in [parameter.data for parameter in model.parameters() if parameter.ndim > 1]:
+        matrix += 1.0 * matrix.std() * torch.randn_like(matrix)
     rate, lora = (2e-3, LORA) if arguments.lora else (3e-4, None)
     config = GRPOConfig(arguments.folder / "grpo", max_steps=arguments.steps, learning_rate=rate, **OPTIONS)
     trainer = GRPOTrainer(model, reward, config, questions(digits), processing_class=processor, peft_config=lora)
@@ -55,6 +55,6 @@ if __name__ == "__main__":
         if stage == "after":
             trainer.train()
         for image in ("right_image", "wrong_image"):
-            said = answers_to(model, processor, [getattr(row, image) for row in rows], Sampling(max_new_tokens=6))
+            said = answers_to(model.eval(), processor, [getattr(r, image) for r in rows], Sampling(max_new_tokens=6))
             right = sum(answer == row.truth for answer, row in zip(said, rows, strict=True)) / len(rows)
             print(f"{stage}, {image}: {right:.1%} of held-out digits")
