@@ -42,7 +42,7 @@ test-te *ARGS:
         "tests/mcore/test_layouts.py::test_five_steps_equal_those_of_transformers[TP2]" \
         tests/recipes/training/test_training.py::test_in_bf16_the_vision_bias_stays_fp32_and_learns
 
-# Whether this package resolves beside TRL, verl and NeMo-RL's bounds, and with the lowest transformers of its range
+# Whether this package resolves beside TRL and verl, and with the lowest transformers of its range
 resolves:
     uv run python tests/resolves.py
 
@@ -53,7 +53,7 @@ test-lowest *ARGS:
     export UV_PROJECT_ENVIRONMENT=.venv-lowest; unset VIRTUAL_ENV
     uv sync --quiet --inexact
     lowest=$(sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
-    uv pip install --quiet --no-config --python .venv-lowest --no-deps "transformers==$lowest.0"
+    uv pip install --quiet --no-config --python .venv-lowest --no-deps "transformers==$lowest"
     uv run --no-sync pytest tests/hf/test_modeling.py tests/hf/test_generation.py tests/hf/test_processing.py --no-megatron \
         -m "not slow" {{ARGS}}
 
