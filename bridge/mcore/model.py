@@ -55,12 +55,10 @@ class MCoreGPTOSSVisionModel(GPTModel):
             input_ids: ``[b, s]`` token ids, on every pipeline stage: the visual mask is computed from them.
             pixel_values: ``[n, channels, height, width]``, the images of all rows in the order of their
                 placeholders; None or n = 0 without images. Read on the first stage only.
-            labels: ``[b, s]``, of the whole sequence also under context parallelism.
-            loss_mask: ``[b, s]``, likewise.
+            labels, loss_mask: ``[b, s]``, of the whole sequence also under context parallelism.
             packed_seq_params: boundaries of the samples when ``input_ids`` is one row of several samples.
             source_ids: ``[b, s]`` int64, of the data, where losses are counted by source.
-            padding_mask: ``[b, s]`` bool, true at padding, which the routers' losses and counts leave out (verl's
-                argument). Of packed samples it is known from their boundaries.
+            padding_mask: ``[b, s]`` bool, true at padding, which the routers' losses and counts leave out.
 
         Returns:
             Loss per token ``[b, s / cp]`` with labels, else logits ``[b, s / cp, vocab / tp]``; on stages that are not
@@ -68,15 +66,11 @@ class MCoreGPTOSSVisionModel(GPTModel):
             the loss and this rank's pieces of the mask, as Megatron-Bridge's ``vlm_step`` expects.
 
         Raises:
-            UserError: when the numbers of placeholders and images don't match, for packed samples that would not be
-                exact (`check_packing`), and for a padding mask of another shape than the ids.
+            UserError: when images and placeholders, or a padding mask and the ids, don't match; for packed samples that
+                would not be exact (`check_packing`).
         """
         if packed_seq_params is not None:
             check_packing(input_ids, packed_seq_params, self.pg_collection.cp.size(), self.config.transformer_impl)
-        if padding_mask is not None and padding_mask.shape != input_ids.shape:
-            raise UserError(
-                f"padding_mask {list(padding_mask.shape)} is not of the shape of input_ids {list(input_ids.shape)}."
-            )
         is_visual = self.visual_mask(input_ids)
         if self.pre_process and decoder_input is None:
             decoder_input = self.embed(input_ids, position_ids, is_visual, pixel_values)
@@ -86,12 +80,7 @@ class MCoreGPTOSSVisionModel(GPTModel):
         if loss_mask is not None:
             loss_mask = slice_for_context_parallel(loss_mask, 1, cp_group)
         output = super().forward(
-            input_ids,
-            position_ids,
-            attention_mask,
-            decoder_input,
-            labels,
-            *args,
+            *(input_ids, position_ids, attention_mask, decoder_input, labels, *args),
             padding_mask=self.local_masks(is_visual, packed_seq_params, padding_mask),
             loss_mask=loss_mask,
             packed_seq_params=packed_seq_params,
@@ -174,6 +163,10 @@ class MCoreGPTOSSVisionModel(GPTModel):
         Megatron-Core 0.19.2 scatters ``padding_mask`` on the first pipeline stage only, and only when it embeds the
         tokens itself; here every stage slices it.
         """
+        if is_padding is not None and is_padding.shape != is_visual.shape:
+            raise UserError(
+                f"padding_mask {list(is_padding.shape)} is not of the shape of input_ids {list(is_visual.shape)}."
+            )
         if packed is not None:
             behind = padding_of(packed, is_visual.shape[1])
             is_padding = behind if is_padding is None else behind | is_padding.bool()
