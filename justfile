@@ -42,6 +42,21 @@ test-te *ARGS:
         "tests/mcore/test_layouts.py::test_five_steps_equal_those_of_transformers[TP2]" \
         tests/recipes/training/test_training.py::test_in_bf16_the_vision_bias_stays_fp32_and_learns
 
+# Whether this package resolves beside TRL and verl, and with the lowest transformers of its range
+resolves:
+    uv run python tests/resolves.py
+
+# The transformers model on the lowest transformers of the range, in an environment of its own
+test-lowest *ARGS:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    export UV_PROJECT_ENVIRONMENT=.venv-lowest; unset VIRTUAL_ENV
+    uv sync --quiet --inexact
+    lowest=$(sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+    uv pip install --quiet --no-config --python .venv-lowest --no-deps "transformers==$lowest"
+    uv run --no-sync pytest tests/hf/test_modeling.py tests/hf/test_generation.py tests/hf/test_processing.py --no-megatron \
+        -m "not slow" {{ARGS}}
+
 # transformers' own common tests at the installed version, out of its source distribution, for tests/hf/common
 mixins:
     #!/usr/bin/env bash

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import gpt_oss_vision
 from gpt_oss_vision import cli
@@ -233,7 +234,7 @@ def test_imports_within_the_package_are_relative_and_exist(file: Path):
 def test_every_imported_package_is_a_direct_dependency():
     project = PROJECT["project"]
     lines = sum(project["optional-dependencies"].values(), project["dependencies"])
-    wanted = {re.split(r"[=;\[ ]", line)[0] for line in lines}
+    wanted = {Requirement(line).name for line in lines}
     distributions = importlib.metadata.packages_distributions()
     for file in SOURCES:
         for line, module in imports_of(file):
@@ -243,9 +244,15 @@ def test_every_imported_package_is_a_direct_dependency():
                 assert names & wanted, f"{name_of(file)}:{line} imports {root}, of {names or 'nothing installed'}"
 
 
-def test_direct_dependencies_are_pinned_exactly():
-    project = PROJECT["project"]
-    groups = {**project["optional-dependencies"], **PROJECT["dependency-groups"], "": project["dependencies"]}
+def test_direct_dependencies_are_ranges_that_uv_pins_exactly():
+    """Ranges for who installs the wheel beside other frameworks, exact versions for who works on it."""
+    project, uv = PROJECT["project"], PROJECT["tool"]["uv"]
+    pins = dict(line.split("==") for line in uv["constraint-dependencies"])
+    ranges = [Requirement(line) for line in project["dependencies"]]
+    assert [requirement.name for requirement in ranges] == list(pins)
+    assert [str(range_) for range_ in ranges if not range_.specifier.contains(pins[range_.name])] == []
+    assert [str(range_) for range_ in ranges if not range_.specifier] == []
+    groups = {**project["optional-dependencies"], **PROJECT["dependency-groups"], "": uv["constraint-dependencies"]}
     loose = [line for lines in groups.values() for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.]+", line)]
     assert loose == []
 
@@ -376,6 +383,21 @@ def test_private_names_of_megatron_stay_in_upstream_and_cpu(file: Path):
 )
 def test_a_private_name_of_megatron_is_found_however_it_is_reached(code: str):
     assert len(list(private_touches(ast.parse(code)))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    {
+        "plain/model.py": 250,
+        "plain/checkpoint.py": 75,
+        "plain/train.py": 60,
+        "plain/rl.py": 150,
+        "plain/offload.py": 60,
+        "rl/grpo.py": 60,
+    }.items(),
+)
+def test_an_example_is_read_in_one_sitting(name: str, lines: int):
+    assert len((ROOT / "examples" / name).read_text().splitlines()) <= lines
 
 
 def test_torch_load_reads_weights_only():

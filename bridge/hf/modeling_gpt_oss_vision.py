@@ -38,7 +38,6 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     load_balancing_loss_func,
 )
 from transformers.processing_utils import Unpack
-from transformers.quantizers.quantizers_utils import on_device
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.import_utils import is_tracing, torch_compilable_check
 from transformers.utils.quantization_config import QuantizationMethod
@@ -146,7 +145,7 @@ class GPTOSSVisionMLP(nn.Module):
         router_logits, router_scores, router_indices = self.router(tokens, is_visual.reshape(-1))
         if isinstance(self.experts, Mxfp4GptOssExperts):
             # Packed experts: the kernels compute the routing from the logits, with indices of their own.
-            with on_device(router_logits.device):  # Triton launches on the current device
+            with torch.accelerator.device_index(router_logits.device.index):  # Triton launches on the current device
                 routing, *places = mxfp4.triton_kernels_hub.routing.routing(router_logits, self.router.top_k)
             return self.experts(tokens, routing, *places).reshape(hidden_states.shape)
         return self.experts(tokens, router_indices, router_scores).reshape(hidden_states.shape)

@@ -46,6 +46,7 @@ class MCoreGPTOSSVisionModel(GPTModel):
         loss_mask: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         source_ids: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As `GPTModel.forward`, with images.
@@ -54,10 +55,10 @@ class MCoreGPTOSSVisionModel(GPTModel):
             input_ids: ``[b, s]`` token ids, on every pipeline stage: the visual mask is computed from them.
             pixel_values: ``[n, channels, height, width]``, the images of all rows in the order of their
                 placeholders; None or n = 0 without images. Read on the first stage only.
-            labels: ``[b, s]``, of the whole sequence also under context parallelism.
-            loss_mask: ``[b, s]``, likewise.
+            labels, loss_mask: ``[b, s]``, of the whole sequence also under context parallelism.
             packed_seq_params: boundaries of the samples when ``input_ids`` is one row of several samples.
             source_ids: ``[b, s]`` int64, of the data, where losses are counted by source.
+            padding_mask: ``[b, s]`` bool, true at padding, which the routers' losses and counts leave out.
 
         Returns:
             Loss per token ``[b, s / cp]`` with labels, else logits ``[b, s / cp, vocab / tp]``; on stages that are not
@@ -65,8 +66,8 @@ class MCoreGPTOSSVisionModel(GPTModel):
             the loss and this rank's pieces of the mask, as Megatron-Bridge's ``vlm_step`` expects.
 
         Raises:
-            UserError: when the numbers of placeholders and images don't match, and for packed samples that would not
-                be exact (`check_packing`).
+            UserError: when images and placeholders, or a padding mask and the ids, don't match; for packed samples that
+                would not be exact (`check_packing`).
         """
         if packed_seq_params is not None:
             check_packing(input_ids, packed_seq_params, self.pg_collection.cp.size(), self.config.transformer_impl)
@@ -79,13 +80,8 @@ class MCoreGPTOSSVisionModel(GPTModel):
         if loss_mask is not None:
             loss_mask = slice_for_context_parallel(loss_mask, 1, cp_group)
         output = super().forward(
-            input_ids,
-            position_ids,
-            attention_mask,
-            decoder_input,
-            labels,
-            *args,
-            padding_mask=self.local_masks(is_visual, packed_seq_params),
+            *(input_ids, position_ids, attention_mask, decoder_input, labels, *args),
+            padding_mask=self.local_masks(is_visual, packed_seq_params, padding_mask),
             loss_mask=loss_mask,
             packed_seq_params=packed_seq_params,
             **kwargs,
@@ -156,16 +152,25 @@ class MCoreGPTOSSVisionModel(GPTModel):
         placed = image_tokens.index_select(0, nth.mT.flatten().clamp(0, len(image_tokens) - 1)).view_as(embeddings)
         return torch.where(is_visual.mT.unsqueeze(-1), placed, embeddings).contiguous()
 
-    def local_masks(self, is_visual: torch.Tensor, packed: PackedSeqParams | None) -> torch.Tensor:
+    def local_masks(
+        self, is_visual: torch.Tensor, packed: PackedSeqParams | None, is_padding: torch.Tensor | None
+    ) -> torch.Tensor:
         """This rank's shard of what the routers read: sliced for context, then for sequence parallelism.
 
-        Without packing it is the visual mask ``[b, s]``. Of packed samples, which are one row, it is ``[2, s]``: the
-        visual mask, and the mask of padding.
+        It is the visual mask ``[b, s]``; of packed samples, and where padding is given, ``[2b, s]``: the visual mask,
+        and the mask of padding.
 
         Megatron-Core 0.19.2 scatters ``padding_mask`` on the first pipeline stage only, and only when it embeds the
         tokens itself; here every stage slices it.
         """
-        masks = is_visual if packed is None else torch.cat([is_visual, padding_of(packed, is_visual.shape[1])])
+        if is_padding is not None and is_padding.shape != is_visual.shape:
+            raise UserError(
+                f"padding_mask {list(is_padding.shape)} is not of the shape of input_ids {list(is_visual.shape)}."
+            )
+        if packed is not None:
+            behind = padding_of(packed, is_visual.shape[1])
+            is_padding = behind if is_padding is None else behind | is_padding.bool()
+        masks = is_visual if is_padding is None else torch.cat([is_visual, is_padding.bool()])
         masks = slice_for_context_parallel(masks, 1, self.pg_collection.cp)
         if not self.config.sequence_parallel:
             return masks

@@ -53,8 +53,8 @@ class VisionBiasedTopKRouter(TopKRouter):
             logits: ``[s, b, experts]``.
             padding_mask: ``[s, b]`` bool, true where the token is visual. Megatron-Core 0.19 carries exactly one
                 per-token argument from the model through blocks, recomputation and CUDA graphs to the router, under
-                this name; `MCoreGPTOSSVisionModel` passes the visual mask in it. Of packed samples ``[s, 2]``: the
-                second column is true at padding, which losses and counts leave out.
+                this name; `MCoreGPTOSSVisionModel` passes the visual mask in it. Where padding is known ``[s, 2b]``:
+                the second half is true at padding, which losses and counts leave out.
 
         Returns:
             Routing weights and routing map, each ``[s * b, experts]``.

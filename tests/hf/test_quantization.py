@@ -12,9 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations import mxfp4
-from transformers.quantizers.quantizers_utils import on_device
 
-from gpt_oss_vision.bridge.hf import modeling_gpt_oss_vision
 from gpt_oss_vision.bridge.hf.configuration_gpt_oss_vision import GPTOSSVisionConfig
 from gpt_oss_vision.bridge.hf.modeling_gpt_oss_vision import GPTOSSVisionForCausalLM
 from gpt_oss_vision.bridge.hf_int8 import EXPERT_WEIGHTS, LINEAR_WEIGHTS, describe_weights, int8_config, weight_usage
@@ -202,14 +200,13 @@ def test_packed_experts_route_visual_tokens_with_the_vision_bias(checkpoint, mon
     devices = []
 
     @contextmanager
-    def recording(device: torch.device) -> Iterator[None]:
-        devices.append(device)
-        with on_device(device):
-            yield
+    def recording(index: int | None) -> Iterator[None]:
+        devices.append(index)
+        yield
 
-    monkeypatch.setattr(modeling_gpt_oss_vision, "on_device", recording)
+    monkeypatch.setattr(torch.accelerator, "device_index", recording)
     assert torch.equal(logits_of(model), expected)
-    assert devices == [torch.device("cpu")] * len(model.model.layers)
+    assert devices == [torch.device("cpu").index] * len(model.model.layers)
 
 
 # Where the weights are

@@ -72,7 +72,8 @@ def balanced_step(path: Path, layout: Layout, inputs: dict[str, torch.Tensor]) -
     model = build(path, layout)
 
     def step(data: Any, chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        output = chunk(next(data)["input_ids"], None, None, pixel_values=inputs.get("pixel_values"))
+        optional = {name: inputs.get(name) for name in ("pixel_values", "padding_mask")}
+        output = chunk(next(data)["input_ids"], None, None, **optional)
         # Nothing but the loss of the routers has a gradient.
         return output, lambda logits: (0.0 * logits.sum(), {})
 
@@ -121,6 +122,75 @@ def test_loss_gradient_and_counts_are_those_of_transformers(
         torch.testing.assert_close(gradients[index], wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
         chosen = torch.nn.functional.one_hot(logits[index].topk(TOP_K).indices, EXPERTS).sum(1)
         assert counts[index].tolist() == [chosen[~is_visual].sum(0).tolist(), chosen[is_visual].sum(0).tolist()]
+
+
+@pytest.mark.parametrize("kind", ["aux_loss", "modality_aux_loss"])
+@pytest.mark.parametrize("sizes", [{}, {"tp": 2}, {"cp": 2}], ids=lambda sizes: str(Layout(**sizes)))
+def test_padding_is_left_out_of_losses_and_counts(
+    sizes: dict, kind: str, path: Path, reference: GPTOSSVisionForCausalLM
+):
+    """`padding_mask`, as verl passes it."""
+    inputs = batch()
+    is_padding = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    is_padding[0, 30:], is_padding[1, 36:] = True, True
+    layout = Layout(**sizes | {"extra": AUX | {"moe_router_load_balancing_type": kind}})
+    given = inputs | {"padding_mask": is_padding}
+    losses, _, counts = cpu.run_ranks(layout.world_size, balanced_step, path, layout, given)[0]
+    is_token = ~is_padding.flatten()
+    is_visual = (inputs["input_ids"] == CONFIG.image_token_id).flatten()[is_token]
+    logits = [layer[is_token] for layer in reference_logits(reference, inputs)]
+    expected = [float(balance(layer, is_visual, kind == "modality_aux_loss").detach()) for layer in logits]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+    for index, layer in enumerate(logits):
+        chosen = torch.nn.functional.one_hot(layer.topk(TOP_K).indices, EXPERTS).sum(1)
+        assert counts[index].tolist() == [chosen[~is_visual].sum(0).tolist(), chosen[is_visual].sum(0).tolist()]
+
+
+def logits_with(path: Path, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    (model,) = build(path, Layout())
+    return model(batch()["input_ids"], None, None, pixel_values=batch()["pixel_values"], **given).detach()
+
+
+def test_a_padding_mask_changes_no_logits_and_must_fit_the_ids(path: Path):
+    (plain,) = cpu.run_ranks(1, logits_with, path, {})
+    is_padding = torch.zeros(3, 40, dtype=torch.bool)
+    is_padding[:, 30:] = True
+    (masked,) = cpu.run_ranks(1, logits_with, path, {"padding_mask": is_padding})
+    assert torch.equal(masked, plain)
+    with pytest.raises(Exception, match=r"padding_mask \[3, 20\] is not of the shape of input_ids \[3, 40\]"):
+        cpu.run_ranks(1, logits_with, path, {"padding_mask": is_padding[:, :20]})
+
+
+def recorded_and_replayed(path: Path, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Experts chosen by a model, logits when another one replays them, and when it chooses itself."""
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    (model,) = build(path, Layout(extra={"moe_enable_routing_replay": True}))
+
+    def logits() -> torch.Tensor:
+        return model(inputs["input_ids"], None, None, pixel_values=inputs["pixel_values"]).detach()
+
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+    first = logits()
+    chosen = RouterReplay.get_recorded_data()
+    for parameter in (layer.mlp.router.vision_bias for layer in model.decoder.layers):
+        parameter.data.neg_()  # the experts of images would now be others
+    RouterReplay.set_replay_data(chosen)
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    replayed = logits()
+    RouterReplay.clear_global_router_replay_action()
+    return torch.stack(chosen), first, replayed, logits()
+
+
+def test_router_replay_keeps_the_choice_with_the_vision_bias(path: Path, reference: GPTOSSVisionForCausalLM):
+    """What is recorded are the experts chosen with the bias; replayed, they are taken whatever the bias is by then."""
+    inputs = batch()
+    ((chosen, first, replayed, own),) = cpu.run_ranks(1, recorded_and_replayed, path, inputs)
+    of_transformers = torch.stack([layer.topk(TOP_K).indices for layer in reference_logits(reference, inputs)])
+    by_row = of_transformers.view(LAYERS, 3, 40, TOP_K).transpose(1, 2).flatten(1, 2)  # Megatron's tokens are [s, b]
+    assert torch.equal(chosen.sort(-1).values, by_row.sort(-1).values)
+    assert not torch.equal(replayed, own)
+    assert (replayed - first).abs().max() < (own - first).abs().max()
 
 
 def test_the_balance_per_modality_of_text_alone_is_the_plain_one(path: Path, reference: GPTOSSVisionForCausalLM):
