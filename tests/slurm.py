@@ -88,6 +88,7 @@ class Cluster:
         self.folder, self.configuration = folder, folder / "slurm.conf"
 
     def __enter__(self) -> "Cluster":
+        self.environment = {name: os.environ.get(name) for name in ("PATH", "SLURM_CONF")}
         os.environ["PATH"] += ":/usr/sbin:/sbin"
         os.environ["SLURM_CONF"] = str(self.configuration)
         for name in ("munge", "state", "spool-n1", "spool-n2"):
@@ -120,6 +121,10 @@ class Cluster:
                 os.kill(process, signal.SIGKILL)
         if self.accounting:
             self.database.wait()
+        for name, value in self.environment.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
     def _start_munge(self) -> None:
         folder = self.folder / "munge"

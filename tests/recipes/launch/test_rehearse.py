@@ -21,9 +21,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield warm.python
 
 
-@pytest.mark.parametrize("start", ["torchrun", "srun"])
-def test_every_incident_leads_to_the_losses_of_an_unbroken_run(start: str, python: Path, tmp_path: Path):
-    options = ("--executor", "slurm", "--start", start, "--python", str(python), "--rehearse")
+def test_every_incident_leads_to_the_losses_of_an_unbroken_run(python: Path, tmp_path: Path):
+    options = ("--executor", "slurm", "--start", "torchrun", "--python", str(python), "--rehearse")
     settings = ("gpt_oss_vision_20b_sft", f"out={tmp_path / 'run'}")
     output = tmp_path / "output"
     assert forked.run("launch", *settings, *options, output=output) == 0, output.read_text()
