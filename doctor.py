@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 from .bridge import cudnn
 
 GIB = 2**30
@@ -32,7 +35,7 @@ def examine(folder: Path, site: Path | None = None) -> tuple[str, bool]:
     rows = [
         ("system", f"{platform.system()} {platform.release()}"),
         ("python", platform.python_version()),
-        *((name, _installed(name) or "missing") for name in _pins()),
+        *((name, _installed(name) or "missing") for name in _needed()),
         ("CUDA", _cuda()),
         ("transformer-engine", _installed("transformer-engine-torch") or "missing"),
         ("apex", _installed("apex") or "missing; Megatron-Core then uses torch's and Transformer Engine's kernels"),
@@ -94,9 +97,10 @@ def _verdict(what: str, problems: list[str]) -> str:
     return "\n".join([f"no   {what}", *(f"     - {problem}" for problem in problems)])
 
 
-def _pins() -> dict[str, str]:
-    """Name and exact version of every direct dependency, extras left out."""
-    return dict(line.split("==") for line in requires("gpt-oss-vision") or [] if ";" not in line)
+def _needed() -> dict[str, SpecifierSet]:
+    """Name and versions of every direct dependency, extras left out."""
+    found = [Requirement(line) for line in requires("gpt-oss-vision") or []]
+    return {requirement.name: requirement.specifier for requirement in found if requirement.marker is None}
 
 
 def _system_problems() -> list[str]:
@@ -108,9 +112,10 @@ def _system_problems() -> list[str]:
 
 def _package_problems() -> list[str]:
     return [
-        f"{name} {pin} is needed, {_installed(name) or 'none'} is here: run `uv sync`, or `pip install {name}=={pin}`"
-        for name, pin in _pins().items()
-        if (_installed(name) or "").split("+")[0] != pin  # "2.11.0+cu130" is torch 2.11.0
+        f"{name}{versions} is needed, {_installed(name) or 'none'} is here: run `uv sync`, or "
+        f"`pip install '{name}{versions}'`"
+        for name, versions in _needed().items()
+        if not versions.contains(_installed(name) or "0", prereleases=True)  # "2.11.0+cu130" is torch 2.11.0
     ]
 
 

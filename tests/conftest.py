@@ -23,6 +23,9 @@ WORKERS = 4  # at most: each has Megatron in memory, 2 GiB, and forks ranks
 # The slowest files, which run first, so that no worker starts one when the others have finished.
 LONGEST = (
     "mcore/test_layouts.py",
+    "recipes/launch/test_slurm.py",
+    "examples/test_rl.py",
+    "examples/test_plain_training.py",
     "recipes/quickstart/test_quickstart.py",
     "recipes/training/test_run.py",
     "recipes/training/test_resume.py",

@@ -127,7 +127,9 @@ RULES = {
     "arguments.py": Rule((), frozenset()),
     "atomic.py": Rule((), frozenset()),
     "terminal.py": Rule((), frozenset({"rich"})),
-    "doctor.py": Rule(("bridge.cudnn", "recipes.launch.site", "recipes.launch.site_check"), frozenset({"torch"})),
+    "doctor.py": Rule(
+        ("bridge.cudnn", "recipes.launch.site", "recipes.launch.site_check"), frozenset({"torch", "packaging"})
+    ),
     "cli.py": Rule(
         ("", "arguments", "doctor", "errors", "conversion.commands", "recipes.commands", "recipes.launch.commands"),
         frozenset(),

@@ -82,8 +82,10 @@ def test_a_missing_package_comes_with_its_fix(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(doctor, "requires", lambda _: ["no-such-package==1.0", "torch==2.11.0", "x==1; extra == 'te'"])
     text, is_ready = doctor.examine(tmp_path)
     assert not is_ready
-    assert "no-such-package 1.0 is needed, none is here: run `uv sync`, or `pip install no-such-package==1.0`" in text
-    assert "torch 2.11.0 is needed" not in text
+    assert (
+        "no-such-package==1.0 is needed, none is here: run `uv sync`, or `pip install 'no-such-package==1.0'`" in text
+    )
+    assert "torch==2.11.0 is needed" not in text
 
 
 def test_a_cudnn_that_torch_refuses_is_a_problem_and_not_a_crash(monkeypatch: pytest.MonkeyPatch):
@@ -103,4 +105,4 @@ def test_nemo_run_is_importable_and_its_dependency_is_checked():
     """nemo-run 0.11.1 imports modules of leptonai that 0.47, which its metadata allows, does not have."""
     # In a process of its own: leptonai's own imports are deprecated ones.
     subprocess.run([sys.executable, "-c", "from nemo_run import LocalExecutor, SlurmExecutor"], check=True)
-    assert "leptonai" in doctor._pins()
+    assert "leptonai" in doctor._needed()
