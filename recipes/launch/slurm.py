@@ -82,7 +82,8 @@ def state(job: int) -> State | None:
     """What the controller knows of a job, or else the accounting; None where neither does."""
     shown = subprocess.run(["scontrol", "show", "job", "--oneliner", str(job)], capture_output=True, text=True)
     if shown.returncode == 0:
-        states = [_state(line) for line in shown.stdout.splitlines() if line.strip()]  # several of an array
+        lines = sorted((line for line in shown.stdout.splitlines() if line.strip()), key=_array_task)
+        states = [_state(line) for line in lines]
         return next((each for each in states if not each.is_over), states[-1])
     command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=State,ExitCode", "--jobs", str(job)]
     if shutil.which("sacct") is None:
@@ -92,6 +93,12 @@ def state(job: int) -> State | None:
         return None
     name, code = kept.stdout.splitlines()[-1].split("|")
     return State(name.split()[0], _code(code))
+
+
+def _array_task(line: str) -> int:
+    """The number of a job in its array; 0 for other jobs."""
+    found = re.search(r"ArrayTaskId=(\d+)", line)
+    return int(found[1]) if found else 0
 
 
 def _state(line: str) -> State:

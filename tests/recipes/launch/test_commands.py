@@ -1,19 +1,16 @@
 """`launch`, `status`, `logs` and `cancel` without SLURM: what is refused, the site file, and the executor `local`."""
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import forked
 import pytest
-from warm import WarmPython
+from runs import numbers_of, process_of_rank
 
-import gpt_oss_vision
 from gpt_oss_vision import cli
 
 RECIPE = "gpt_oss_vision_tiny_sft"
@@ -143,16 +140,6 @@ def test_a_folder_without_a_job_is_refused(capsys):
     assert "nowhere is not there" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    gpt_oss_vision.register()
-    from gpt_oss_vision.recipes import tiny  # noqa: F401 - so that forks need not import it
-    from gpt_oss_vision.recipes.training import run  # noqa: F401
-
-    with WarmPython(tmp_path_factory.mktemp("warm")) as warm:
-        yield warm.python
-
-
 @pytest.fixture
 def launch(python: Path, tmp_path: Path) -> Callable[..., forked.Command]:
     """A function that launches a run with 2 ranks on this machine."""
@@ -166,41 +153,26 @@ def launch(python: Path, tmp_path: Path) -> Callable[..., forked.Command]:
     return launched
 
 
-def steps(run: Path) -> list[int]:
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [entry["step"] for entry in map(json.loads, lines) if "loss" in entry]
-
-
 def test_here_a_signal_ends_the_run_saved_and_the_same_command_goes_on(launch, tmp_path: Path):
     run = tmp_path / "run"
     command = launch()
-    command.wait_until(lambda: len(steps(run)) >= 3)
+    command.wait_until(lambda: len(numbers_of(run)) >= 3)
     command.send(signal.SIGTERM)
     assert command.exit_code() == TO_BE_CONTINUED, command.output.read_text()
     assert "Stopped by SIGTERM: saving after this step" in command.output.read_text()
     assert launch().exit_code() == 0, command.output.read_text()
-    assert steps(run) == [*range(1, 13)]
+    assert numbers_of(run) == [*range(1, 13)]
 
 
 def test_here_a_killed_rank_is_restarted(launch, tmp_path: Path):
     run = tmp_path / "run"
     command = launch("checkpoint.save_interval=2")
-    command.wait_until(lambda: len(steps(run)) >= 5)
-    os.kill(rank_1(run), signal.SIGKILL)
+    command.wait_until(lambda: len(numbers_of(run)) >= 5)
+    os.kill(process_of_rank(run, 1), signal.SIGKILL)
     assert command.exit_code() == 0, command.output.read_text()
     assert "the connection to another rank was lost: it was killed, or its node is down" in command.output.read_text()
     assert "restart 1 of 3" in command.output.read_text()
-    assert sorted({*steps(run)}) == [*range(1, 13)]
-
-
-def rank_1(run: Path) -> int:
-    """The process whose log is that of rank 1."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(folder / "fd/1") == str(run / "logs/rank-1.txt"):
-                return int(folder.name)
-    raise AssertionError("no such process")
+    assert sorted({*numbers_of(run)}) == [*range(1, 13)]
 
 
 def test_here_a_refused_run_is_not_started_again(launch, tmp_path: Path):
@@ -213,8 +185,8 @@ def test_here_a_refused_run_is_not_started_again(launch, tmp_path: Path):
 def test_a_step_that_hangs_ends_the_run_with_the_place(launch, tmp_path: Path):
     run = tmp_path / "run"
     command = launch("hang=4s", "--retries=0")
-    command.wait_until(lambda: len(steps(run)) >= 3)
-    os.kill(rank_1(run), signal.SIGSTOP)  # rank 0 waits for it
+    command.wait_until(lambda: len(numbers_of(run)) >= 3)
+    os.kill(process_of_rank(run, 1), signal.SIGSTOP)  # rank 0 waits for it
     assert command.exit_code() == 1
     said = command.output.read_text()
     assert "has taken more than 4 seconds (rank 0 of 2" in said

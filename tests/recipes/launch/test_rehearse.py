@@ -1,24 +1,10 @@
 """`launch --rehearse`: the batch script under the stand-in for SLURM comes to the losses of a run without incidents."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import forked
 import pytest
-from warm import WarmPython
-
-import gpt_oss_vision
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    gpt_oss_vision.register()
-    from gpt_oss_vision.recipes import tiny  # noqa: F401 - so that forks need not import it
-    from gpt_oss_vision.recipes.training import run  # noqa: F401
-
-    with WarmPython(tmp_path_factory.mktemp("warm")) as warm:
-        yield warm.python
 
 
 def test_every_incident_leads_to_the_losses_of_an_unbroken_run(python: Path, tmp_path: Path):

@@ -1,6 +1,5 @@
 """`launch --executor slurm` on a real SLURM of two nodes: a job that ends early goes on as if it had not ended."""
 
-import contextlib
 import json
 import os
 import re
@@ -15,9 +14,8 @@ import forked
 import pytest
 import slurm
 import torch
-from warm import WarmPython
+from runs import numbers_of, process_of_rank, steps_of
 
-import gpt_oss_vision
 from gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionProcessor, cli
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.recipes.data.digits import write_digits
@@ -48,16 +46,6 @@ def write_few(folder: Path) -> None:
     rows = write_digits(folder, 0).train_path.read_text().splitlines(keepends=True)
     (folder / "few.jsonl").write_text("".join(rows[:60]))
     write_processor(folder / "processor")
-
-
-@pytest.fixture(scope="module")
-def python(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    gpt_oss_vision.register()
-    from gpt_oss_vision.recipes import tiny  # noqa: F401 - so that forks need not import it
-    from gpt_oss_vision.recipes.training import run  # noqa: F401
-
-    with WarmPython(tmp_path_factory.mktemp("warm")) as warm:
-        yield warm.python
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +89,9 @@ def launch(
     return launched
 
 
-def steps(out: Path) -> list[dict]:
-    file = out / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [entry for entry in map(json.loads, lines) if "loss" in entry]
-
-
 def losses(out: Path) -> dict[int, float]:
     """The loss of each step, the last one where a step was computed twice."""
-    return {entry["step"]: entry["loss"] for entry in steps(out)}
+    return {entry["step"]: entry["loss"] for entry in steps_of(out)}
 
 
 def job_of(run: Path) -> int:
@@ -121,7 +103,7 @@ def output_of(run: Path) -> str:
 
 
 def wait_for_step(command: forked.Command, run: Path, number: int) -> None:
-    command.wait_until(lambda: any(entry["step"] >= number for entry in steps(run)))
+    command.wait_until(lambda: max(numbers_of(run), default=0) >= number)
 
 
 def is_whole(run: Path, unbroken: dict[int, float]) -> bool:
@@ -147,7 +129,7 @@ def test_a_run_that_receives_a_signal_is_requeued(start: str, launch, cluster, u
         command.wait_until(lambda name=name: f"Stopped by SIG{name}: saving" in output_of(run))
     assert command.exit_code() == 0, command.output.read_text()
     assert cluster.job(job_of(run))["Restarts"] == "2"
-    assert [entry["step"] for entry in steps(run)] == [*range(1, STEPS + 1)]
+    assert numbers_of(run) == [*range(1, STEPS + 1)]
     assert is_whole(run, unbroken)
 
 
@@ -186,7 +168,7 @@ def test_a_cancelled_job_is_saved_and_stays_cancelled(launch, cluster, unbroken,
     assert f"continues with: sbatch {run}/launch/job.sbatch" in output_of(run)
     done = subprocess.run(["sbatch", "--wait", run / "launch/job.sbatch"], stdout=subprocess.PIPE)
     assert done.returncode == 0
-    assert [entry["step"] for entry in steps(run)] == [*range(1, STEPS + 1)]
+    assert numbers_of(run) == [*range(1, STEPS + 1)]
     assert is_whole(run, unbroken)
 
 
@@ -194,18 +176,29 @@ def test_a_killed_rank_is_restarted_in_the_allocation(start: str, launch, cluste
     run = tmp_path / "run"
     command = launch("--start", start)
     wait_for_step(command, run, 10)
-    os.kill(a_rank(run), signal.SIGKILL)
+    os.kill(process_of_rank(run, 3), signal.SIGKILL)
     assert command.exit_code() == 0, command.output.read_text()
     assert "restart 1 of 3 from the newest checkpoint" in command.output.read_text()
     assert cluster.job(job_of(run))["Restarts"] == "0"
     assert is_whole(run, unbroken)
 
 
+def test_the_jobs_of_an_array_continue_one_run(launch, cluster, unbroken, tmp_path: Path):
+    run = tmp_path / "run"
+    command = launch("--start=srun", "--array=0-5%1", "--requeues=0", "time=4s")
+    assert command.exit_code() == 0, command.output.read_text()
+    said = command.output.read_text()
+    assert said.count("the run is saved, and continues with: sbatch") >= 1
+    assert "sft is finished: 16 steps are in" in said
+    assert is_whole(run, unbroken)
+    assert len([*(run / "launch").glob("job-*.txt")]) == 1
+
+
 def test_ranks_killed_in_a_save_lose_nothing_older(launch, cluster, unbroken, tmp_path: Path):
     run = tmp_path / "run"
     command = launch("--start=srun", "checkpoint.save_interval=2")
     command.wait_until(lambda: any((run / "checkpoints").glob("iter_0000006*")))
-    os.kill(a_rank(run), signal.SIGKILL)
+    os.kill(process_of_rank(run, 3), signal.SIGKILL)
     assert command.exit_code() == 0, command.output.read_text()
     assert "restart 1 of 3 from the newest checkpoint" in command.output.read_text()
     assert is_whole(run, unbroken)
@@ -219,15 +212,6 @@ def test_an_export_that_is_ended_goes_on(launch, cluster, tmp_path: Path):
     assert command.exit_code() == 0, command.output.read_text()
     GPTOSSVisionForCausalLM.from_pretrained(run / "hf")
     assert not (run / "hf.partial").exists()
-
-
-def a_rank(run: Path) -> int:
-    """The process of rank 3, which has the log of its rank open."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(folder / "fd/1") == str(run / "logs/rank-3.txt"):
-                return int(folder.name)
-    raise AssertionError("no such process")
 
 
 def test_a_job_on_a_lost_node_goes_on(launch, cluster, unbroken, tmp_path: Path):
@@ -248,7 +232,7 @@ def test_a_job_is_saved_before_its_time_limit(launch, cluster, tmp_path: Path):
     job = cluster.job(job_of(run))
     assert (job["JobState"], job["Restarts"], job["ExitCode"]) == ("FAILED", "1", "75:0")
     assert "The job was requeued 1 times and ends here; the run is saved" in command.output.read_text()
-    assert [entry["step"] for entry in steps(run)] == [*range(1, len(steps(run)) + 1)]
+    assert numbers_of(run) == [*range(1, len(steps_of(run)) + 1)]
 
 
 def test_a_failing_rank_fails_the_job_with_its_sentence(start: str, launch, digits: Path, cluster, tmp_path: Path):
@@ -319,7 +303,7 @@ def test_the_examples_run_at_toy_size(digits: Path, python: Path, cluster: slurm
         done = subprocess.run(["sbatch", "--wait", f"{name}.sbatch"], cwd=here, capture_output=True, text=True)
         assert done.returncode == 0, "".join(file.read_text() for file in here.glob(f"{name}-*.txt"))
     for name in ("pretrain", "sft", "lora"):
-        assert len(steps(shared / "runs" / name)) == 4
+        assert len(steps_of(shared / "runs" / name)) == 4
     answers = [json.loads((shared / f"data/answers-{number}.jsonl").read_text()) for number in (0, 1)]
     assert answers[0] == answers[1] and "answer" in answers[0]
 
