@@ -50,26 +50,6 @@ def run(out: Path, settings: Settings, model: dict[str, Any], factors: dict[str,
     return movement.moved
 
 
-def run_with_rows_of(length: int, out: Path, settings: Settings, balance: str) -> dict[str, float]:
-    """Train with a large loss for the balance of the experts, on rows padded to a length."""
-    config = training_config(out, write_digits(out / "digits", settings.seed), settings)
-    config.model.seq_length = config.dataset.seq_length = length
-    config.model.calculate_per_token_loss = False
-    config.model.moe_aux_loss_coeff, config.model.moe_router_load_balancing_type = 1.0, balance
-    config.checkpoint.save = None
-    movement = Movement()
-    train(config, callbacks=[movement])
-    return movement.moved
-
-
-@pytest.mark.parametrize("balance", ["aux_loss", "modality_aux_loss"])
-def test_padding_takes_no_part_in_the_balance_of_the_experts(balance: str, out: Path):
-    settings = Settings(steps=2, batch_size=8, pipeline_parallel=2)
-    short, long = (cpu.run_ranks(2, run_with_rows_of, length, out, settings, balance) for length in (32, 48))
-    for moved, moved_on_longer_rows in zip(short, long, strict=True):  # keys of a tower have a bias without effect
-        assert moved == pytest.approx(moved_on_longer_rows, rel=1e-3, abs=1e-4)
-
-
 def by_group(moved: dict[str, float]) -> dict[str, list[float]]:
     return {group: [value for name, value in moved.items() if group_of(name) == group] for group in PARAM_GROUPS}
 
