@@ -94,6 +94,11 @@ class Recipe:
         return f"gpt_oss_vision_{self.size}_{self.task}"
 
     @property
+    def names(self) -> tuple[str, str, str]:
+        """What a setting for a stage by this recipe may begin with."""
+        return self.task, self.stem, self.name
+
+    @property
     def module(self) -> str:
         """The module of the function."""
         return f"{__package__}.{'tiny' if self.size == 'tiny' else self.task}"

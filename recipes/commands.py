@@ -370,11 +370,10 @@ def _stages(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any
     from .training.run import Hardware, Stage
     from .training.settings import settings_of
 
-    names = [name for recipe in recipes for name in (recipe.task, recipe.stem, recipe.name)]
-    overrides.refuse_other_stages(found, names)
+    overrides.refuse_other_stages(found, [name for recipe in recipes for name in recipe.names])
     stages = []
     for number, (recipe, name) in enumerate(zip(recipes, stage_names(recipes), strict=True), start=1):
-        config, mine = load(recipe), overrides.for_stage(found, (recipe.task, recipe.name, recipe.stem))
+        config, mine = load(recipe), overrides.for_stage(found, recipe.names)
         recipe_settings = settings_of(config)
         overrides.apply(config, mine)
         own = {override.key: override.value for override in mine}

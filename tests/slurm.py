@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from gpt_oss_vision.recipes.launch.stand_in import tree_of
+
 ACCOUNTING = ("slurmdbd", "sacct", "sacctmgr", "mariadbd", "mariadb-install-db")
 DAEMONS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 SECONDS = 120.0
@@ -197,18 +199,14 @@ class Cluster:
             time.sleep(0.1)
 
 
-def _steps_of(node: str) -> list[int]:
+def _steps_of(node: str) -> set[int]:
     """The slurmstepd of a node, and their descendants."""
-    parents, roots = {}, []
+    roots = set()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if b"slurmstepd" in (folder / "cmdline").read_bytes() and _is_on(folder, node):
-                roots.append(int(folder.name))
-    found = {*roots}
-    while more := {process for process, parent in parents.items() if parent in found} - found:
-        found |= more
-    return [*found]
+                roots.add(int(folder.name))
+    return tree_of(roots)
 
 
 def _is_on(folder: Path, node: str) -> bool:

@@ -93,7 +93,7 @@ RULES = {
     "recipes/launch": Rule(
         (
             *("recipes.catalog", "recipes.commands", "errors", "arguments"),
-            *(f"recipes.training.{name}" for name in ("outcome", "overrides", "secrets")),
+            *(f"recipes.training.{name}" for name in ("metrics", "outcome", "overrides", "secrets")),
         ),
         frozenset(),
     ),

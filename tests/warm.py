@@ -19,6 +19,8 @@ import warnings
 from array import array
 from pathlib import Path
 
+from gpt_oss_vision.recipes.launch.stand_in import signal_tree
+
 CLIENT = """#!{python} -SEI
 import array, json, os, signal, socket, sys
 
@@ -86,7 +88,7 @@ def _serve(listener: socket.socket, python: str) -> None:
                 selector.register(client, selectors.EVENT_READ, child)
             elif key.data is not None:  # the client was killed
                 selector.unregister(key.fileobj)
-                kill_tree(key.data)
+                signal_tree(key.data, signal.SIGKILL)
             else:
                 child, client = children.pop(key.fd)
                 selector.unregister(key.fd)
@@ -144,17 +146,3 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, files: 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def kill_tree(root: int) -> None:
-    """Kill a process and its descendants."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {root}
-    while more := {process for process, parent in parents.items() if parent in found} - found:
-        found |= more
-    for process in found:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)

@@ -68,8 +68,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         help="run the batch script here, with the tiny recipe of the task, and end it early in each way that jobs are",
     )
 
-    for run, text in ((status, "folder of the run"), (logs, "folder of the run"), (cancel, "folder of the run")):
-        add_command(commands, run).add_argument("run_folder", type=Path, metavar="DIR", help=text)
+    for run in (status, logs, cancel):
+        add_command(commands, run).add_argument("run_folder", type=Path, metavar="DIR", help="folder of the run")
 
 
 def launch(
@@ -181,8 +181,7 @@ def _plan(
 
     recipes = [find(name) for name in recipe.split(",")]
     found = overrides.parse(settings)
-    names = [name for each in recipes for name in (each.task, each.stem, each.name)]
-    overrides.refuse_other_stages(found, names)
+    overrides.refuse_other_stages(found, [name for each in recipes for name in each.names])
     options = {override.key: override.value for override in found}
     run = Path(options.get("out") or Path(site.runs, recipe.replace(",", "+"))).absolute()
     gpus = options.get("gpus") or recipes[0].gpus
@@ -205,15 +204,15 @@ def _plan(
         gpus=recipes[0].gpu is not None,
         starter=site.start,
         python=site.python or (sys.executable if site.container == "none" else "python"),
-        container=Container(kind=site.container, image=site.container_image, mounts=site.mounts and tuple(site.mounts)),
-        modules=tuple(site.modules),
-        environment=tuple(site.env),
+        container=Container(kind=site.container, image=site.container_image, mounts=site.mounts),
+        modules=site.modules,
+        environment=site.env,
         account=site.account,
         partition=site.partition,
         time=site.time,
         dependency=dependency,
         array=array,
-        more=tuple(site.sbatch),
+        more=site.sbatch,
         seconds_to_save=site.seconds_to_save,
         retries=site.retries,
         requeues=site.requeues,

@@ -12,12 +12,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UserError
+from ..training.metrics import METRICS, Metrics
 from . import stand_in
 from .plan import Container, Plan, batch_script
 
@@ -38,38 +38,36 @@ class Incident:
     Attributes:
         step: after which it happens.
         text: what happens, and what has to follow.
-        happen: with the tasks of the job by their processes, and the process of the batch script.
+        happen: with the processes of the tasks, and that of the batch script.
     """
 
     step: int
     text: str
-    happen: Callable[[Mapping[int, str], int], None]
+    happen: Callable[[Sequence[int], int], None]
 
 
-def _kill_rank(tasks: Mapping[int, str], script: int) -> None:
-    stand_in.signal_tree(max(tasks), signal.SIGKILL)
+def _kill_rank(tasks: Sequence[int], script: int) -> None:
+    stand_in.signal_tree(tasks[-1], signal.SIGKILL)
 
 
-def _terminate(tasks: Mapping[int, str], script: int) -> None:
-    for task in tasks:
-        stand_in.signal_tree(task, signal.SIGTERM)
+def _send(number: signal.Signals) -> Callable[[Sequence[int], int], None]:
+    """To all processes of all tasks, as SLURM does."""
+
+    def send(tasks: Sequence[int], script: int) -> None:
+        for task in tasks:
+            stand_in.signal_tree(task, number)
+
+    return send
 
 
-def _reach_time_limit(tasks: Mapping[int, str], script: int) -> None:
-    for task in tasks:
-        stand_in.signal_tree(task, signal.SIGUSR1)
-
-
-def _lose_node(tasks: Mapping[int, str], script: int) -> None:
-    for task in tasks:
-        stand_in.signal_tree(task, signal.SIGKILL)
-    stand_in.signal_tree(script, signal.SIGKILL)
+def _lose_node(tasks: Sequence[int], script: int) -> None:
+    stand_in.signal_tree(script, signal.SIGKILL)  # the tasks are its descendants
 
 
 INCIDENTS = (
     Incident(4, "a task is killed: a restart in the allocation", _kill_rank),
-    Incident(8, "SIGTERM: saved, requeued", _terminate),
-    Incident(12, "the signal before the time limit: saved, requeued", _reach_time_limit),
+    Incident(8, "SIGTERM: saved, requeued", _send(signal.SIGTERM)),
+    Incident(12, "the signal before the time limit: saved, requeued", _send(signal.SIGUSR1)),
     Incident(16, "a node is lost with all processes: requeued by SLURM", _lose_node),
 )
 
@@ -115,12 +113,10 @@ def _planned(plan: Plan, recipe: str, run: Path) -> Plan:
 def losses(run: Path) -> dict[tuple[str, int], float]:
     """The loss of each step, by stage; the last one where a step was computed twice."""
     found = {}
-    for file in sorted([*run.glob("metrics.jsonl"), *run.glob("*/metrics.jsonl")]):
-        for line in file.read_text().splitlines():
-            with suppress(ValueError):
-                entry = json.loads(line)
-                if "loss" in entry:
-                    found[file.parent.name, entry["step"]] = entry["loss"]
+    for file in sorted([*run.glob(METRICS), *run.glob(f"*/{METRICS}")]):
+        metrics = Metrics(file.parent)
+        metrics.update()
+        found |= {(file.parent.name, step): loss for step, loss in metrics.series("loss")}
     return found
 
 
@@ -185,7 +181,7 @@ class _Controller:
             elif left and len(losses(self.plan.run)) >= left[0].step:
                 incident = left.pop(0)
                 yield f"  after step {len(losses(self.plan.run))}: {incident.text}"
-                incident.happen(dict(json.loads((self.folder / stand_in.TASKS).read_text())), script.pid)
+                incident.happen(json.loads((self.folder / stand_in.TASKS).read_text()), script.pid)
             time.sleep(0.05)
 
     def _environment(self) -> dict[str, str]:

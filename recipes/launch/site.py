@@ -64,7 +64,8 @@ def read_site(file: Path | None, options: dict[str, Any]) -> Site:
         UsageError: the file has other keys, or values of another type.
     """
     kept = {} if file is None else _checked(_loaded(file), file)
-    return Site(**kept | {name: value for name, value in options.items() if value not in (None, (), [])})
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    return Site(**kept | {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def _loaded(file: Path) -> dict[Any, Any]:

@@ -33,7 +33,7 @@ def srun(arguments: list[str]) -> int:
         subprocess.Popen(arguments, env=_environment(rank, nodes, per_node), start_new_session=True)
         for rank in range(nodes * per_node)
     ]
-    _write(TASKS, json.dumps([[task.pid, f"node{rank // per_node + 1}"] for rank, task in enumerate(tasks)]))
+    _write(TASKS, json.dumps([task.pid for task in tasks]))
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         _signal(tasks, signal.Signals(number))
@@ -71,16 +71,21 @@ def _signal(tasks: list[subprocess.Popen], number: signal.Signals) -> None:
 
 def signal_tree(root: int, number: signal.Signals) -> None:
     """Send a signal to a process and its descendants, as SLURM does to all that a task has started."""
+    for process in tree_of({root}):
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def tree_of(roots: set[int]) -> set[int]:
+    """These processes, and their descendants."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {root}
+    found = set(roots)
     while more := {process for process, parent in parents.items() if parent in found} - found:
         found |= more
-    for process in found:
-        with suppress(ProcessLookupError):
-            os.kill(process, number)
+    return found
 
 
 def scontrol(arguments: list[str]) -> int:

@@ -1,6 +1,5 @@
 """What is known of a run, from its folder and from SLURM."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from ...errors import UserError
 from ..training import outcome
+from ..training.metrics import METRICS, Metrics
 from . import slurm
 
 
@@ -25,9 +25,11 @@ def lines(run: Path) -> Iterator[tuple[str, str]]:
         yield "output", str(slurm.output_of(run, job))
     for folder in _stages(run):
         title = "step" if folder == run else f"step of {folder.name}"
-        if (last := _last_step(folder / "metrics.jsonl")) is not None:
-            age = time.time() - (folder / "metrics.jsonl").stat().st_mtime
-            yield title, f"{last['step']}, loss {last['loss']:.4f}, {age:.0f} s ago"
+        metrics = Metrics(folder)
+        metrics.update()
+        if losses := metrics.series("loss"):
+            (step, loss), age = losses[-1], time.time() - (folder / METRICS).stat().st_mtime
+            yield title, f"{step}, loss {loss:.4f}, {age:.0f} s ago"
         if steps := sorted(path.parent.name for path in folder.glob("checkpoints/iter_*/run_config.yaml")):
             yield "checkpoint", str(folder / "checkpoints" / steps[-1])
     files = sorted([*run.glob(outcome.FILE), *run.glob("launch/outcome-*.txt")], key=lambda file: file.stat().st_mtime)
@@ -45,16 +47,5 @@ def _described(state: slurm.State | None) -> str:
 
 
 def _stages(run: Path) -> list[Path]:
-    inner = [file.parent for file in run.glob("*/metrics.jsonl")]
-    return sorted(inner, key=lambda folder: (folder / "metrics.jsonl").stat().st_mtime) or [run]
-
-
-def _last_step(file: Path) -> dict[str, float] | None:
-    if not file.exists():
-        return None
-    for line in reversed(file.read_text().splitlines()):
-        with suppress(ValueError):
-            entry = json.loads(line)
-            if "loss" in entry:
-                return entry
-    return None
+    inner = [file.parent for file in run.glob(f"*/{METRICS}")]
+    return sorted(inner, key=lambda folder: (folder / METRICS).stat().st_mtime) or [run]

@@ -1,9 +1,7 @@
 """The first failure of a run: of the ranks that fail, one prints its sentence, and the others stay silent."""
 
 import errno
-import os
 import re
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,13 +28,12 @@ def first_failure(folder: Path) -> Iterator[None]:
         with _lost_connection(), _as_exception(CheckpointException):
             yield
     except Exception as error:
-        where = f"rank {ranks.rank()} of {ranks.world_size()}, {_node()}"
         kind = outcome.REFUSED if _is_for_the_user(error) else outcome.FAILED
-        is_first = outcome.write(file, kind, f"{error or type(error).__name__} ({where})")
+        is_first = outcome.write(file, kind, f"{error or type(error).__name__} ({ranks.place()})")
         if ranks.world_size() > 1:
             if not is_first:
                 raise SystemExit(1) from error
-            error.add_note(f"on {where}")
+            error.add_note(f"on {ranks.place()}")
         raise
 
 
@@ -45,11 +42,6 @@ def _is_for_the_user(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return isinstance(error, UserError | FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError)
-
-
-def _node() -> str:
-    """The name of this machine, as SLURM has it."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 _LOST = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|remote process exited|NCCL.*timeout", re.I)

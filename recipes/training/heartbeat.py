@@ -6,7 +6,6 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 
 import faulthandler
 import os
-import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -76,12 +75,9 @@ class Heartbeat(Callback):
 
     def _end(self) -> None:
         faulthandler.dump_traceback(self.log)
-        where = (
-            f"rank {ranks.rank()} of {ranks.world_size()}, {os.environ.get('SLURMD_NODENAME', socket.gethostname())}"
-        )
         sentence = (
-            f"the step after step {self._step} has taken more than {self.seconds:.0f} seconds ({where}); where each "
-            f"thread stands is in {self.log.name}"
+            f"the step after step {self._step} has taken more than {self.seconds:.0f} seconds ({ranks.place()}); where "
+            f"each thread stands is in {self.log.name}"
         )
         if outcome.write(outcome.file_of(self.run), outcome.FAILED, sentence):
             os.write(terminal_descriptor(), f"gpt-oss-vision: {sentence}\n".encode())

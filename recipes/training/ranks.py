@@ -37,6 +37,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def place() -> str:
+    """This rank among all, and its node as SLURM or the machine names it, for a message."""
+    return f"rank {rank()} of {world_size()}, {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}"
+
+
 @contextmanager
 def usage_errors_of_one_rank() -> Iterator[None]:
     """Let a wrong command line be reported by rank 0 alone: all ranks have the same one."""

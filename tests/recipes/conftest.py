@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
-from gpt_oss_vision.recipes.data.digits import all_texts
+from gpt_oss_vision.recipes.data.digits import all_texts, write_digits
+from gpt_oss_vision.recipes.data.tiny import write_processor
 from gpt_oss_vision.recipes.data.tokenizer import train_tokenizer
 from tiny import tiny_config
 
@@ -48,3 +49,19 @@ def out(start: Path, tmp_path: Path) -> Path:
     for name in ("digits", "hf_start", "megatron_start"):
         (tmp_path / name).symlink_to(start / name)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the digits, the processor, and a file of a few rows."""
+    from gpt_oss_vision.bridge.mcore import cpu  # it imports Megatron, which most tests of data do without
+
+    folder = tmp_path_factory.mktemp("shared") / "digits"
+    cpu.run_ranks(1, write_few, folder)  # not here: a fork of a process that has trained a tokenizer cannot train one
+    return folder
+
+
+def write_few(folder: Path) -> None:
+    rows = write_digits(folder, 0).train_path.read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(rows[:60]))
+    write_processor(folder / "processor")

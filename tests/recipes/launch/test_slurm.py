@@ -18,8 +18,7 @@ from runs import numbers_of, process_of_rank, steps_of
 
 from gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionProcessor, cli
 from gpt_oss_vision.bridge.mcore import cpu
-from gpt_oss_vision.recipes.data.digits import write_digits
-from gpt_oss_vision.recipes.data.tiny import tiny_config, write_processor
+from gpt_oss_vision.recipes.data.tiny import tiny_config
 
 pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"not installed: {', '.join(slurm.missing())}")
 
@@ -33,19 +32,6 @@ SMALL = {
     "checkpoint.save_interval": 4,
 }
 TO_BE_CONTINUED = 75
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shared") / "digits"
-    cpu.run_ranks(1, write_few, folder)  # not here: a fork of a process that has trained a tokenizer cannot train one
-    return folder
-
-
-def write_few(folder: Path) -> None:
-    rows = write_digits(folder, 0).train_path.read_text().splitlines(keepends=True)
-    (folder / "few.jsonl").write_text("".join(rows[:60]))
-    write_processor(folder / "processor")
 
 
 @pytest.fixture(scope="module")
@@ -133,23 +119,19 @@ def test_a_run_that_receives_a_signal_is_requeued(start: str, name: str, launch,
     assert is_whole(run, unbroken)
 
 
-def test_a_requeued_job_goes_on(launch, cluster, unbroken, tmp_path: Path):
-    run = tmp_path / "run"
-    command = launch("--start", "srun")
-    wait_for_step(command, run, 8)
-    subprocess.run(["scontrol", "requeue", str(job_of(run))], check=True)
-    assert command.exit_code() == 0, command.output.read_text()
-    assert cluster.job(job_of(run))["Restarts"] == "1"
-    assert is_whole(run, unbroken)
+PREEMPT = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
 
 
-def test_a_preempted_job_goes_on(launch, cluster, unbroken, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("start", "command_of"),
+    [("srun", lambda job: ["scontrol", "requeue", str(job)]), ("torchrun", lambda job: PREEMPT)],
+    ids=["requeued", "preempted"],
+)
+def test_a_job_that_slurm_requeues_goes_on(start: str, command_of, launch, cluster, unbroken, tmp_path: Path):
     run = tmp_path / "run"
-    command = launch("--start", "torchrun")
+    command = launch("--start", start)
     wait_for_step(command, run, 8)
-    subprocess.run(
-        ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"], check=True
-    )
+    subprocess.run(command_of(job_of(run)), check=True)
     assert command.exit_code() == 0, command.output.read_text()
     assert cluster.job(job_of(run))["Restarts"] == "1"
     assert is_whole(run, unbroken)

@@ -1,6 +1,5 @@
 """The command `train`: a run that is killed or asked to end goes on by the same command, as if it had not ended."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,15 +10,13 @@ from pathlib import Path
 
 import forked
 import pytest
+from runs import steps_of
 
 import gpt_oss_vision
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.cli import main
-from gpt_oss_vision.recipes.data.digits import write_digits
-from gpt_oss_vision.recipes.data.tiny import write_processor
 
 STEPS = 12
-ROWS = 60
 SMALL = {
     "train.train_iters": STEPS,
     "train.global_batch_size": 8,
@@ -39,20 +36,6 @@ def _warm():
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the digits, the processor, and a file of a few rows."""
-    folder = tmp_path_factory.mktemp("shared") / "digits"
-    cpu.run_ranks(1, write_few, folder)  # not here: a fork of a process that has trained a tokenizer cannot train one
-    return folder
-
-
-def write_few(folder: Path) -> None:
-    rows = write_digits(folder, 0).train_path.read_text().splitlines(keepends=True)
-    (folder / "few.jsonl").write_text("".join(rows[:ROWS]))
-    write_processor(folder / "processor")
-
-
-@pytest.fixture(scope="module")
 def arguments(digits: Path) -> Callable[..., tuple[str, ...]]:
     """A function that returns a command line: a run of a few steps on a few rows."""
 
@@ -65,17 +48,10 @@ def arguments(digits: Path) -> Callable[..., tuple[str, ...]]:
     return line
 
 
-def steps(out: Path) -> list[dict]:
-    """The steps in the order in which they were written."""
-    file = out / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [entry for entry in map(json.loads, lines) if "loss" in entry]
-
-
 def losses(out: Path) -> dict[int, float]:
     """The loss of each step; a step that was computed again must have had the same loss."""
     found: dict[int, float] = {}
-    for entry in steps(out):
+    for entry in steps_of(out):
         assert found.setdefault(entry["step"], entry["loss"]) == entry["loss"]
     return found
 
@@ -94,7 +70,7 @@ def test_a_run_killed_at_ten_steps_has_the_losses_of_an_unbroken_one(
     out = tmp_path / "run"
     for number in range(1, 11):
         command = forked.Command(*arguments(out), output=tmp_path / "output")
-        command.wait_until(lambda number=number: any(entry["step"] >= number for entry in steps(out)))
+        command.wait_until(lambda number=number: any(entry["step"] >= number for entry in steps_of(out)))
         command.send(signal.SIGKILL, group=True)
         assert command.exit_code() == -signal.SIGKILL
     assert forked.run(*arguments(out), output=tmp_path / "output") == 0
@@ -109,16 +85,16 @@ def test_a_signal_ends_the_run_saved(
     out, output = tmp_path / "run", tmp_path / "output"
     workers = ("data.num_workers=2", "data.persistent_workers=true")
     command = forked.Command(*arguments(out, *workers), output=output)
-    command.wait_until(lambda: len(steps(out)) >= 2)
+    command.wait_until(lambda: len(steps_of(out)) >= 2)
     command.send(number, group=group)
     assert command.exit_code() == TO_BE_CONTINUED
     assert f"Stopped by {number.name}: saving after this step" in output.read_text()
     assert f"{out} is saved; the same command continues it" in output.read_text()
-    last = steps(out)[-1]["step"]
+    last = steps_of(out)[-1]["step"]
     assert (out / f"checkpoints/iter_{last:07d}").is_dir()
     assert forked.run(*arguments(out, *workers), output=output) == 0
     assert f"after step {last}, in" in output.read_text()
-    assert [entry["step"] for entry in steps(out)] == [*range(1, STEPS + 1)]
+    assert [entry["step"] for entry in steps_of(out)] == [*range(1, STEPS + 1)]
     assert losses(out) == unbroken
 
 
@@ -144,7 +120,7 @@ def test_a_second_interrupt_leaves_at_once(arguments, tmp_path: Path):
     time.sleep(1.2)  # what comes sooner belongs to the same Ctrl-C
     command.send(signal.SIGINT)
     assert command.exit_code() == 128 + signal.SIGINT
-    assert not steps(out)
+    assert not steps_of(out)
 
 
 def test_a_finished_run_says_so(arguments, tmp_path: Path):
@@ -153,13 +129,13 @@ def test_a_finished_run_says_so(arguments, tmp_path: Path):
     assert forked.run(*arguments(out, "train.train_iters=2"), output=output) == 0
     assert "sft is finished: 2 steps are in" in output.read_text()
     assert "train longer with train.train_iters=N" in output.read_text()
-    assert len(steps(out)) == 2
+    assert len(steps_of(out)) == 2
 
 
 def test_a_folder_in_use_is_refused(arguments, tmp_path: Path):
     out, output = tmp_path / "run", tmp_path / "output"
     command = forked.Command(*arguments(out), output=output)
-    command.wait_until(lambda: len(steps(out)) >= 1)
+    command.wait_until(lambda: len(steps_of(out)) >= 1)
     assert forked.run(*arguments(out), output=tmp_path / "second") == 1
     command.send(signal.SIGKILL, group=True)
     command.exit_code()
