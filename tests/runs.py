@@ -25,3 +25,14 @@ def process_of_rank(run: Path, rank: int) -> int:
             if os.readlink(folder / "fd/1") == str(run / f"logs/rank-{rank}.txt"):
                 return int(folder.name)
     raise AssertionError(f"no process of rank {rank}")
+
+
+def processes_with(*words: str) -> list[int]:
+    """The Python processes that have these words among their arguments."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (folder / "cmdline").read_text().split("\0")
+            if Path(arguments[0]).name.startswith("python") and {*words} <= {*arguments}:
+                found.append(int(folder.name))
+    return found

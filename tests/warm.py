@@ -107,7 +107,11 @@ def _fork(client: socket.socket, python: str) -> int:
     request, size = b"", int.from_bytes(length)
     while len(request) < size:
         request += client.recv(size - len(request))
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # the server's handler is not the fork's
     child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     if not child:
         _run(*json.loads(request), files, python)
     for file in files:
@@ -130,7 +134,6 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, files: 
         for number, file in enumerate(files):
             os.dup2(file, number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         position = arguments.index("-m")
         sys.executable = python
         sys.argv = [arguments[position + 1], *arguments[position + 2 :]]

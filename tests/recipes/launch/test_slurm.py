@@ -14,7 +14,7 @@ import forked
 import pytest
 import slurm
 import torch
-from runs import numbers_of, process_of_rank, steps_of
+from runs import numbers_of, process_of_rank, processes_with, steps_of
 
 from gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionProcessor, cli
 from gpt_oss_vision.bridge.mcore import cpu
@@ -187,12 +187,25 @@ def test_ranks_killed_in_a_save_lose_nothing_older(launch, cluster, unbroken, tm
     assert is_whole(run, unbroken)
 
 
-def test_an_export_that_is_ended_goes_on(launch, cluster, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("ended_by", "requeues", "message"),
+    [
+        (signal.SIGKILL, "0", "restart 1 of 3"),
+        (signal.SIGTERM, "1", "the job returns to the queue"),
+    ],
+    ids=["killed", "signalled"],
+)
+def test_an_export_that_is_ended_goes_on(
+    ended_by: signal.Signals, requeues: str, message: str, launch, cluster, tmp_path: Path
+):
     run = tmp_path / "run"
-    command = launch("--start=srun", "--export")
-    command.wait_until(lambda: command.output.exists() and "sft is finished" in command.output.read_text())
-    subprocess.run(["scancel", "--signal=TERM", str(job_of(run))], check=True)  # to the export, if it is quick enough
+    command = launch("--start=srun", "--export", "--gpus-per-node=1")
+    command.wait_until(lambda: processes_with("export", str(run / "checkpoints")))
+    for process in processes_with("export", str(run / "checkpoints")):
+        os.kill(process, ended_by)
     assert command.exit_code() == 0, command.output.read_text()
+    assert message in output_of(run)
+    assert cluster.job(job_of(run))["Restarts"] == requeues
     GPTOSSVisionForCausalLM.from_pretrained(run / "hf")
     assert not (run / "hf.partial").exists()
 
