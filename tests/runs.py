@@ -1,9 +1,13 @@
-"""What a run has left in its folder."""
+"""What a run has read, and what it has left in its folder."""
 
 import contextlib
 import json
 import os
 from pathlib import Path
+
+import numpy as np
+
+from gpt_oss_vision.recipes.data.megatron import ChatDatasetProvider, DatasetBuildContext
 
 
 def steps_of(run: Path) -> list[dict]:
@@ -36,3 +40,10 @@ def processes_with(*words: str) -> list[int]:
             if Path(arguments[0]).name.startswith("python") and {*words} <= {*arguments}:
                 found.append(int(folder.name))
     return found
+
+
+def lengths_read(data: Path, processor: Path, samples: int, seed: int) -> np.ndarray:
+    """The lengths of the first samples that are trained on, without padding."""
+    provider = ChatDatasetProvider(path=str(data), processor_path=str(processor), seq_length=32, seed=seed)
+    train, *_ = provider.build_datasets(DatasetBuildContext(train_samples=samples, valid_samples=0, test_samples=0))
+    return np.array([len(train[number]["input_ids"]) for number in range(samples)])

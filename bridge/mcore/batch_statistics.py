@@ -1,4 +1,4 @@
-"""Counts of the microbatches that a model has trained on: images, losses, lengths of packed samples.
+"""Counts of the microbatches that a model has trained on: images, losses, lengths of samples.
 
 Shapes: b rows, s positions, cp ranks of context parallelism.
 """
@@ -25,7 +25,7 @@ class BatchStatistics:
         images: images that the vision stage has encoded, on this rank.
         losses: ``[2, 2]``: by `KINDS`, the weighted sum of the losses, and the sum of the weights.
         source_losses: ``[MAX_SOURCES, 2]``: by source, likewise; None where there is one source.
-        squared_lengths: sum of the squared lengths of packed samples, on the stage that computes losses.
+        squared_lengths: sum of the squared lengths of samples, without padding, on the stage that computes losses.
     """
 
     images: int = 0
@@ -38,10 +38,14 @@ class BatchStatistics:
         losses: torch.Tensor,
         mask: torch.Tensor,
         is_after_image: torch.Tensor,
-        packed: PackedSeqParams | None = None,
+        lengths: torch.Tensor,
         source_ids: torch.Tensor | None = None,
     ) -> None:
-        """Add a microbatch; tensors are ``[b, s / cp]``, the mask has the weights of the losses."""
+        """Add a microbatch; tensors are ``[b, s / cp]``, the mask has the weights of the losses.
+
+        Args:
+            lengths: ``[samples]`` int, of the whole samples.
+        """
         if source_ids is not None:
             weighted = torch.stack([mask * losses.detach(), mask], dim=-1).flatten(0, 1).double()
             if self.source_losses is None:
@@ -50,9 +54,8 @@ class BatchStatistics:
         weights = torch.stack([mask * ~is_after_image, mask * is_after_image]).flatten(1).double()
         found = torch.stack([weights @ losses.detach().flatten().double(), weights.sum(1)], dim=1)
         self.losses = found if self.losses is None else self.losses + found
-        if packed is not None:
-            squared = packed.cu_seqlens_q.diff().double().square().sum()
-            self.squared_lengths = squared if self.squared_lengths is None else self.squared_lengths + squared
+        squared = lengths.double().square().sum()
+        self.squared_lengths = squared if self.squared_lengths is None else self.squared_lengths + squared
 
     def pop_images(self) -> int:
         """Return the number of images, and begin again at 0."""
@@ -74,6 +77,22 @@ def after_image(is_visual: torch.Tensor, packed: PackedSeqParams | None) -> torc
     return seen > 0
 
 
+def sample_lengths(
+    is_visual: torch.Tensor, packed: PackedSeqParams | None, is_padding: torch.Tensor | None
+) -> torch.Tensor:
+    """``[samples]`` int: the lengths of the samples of a microbatch, without padding.
+
+    Args:
+        is_visual: ``[b, s]``, for its shape.
+        packed: boundaries of the samples where there are several in the row.
+        is_padding: ``[b, s]`` bool, where known.
+    """
+    if packed is not None:
+        return packed.cu_seqlens_q.diff()
+    is_token = torch.ones_like(is_visual) if is_padding is None else ~is_padding.bool()
+    return is_token.sum(1)
+
+
 def pop_losses(model: list[torch.nn.Module], tensor_parallel: int) -> dict[str, float]:
     """The mean losses since the last call by `KINDS`, over all ranks; a kind without tokens is left out.
 
@@ -91,7 +110,7 @@ def pop_source_losses(model: list[torch.nn.Module], tensor_parallel: int) -> dic
 
 
 def pop_squared_lengths(model: list[torch.nn.Module], tensor_parallel: int) -> float:
-    """The sum of the squared lengths of all packed samples since the last call, over all ranks; as `pop_losses`."""
+    """The sum of the squared lengths of all samples since the last call, over all ranks; as `pop_losses`."""
     return float(_popped(model, "squared_lengths", ())) / tensor_parallel
 
 

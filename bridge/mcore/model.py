@@ -9,7 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from ...errors import UserError
-from .batch_statistics import BatchStatistics, after_image
+from .batch_statistics import BatchStatistics, after_image, sample_lengths
 from .context_parallel import slice_for_context_parallel
 from .packing import check_packing, padding_of
 from .vision import VisionStage
@@ -88,23 +88,24 @@ class MCoreGPTOSSVisionModel(GPTModel):
         )
         is_loss = self.post_process and labels is not None and loss_mask is not None
         if is_loss and self.training:
-            self._count_losses(output, loss_mask, is_visual, packed_seq_params, source_ids)
+            lengths = sample_lengths(is_visual, packed_seq_params, padding_mask)
+            self._count_losses(output, loss_mask, after_image(is_visual, packed_seq_params), lengths, source_ids)
         return (output, loss_mask) if is_loss and cp_group.size() > 1 else output
 
     def _count_losses(
         self,
         losses: torch.Tensor,
         loss_mask: torch.Tensor,
-        is_visual: torch.Tensor,
-        packed: PackedSeqParams | None,
+        is_after_image: torch.Tensor,
+        lengths: torch.Tensor,
         source_ids: torch.Tensor | None,
     ) -> None:
         """Add a microbatch to the statistics; losses and mask are this rank's, ``[b, s / cp]``, the others whole."""
         cp_group = self.pg_collection.cp
-        follows = slice_for_context_parallel(after_image(is_visual, packed), 1, cp_group)
+        is_after_image = slice_for_context_parallel(is_after_image, 1, cp_group)
         if source_ids is not None:
             source_ids = slice_for_context_parallel(source_ids, 1, cp_group)
-        self.batch_statistics.add_losses(losses, loss_mask, follows, packed, source_ids)
+        self.batch_statistics.add_losses(losses, loss_mask, is_after_image, lengths, source_ids)
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``[b, s]`` bool, true at placeholder tokens."""

@@ -80,15 +80,20 @@ Batches = ChatBatches | PackedBatches
 
 @dataclass
 class VisualInputs(GenericVisualInputs):
-    """What Megatron-Bridge's step passes on to the model beside the tokens: pixels, and the source of each token."""
+    """What Megatron-Bridge's step passes on to the model beside the tokens: pixels, and about each token two facts."""
 
     source_ids: torch.Tensor | None = None
+    padding_mask: torch.Tensor | None = None
 
 
 def _for_step(batch: Batch, sources: int) -> dict[str, Any]:
     inputs: dict[str, Any] = dict(batch)
-    pixels, source_ids = inputs.pop("pixel_values"), inputs.pop("source_ids")
-    inputs["visual_inputs"] = VisualInputs(pixel_values=pixels, source_ids=source_ids if sources > 1 else None)
+    inputs["visual_inputs"] = VisualInputs(
+        pixel_values=inputs.pop("pixel_values"),
+        source_ids=inputs.pop("source_ids") if sources > 1 else None,
+        padding_mask=inputs.pop("padding_mask"),
+    )
+    inputs.pop("source_ids", None)
     return inputs
 
 

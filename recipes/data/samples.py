@@ -43,6 +43,7 @@ class Batch(TypedDict):
     attention_mask: None
     pixel_values: torch.Tensor | None  # [n of all rows, c, h, w]; None when no row has an image
     source_ids: torch.Tensor  # [b, s]
+    padding_mask: torch.Tensor  # [b, s] bool, true at padding
 
 
 class PackedBatch(Batch):
@@ -108,6 +109,7 @@ def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype
         attention_mask=None,
         pixel_values=torch.cat(images).to(dtype) if images else None,
         source_ids=padded([sample["source_ids"] for sample in samples], 0),
+        padding_mask=torch.arange(seq_length) >= torch.tensor([[len(sample["input_ids"])] for sample in samples]),
     )
 
 
@@ -162,10 +164,9 @@ def collate_for_trainer(samples: Sequence[Sample], pad_token_id: int) -> dict[st
     """
     length = max(len(sample["input_ids"]) for sample in samples)
     batch = collate([_completed(sample) for sample in samples], length, pad_token_id)
-    is_token = torch.arange(length) < torch.tensor([[len(sample["input_ids"])] for sample in samples])
     labels = torch.full_like(batch["labels"], IGNORE_INDEX)
     labels[:, 1:] = batch["labels"][:, :-1]
-    inputs = {"input_ids": batch["tokens"], "attention_mask": is_token.long(), "labels": labels}
+    inputs = {"input_ids": batch["tokens"], "attention_mask": (~batch["padding_mask"]).long(), "labels": labels}
     return inputs if batch["pixel_values"] is None else inputs | {"pixel_values": batch["pixel_values"]}
 
 

@@ -53,8 +53,9 @@ class TrainingLog(Callback):
     from the device, and the other values reduced over all ranks, once an interval.
 
     Times are those of training, without evaluations and saving. Tokens and images are counted by the routers, on the
-    device and over all ranks; tokens include the padding of rows, not that of packs. The tower's FLOPs are also added
-    to Megatron-Bridge's running total, whose formula for this model (`GPTOSSVisionProvider`) covers text only.
+    device and over all ranks; padding is no token, and takes no FLOPs. The tower's FLOPs are also added to
+    Megatron-Bridge's running total, whose formula for this model (`GPTOSSVisionProvider`) covers text only, on whole
+    rows.
 
     Args:
         folder: of the run; None for a run without ``metrics.jsonl`` and without lines on the terminal.
@@ -94,8 +95,7 @@ class TrainingLog(Callback):
         counts = pop_expert_counts(context.model, config.model.num_layers, config.model.num_moe_experts).cpu()
         state.train_state.floating_point_operations_so_far += self._tower_flops(config, counts)
         shared = context.model, config.model.tensor_model_parallel_size
-        is_packed = getattr(config.dataset, "packing", False)
-        values = self._throughput(config, counts, pop_squared_lengths(*shared) if is_packed else None)
+        values = self._throughput(config, counts, pop_squared_lengths(*shared))
         values |= self._images_per_rank() | pop_losses(*shared)
         if getattr(config.dataset, "sources", None) and len(titles := source_titles(config.dataset.sources)) > 1:
             values |= {f"{OF_SOURCE}{titles[number]}": loss for number, loss in pop_source_losses(*shared).items()}
@@ -183,8 +183,8 @@ class TrainingLog(Callback):
         ]
         return " | ".join(parts)
 
-    def _throughput(self, config: ConfigContainer, counts: torch.Tensor, squared: float | None) -> dict[str, float]:
-        """Speeds since the last log, by name; with packing, from the sum of the samples' squared lengths too."""
+    def _throughput(self, config: ConfigContainer, counts: torch.Tensor, squared: float) -> dict[str, float]:
+        """Speeds since the last log, by name, also from the sum of the samples' squared lengths."""
         provider = config.model
         tokens, images = _tokens_and_images(provider, counts)
         learns = config.peft is None and not provider.freeze_language_model

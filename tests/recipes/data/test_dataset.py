@@ -252,6 +252,7 @@ def test_padding_stands_last_and_is_not_learned(folder, processor):
     assert (batch["tokens"][0, length:] == pad).all()
     assert (batch["labels"][0, length:] == IGNORE_INDEX).all()
     assert batch["loss_mask"][0, length:].sum() == 0
+    assert batch["padding_mask"][0].tolist() == [False] * length + [True] * (SEQ_LENGTH - length)
     assert torch.equal(batch["position_ids"][0], torch.arange(SEQ_LENGTH))
 
 

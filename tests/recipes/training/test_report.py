@@ -11,6 +11,7 @@ import forked
 import pytest
 import torch
 from PIL import Image
+from runs import lengths_read
 
 import gpt_oss_vision
 from gpt_oss_vision.bridge.mcore import cpu
@@ -164,10 +165,11 @@ def test_memory_is_estimated_by_part_beside_the_peak_of_the_process(out: Path):
     assert float(peak.rpartition(": ")[2].removesuffix(" MiB")) > 1
 
 
-def test_the_experts_are_those_of_the_last_interval(out: Path):
+def test_the_experts_are_those_of_the_last_interval(out: Path, digits: Path):
     experts = json.loads((out / "experts.json").read_text())
     counts = torch.tensor(experts["tokens_per_expert"])
-    assert counts.shape == (4, 2, 8) and (counts.sum((1, 2)) == 2 * 8 * 32 * 2).all()  # steps, rows, tokens, experts
+    lengths = lengths_read(digits / "few.jsonl", digits / "processor", STEPS * 8, seed=0)
+    assert counts.shape == (4, 2, 8) and (counts.sum((1, 2)) == lengths[-2 * 8 :].sum() * 2).all()  # two experts each
     assert [row[0] for row in experts["history"]] == [2, 4, 6]
     assert "in the log interval that ended with step 6." in " ".join(Page(out / "report.html").texts)
 

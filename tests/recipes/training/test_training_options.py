@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from runs import lengths_read
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -38,6 +40,13 @@ class Movement(Callback):
         self.moved = {name: float((after[name].detach() - p).abs().sum()) for name, p in self.before.items()}
 
 
+def lengths_of(out: Path, settings: Settings) -> np.ndarray:
+    """The lengths of the samples of a run, `[steps, batch]`, without padding."""
+    rows = settings.steps * settings.batch_size
+    lengths = lengths_read(out / "digits/train.jsonl", out / "hf_start", rows, settings.seed)
+    return lengths.reshape(settings.steps, settings.batch_size)
+
+
 def run(out: Path, settings: Settings, model: dict[str, Any], factors: dict[str, float]) -> dict[str, float]:
     """Train; return how far each parameter of this rank has moved."""
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
@@ -48,6 +57,26 @@ def run(out: Path, settings: Settings, model: dict[str, Any], factors: dict[str,
     movement = Movement()
     train(config, callbacks=[movement])
     return movement.moved
+
+
+def run_with_rows_of(length: int, out: Path, settings: Settings, balance: str) -> dict[str, float]:
+    """Train with a large loss for the balance of the experts, on rows padded to a length."""
+    config = training_config(out, write_digits(out / "digits", settings.seed), settings)
+    config.model.seq_length = config.dataset.seq_length = length
+    config.model.calculate_per_token_loss = False
+    config.model.moe_aux_loss_coeff, config.model.moe_router_load_balancing_type = 1.0, balance
+    config.checkpoint.save = None
+    movement = Movement()
+    train(config, callbacks=[movement])
+    return movement.moved
+
+
+@pytest.mark.parametrize("balance", ["aux_loss", "modality_aux_loss"])
+def test_padding_takes_no_part_in_the_balance_of_the_experts(balance: str, out: Path):
+    settings = Settings(steps=2, batch_size=8, pipeline_parallel=2)
+    short, long = (cpu.run_ranks(2, run_with_rows_of, length, out, settings, balance) for length in (32, 48))
+    for moved, moved_on_longer_rows in zip(short, long, strict=True):  # keys of a tower have a bias without effect
+        assert moved == pytest.approx(moved_on_longer_rows, rel=1e-3, abs=1e-4)
 
 
 def by_group(moved: dict[str, float]) -> dict[str, list[float]]:
@@ -160,7 +189,8 @@ def test_every_line_of_the_log_has_its_speed_without_evaluations(out: Path, capf
     (seconds,) = cpu.run_ranks(1, evaluated_run, out, settings)
     assert seconds > 3600
     speeds = re.findall(r"tokens per second per GPU: ([\d.]+)", capfd.readouterr().out)
-    assert [float(speed) for speed in speeds] == 2 * [settings.batch_size * settings.seq_length]
+    tokens = lengths_of(out, settings).sum(1)
+    assert [float(speed) for speed in speeds] == pytest.approx([tokens[:2].mean(), tokens[2:].mean()], rel=1e-3)
 
 
 def layerless_run(out: Path, settings: Settings) -> None:
@@ -176,7 +206,7 @@ def test_a_pipeline_stage_may_have_no_layers(out: Path):
     cpu.run_ranks(2, layerless_run, out, settings)
     logged = EventAccumulator(str(out / "tensorboard"), size_guidance={"tensors": 0}).Reload()
     counts = make_ndarray(logged.Tensors("router/tokens_per_expert")[0].tensor_proto)
-    assert (counts.sum((1, 2)) == 8 * 32 * 2).all()
+    assert (counts.sum((1, 2)) == lengths_of(out, settings).sum() * 2).all()
 
 
 def short_run(out: Path, settings: Settings) -> None:
@@ -193,12 +223,13 @@ def test_tensorboard_shows_the_experts_of_each_modality(sizes: dict, out: Path):
     logged = EventAccumulator(str(out / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     events = logged.Tensors("router/tokens_per_expert")
     assert [event.step for event in events] == [2, 4]
+    lengths = lengths_of(out, settings)
     for event in events:
         counts = make_ndarray(event.tensor_proto)
         assert counts.shape == (4, 2, 8)
-        # Since the last event: 2 steps x 8 rows x 32 tokens x 2 experts; an image has 6 tokens.
+        # Since the last event: the tokens of 2 steps x 2 experts; an image has 6 tokens.
         per_modality = counts.sum(-1)
-        assert (per_modality.sum(-1) == 2 * 8 * 32 * 2).all()
+        assert (per_modality.sum(-1) == lengths[event.step - 2 : event.step].sum() * 2).all()
         assert (per_modality[:, 1] == per_modality[0, 1]).all()
         assert per_modality[0, 1] > 0
         assert per_modality[0, 1] % (6 * 2) == 0
