@@ -46,7 +46,7 @@ test-te *ARGS:
 resolves:
     uv run python tests/resolves.py
 
-# The transformers model on the lowest transformers of the range, in an environment of its own
+# The tests of the transformers side that are quick, on the lowest transformers of the range, in an environment of its own
 test-lowest *ARGS:
     #!/usr/bin/env bash
     set -euo pipefail
@@ -54,8 +54,8 @@ test-lowest *ARGS:
     uv sync --quiet --inexact
     lowest=$(sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
     uv pip install --quiet --no-config --python .venv-lowest --no-deps "transformers==$lowest"
-    uv run --no-sync pytest tests/hf/test_modeling.py tests/hf/test_generation.py tests/hf/test_processing.py --no-megatron \
-        -m "not slow" {{ARGS}}
+    uv run --no-sync pytest tests/hf/test_{processing,image_processing,chat_template,tokenization,configuration}.py \
+        tests/hf/test_{modeling,generation,checkpoints,attention}.py --no-megatron -m "not slow" {{ARGS}}
 
 # transformers' own common tests at the installed version, out of its source distribution, for tests/hf/common
 mixins:

@@ -16,7 +16,8 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 HOSTS = {
     "trl 1.16.0": ["trl==1.16.0"],
     "verl 0.9.1": ["verl==0.9.1"],
-    "the lowest transformers": ["transformers==5.10.4"],
+    "NeMo-RL's bounds": ["transformers>=5.5,<5.9", "torch==2.11.0"],  # 7ea279a; it is not on the index
+    "the lowest transformers": ["transformers==5.8.0"],
 }
 
 

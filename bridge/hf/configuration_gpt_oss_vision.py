@@ -3,7 +3,9 @@
 
 import os
 import shutil
+import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,10 +90,65 @@ def build_tower(config: PreTrainedConfig) -> Any:
 
     config._experts_implementation = None  # transformers sets the decoder's; a tower has no experts
     tower = TOWERS[config.model_type]
-    model = getattr(transformers, tower.model)(config, **tower.arguments)
+    model_class = getattr(transformers, tower.model)
+    if hasattr(sys.modules[model_class.__module__], "ViTEncoder"):
+        model_class = _vit_of_transformers_5_8()
+    model = model_class(config, **tower.arguments)
     for name in tower.unused:
         setattr(model, name, Identity())
     return model
+
+
+@cache
+def _vit_of_transformers_5_8() -> Any:
+    """
+    For transformers < 5.9, and to be removed with them: their ViT, under the parameter names of later versions. Every
+    checkpoint, of Hugging Face and of Megatron, has these names, and LoRA and INT8 name the linear layers by them.
+    What these versions lack is the table for files with a ViT's names of transformers 4, which are refused.
+    """
+    from torch import nn
+    from transformers.modeling_outputs import BaseModelOutput
+    from transformers.models.siglip.modeling_siglip import SiglipMLP
+    from transformers.models.vit import modeling_vit
+
+    class ViTAttention(modeling_vit.ViTSelfAttention):
+        query, key, value = (property(lambda self, name=name: getattr(self, f"{name}_proj")) for name in "qkv")
+
+        def __init__(self, config: ViTConfig):
+            super().__init__(config)
+            for name in ("query", "key", "value"):
+                setattr(self, f"{name[0]}_proj", self._modules.pop(name))
+            self.o_proj = nn.Linear(self.all_head_size, config.hidden_size)
+
+        def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+            attended, probabilities = super().forward(hidden_states, **kwargs)
+            return self.o_proj(attended), probabilities
+
+    class ViTLayer(modeling_vit.ViTLayer):
+        def __init__(self, config: ViTConfig):
+            super().__init__(config)
+            del self.intermediate, self.output
+            self.attention, self.mlp = ViTAttention(config), SiglipMLP(config)
+            self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+        def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+            attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+            hidden_states = hidden_states + self.dropout(attended)
+            return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+
+    class ViTModel(modeling_vit.ViTModel):
+        def __init__(self, config: ViTConfig, **kwargs: Any):
+            super().__init__(config, **kwargs)
+            del self._modules["encoder"]
+            self.layers = nn.ModuleList([ViTLayer(config) for _ in range(config.num_hidden_layers)])
+            self.post_init()
+
+        def encoder(self, hidden_states: Any, **kwargs: Any) -> BaseModelOutput:
+            for layer in self.layers:
+                hidden_states = layer(hidden_states, **kwargs)
+            return BaseModelOutput(last_hidden_state=hidden_states)
+
+    return ViTModel
 
 
 def image_shape(config: PreTrainedConfig) -> tuple[int, int, int]:

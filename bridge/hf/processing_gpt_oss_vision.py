@@ -21,7 +21,42 @@ class GPTOSSVisionProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}}  # noqa: RUF012 - as in transformers
 
 
-class GPTOSSVisionProcessor(ProcessorMixin):
+class _ProcessorMixinBefore510(ProcessorMixin):
+    """
+    For transformers < 5.10, and to be removed with them: their `__call__` gives text and images to the tokenizer and
+    the image processor as they are. This one takes the steps of later versions, those that this processor needs.
+    """
+
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any):
+        if images is None and text is None and videos is None and audio is None:
+            raise ValueError(f"You need to provide at least one input to call {type(self).__name__}")
+        images, text, videos, audio = self.prepare_inputs_layout(images, text, videos, audio, **kwargs)
+        merged = self._merge_kwargs(self.valid_processor_kwargs, self.tokenizer.init_kwargs, **kwargs)
+        data, text_kwargs = {}, merged["text_kwargs"]
+        if images is not None:
+            data |= self.image_processor(images, **merged["images_kwargs"])
+        if text is not None:
+            with_token_types = text_kwargs.pop("return_mm_token_type_ids", False)
+            text = [row.replace(self.image_token, self.replace_image_token(data, 0)) for row in text]
+            text_inputs = self.tokenizer(text, **text_kwargs)
+            self._check_special_mm_tokens(text, text_inputs, modalities=["image"])
+            if with_token_types:
+                self.image_ids = [self.image_token_id]
+                text_inputs["mm_token_type_ids"] = self.create_mm_token_type_ids(text_inputs["input_ids"])
+            data = {**text_inputs, **data}
+        return BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
+
+    def prepare_inputs_layout(
+        self, images: Any, text: Any, videos: Any, audio: Any, **_: Any
+    ) -> tuple[Any, Any, Any, Any]:
+        text = [text] if isinstance(text, str) else text
+        return None if images is None else self.image_processor.fetch_images(images), text, videos, audio
+
+
+_Base = ProcessorMixin if hasattr(ProcessorMixin, "prepare_inputs_layout") else _ProcessorMixinBefore510
+
+
+class GPTOSSVisionProcessor(_Base):
     r"""
     Wraps a [`GPTOSSVisionImageProcessor`] and a tokenizer. The place of an image is a tag in the text: `<image>` or
     the placeholder token. Every tag takes one image and becomes `num_image_tokens` placeholders; a tag without an

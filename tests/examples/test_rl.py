@@ -75,7 +75,7 @@ def test_the_reward_rises(quickstart, options):
     assert float(shares["after"]) > float(shares["before"])
 
 
-def trainer_for(folder: Path, **options) -> "trl.GRPOTrainer":
+def trainer_for(folder: Path, settings: dict | None = None, **options) -> "trl.GRPOTrainer":
     """A trainer of a random model with a random reward, so that every step has a gradient."""
     processor, digits = tiny_processor(), write_digits(folder / "digits")
     torch.manual_seed(0)
@@ -86,9 +86,8 @@ def trainer_for(folder: Path, **options) -> "trl.GRPOTrainer":
     def reward(completions: list, **_columns: list) -> list[float]:
         return [draw.random() for _ in completions]
 
-    config = trl.GRPOConfig(
-        folder / "out", max_steps=1, learning_rate=1e-3, **example.OPTIONS | {"per_device_train_batch_size": 16}
-    )
+    fields = example.OPTIONS | {"per_device_train_batch_size": 16} | (settings or {})
+    config = trl.GRPOConfig(folder / "out", max_steps=1, learning_rate=1e-3, **fields)
     rows = example.questions(digits).select(range(16))
     return trl.GRPOTrainer(model, reward, config, rows, processing_class=processor, **options)
 
@@ -101,6 +100,58 @@ def test_a_step_moves_every_parameter_but_the_last_vision_bias(tmp_path):
     idle = {name for name in before if ".vit." in name and name.endswith("k_proj.bias")}
     assert still - idle == {"model.layers.3.mlp.router.vision_bias"}
     assert trainer.args.ddp_find_unused_parameters is False
+
+
+def sampled(trainer: "trl.GRPOTrainer") -> tuple[dict, torch.Tensor]:
+    """The first batch as TRL samples and scores it, and the log-probabilities (b, a) that it then trains on."""
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    ids, masks = (torch.cat((batch[f"prompt_{name}"], batch[f"completion_{name}"]), dim=1) for name in ("ids", "mask"))
+    images = {name: batch[name] for name in ("pixel_values", "num_images")}
+    answer = batch["completion_ids"].shape[1]
+    return batch, trainer._get_per_token_logps_and_entropies(trainer.model, ids, masks, answer, **images)[0]
+
+
+def test_the_log_probabilities_of_trl_are_those_of_our_own_forward_pass(tmp_path):
+    trainer = trainer_for(tmp_path)
+    model = GPTOSSVisionForCausalLM(tiny_config())  # TRL replaces the forward pass of its own one
+    model.load_state_dict(trainer.model.state_dict())
+    batch, found = sampled(trainer)
+    assert len(batch["pixel_values"]) == 16
+    inputs = {
+        "input_ids": torch.cat((batch["prompt_ids"], batch["completion_ids"]), dim=1),
+        "attention_mask": torch.cat((batch["prompt_mask"], batch["completion_mask"]), dim=1),
+        "pixel_values": batch["pixel_values"],
+    }
+    with torch.no_grad():
+        of_next = model(**inputs).logits[:, -1 - found.shape[1] : -1].log_softmax(-1)
+    expected = of_next.gather(2, batch["completion_ids"][..., None])[..., 0]
+    is_answer = batch["completion_mask"].bool()
+    assert is_answer.sum() > 16
+    torch.testing.assert_close(found[is_answer], expected[is_answer], rtol=0, atol=1e-5)
+
+
+def test_the_ratio_of_the_first_step_is_one(tmp_path):
+    """To the policy that sampled; TRL records its log-probabilities where answers are used more than once."""
+    batch, now = sampled(trainer_for(tmp_path, {"num_iterations": 2}))
+    ratio = (now - batch["old_per_token_logps"]).exp()[batch["completion_mask"].bool()]
+    assert (ratio - 1).abs().max() <= 1e-6
+
+
+def look_up(word: str) -> str:
+    """Looks a word up.
+
+    Args:
+        word: the word.
+    """
+    return word
+
+
+@pytest.mark.parametrize("tools", [None, [look_up]], ids=["no tools", "a tool"])
+def test_trl_builds_its_trainer_without_a_warning_of_the_chat_template(tmp_path, recwarn, caplog, tools):
+    trainer = trainer_for(tmp_path, tools=tools)
+    assert trainer.chat_template is None  # ours is used, no other takes its place
+    said = [str(warning.message) for warning in recwarn] + [record.getMessage() for record in caplog.records]
+    assert not [text for text in said if "template" in text or "response_schema" in text]
 
 
 def test_lora_reaches_the_experts_and_merges_exactly(tmp_path):

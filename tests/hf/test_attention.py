@@ -114,7 +114,8 @@ def test_packed_sequences_get_a_mask_of_their_own():
     config = tiny_config()
     config._attn_implementation = "sink_sdpa"
     positions = torch.cat((torch.arange(15), torch.arange(25)))[None]
-    mask = create_sliding_window_causal_mask(config, torch.zeros(1, 40, 1), None, None, position_ids=positions)
+    embeds = torch.zeros(1, 40, 1)
+    mask = create_sliding_window_causal_mask(config, embeds, None, past_key_values=None, position_ids=positions)
     distance = torch.arange(40)[:, None] - torch.arange(40)
     sequence = torch.arange(40) >= 15
     together = sequence[:, None] == sequence
