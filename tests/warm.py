@@ -13,12 +13,15 @@ import runpy
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import traceback
 import warnings
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
+import gpt_oss_vision
 from gpt_oss_vision.recipes.launch.stand_in import signal_tree
 
 CLIENT = """#!{python} -SEI
@@ -68,6 +71,39 @@ class WarmPython:
     def __exit__(self, *_: object) -> None:
         os.kill(self.process, signal.SIGTERM)
         os.waitpid(self.process, 0)
+
+
+@contextlib.contextmanager
+def warm_python_with(path: Path, folder: Path) -> Iterator[Path]:
+    """A program as `WarmPython.python`, whose server is an interpreter that finds the packages of a folder too."""
+    paths = [path, *filter(None, [os.environ.get("PYTHONPATH")]), Path(__file__).parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    with subprocess.Popen([sys.executable, __file__, str(folder)], stdout=subprocess.PIPE, env=environment) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == READY, "the server has not started"
+            yield folder / "python"
+        finally:
+            server.terminate()
+
+
+READY = b"ready\n"
+
+
+def import_all() -> None:
+    """Import what a rank imports, so that forks need not."""
+    gpt_oss_vision.register()
+    from gpt_oss_vision.recipes import tiny  # noqa: F401
+    from gpt_oss_vision.recipes.training import run  # noqa: F401
+
+
+def main(folder: Path) -> None:
+    """Serve until SIGTERM."""
+    import_all()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    with WarmPython(folder):
+        os.write(1, READY)
+        signal.pause()
 
 
 def _serve(listener: socket.socket, python: str) -> None:
@@ -149,3 +185,7 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, files: 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

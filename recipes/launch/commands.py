@@ -38,7 +38,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         metavar="OPTION",
         help="another option of `sbatch`: --sbatch=--qos=high",
     )
-    add("--start", choices=("torchrun", "srun"), help="one torchrun per node, or one task of srun per rank (torchrun)")
+    text = "one torchrun or ft_launcher per node, or one task of srun per rank (torchrun)"
+    add("--start", choices=("torchrun", "srun", "ft_launcher"), help=text)
     add("--python", metavar="FILE", help="Python on the nodes, or in the container (this one)")
     add("--container", choices=("none", "pyxis", "apptainer", "docker"), help="what the ranks run in (none)")
     add("--container-image", metavar="IMAGE", help="a file, or a name that the container's runtime knows")

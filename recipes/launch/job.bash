@@ -48,10 +48,11 @@ fail() {
 # SLURM sends SIGTERM to this shell too when it cancels or preempts the job; the shell has to wait for the run.
 trap : TERM USR1
 
-# Run a command in the allocation until it is finished: run_to_end OPTION_OF_SRUN... -- WORD...
+# Run a command in the allocation until it is finished: run_to_end RETRIES OPTION_OF_SRUN... -- WORD...
 # --wait=0: tasks that are still writing when the first one has ended are not killed.
 run_to_end() {
-    local options=() failures=0 code
+    local retries=$1 options=() failures=0 code
+    shift
     while [ "$1" != -- ]; do options+=("$1") && shift; done
     shift
     while true; do
@@ -75,8 +76,8 @@ run_to_end() {
     done
 }
 
-run_to_end -- "${train[@]}"
+run_to_end "$retries_of_training" -- "${train[@]}"
 if ((${#export_command[@]})); then
-    run_to_end --nodes=1 --ntasks=1 --ntasks-per-node=1 -- "${export_command[@]}"
+    run_to_end "$retries" --nodes=1 --ntasks=1 --ntasks-per-node=1 -- "${export_command[@]}"
 fi
 say "The run is finished"

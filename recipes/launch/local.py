@@ -1,4 +1,4 @@
-"""A plan on this machine: `torchrun` with restarts after failures."""
+"""A plan on this machine: `torchrun` with restarts after failures, or `ft_launcher`, which restarts by itself."""
 
 import os
 import signal
@@ -16,11 +16,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 def run(plan: Plan) -> int:
     """Run until the ranks end; return their exit code. Signals are passed on to them.
 
-    A run that fails is started again, up to ``plan.retries`` times, unless the user has to mend something.
+    A run that fails is started again, up to ``plan.retries_of_script`` times, unless the user has to mend something.
     """
     file = plan.launch_folder / f"outcome-local-{os.getpid()}.txt"
     os.environ[outcome.VARIABLE] = str(file)
-    for left in range(plan.retries, -1, -1):
+    for left in range(plan.retries_of_script, -1, -1):
         file.unlink(missing_ok=True)
         code = _run_once(local_command(plan))
         how, sentence = outcome.read(file) or (outcome.FAILED, "a process was killed")

@@ -22,7 +22,7 @@ RANK_VARIABLES = (
 """What a process reads of SLURM and of the batch script: Docker passes on none by itself."""
 
 type ContainerKind = Literal["none", "pyxis", "apptainer", "docker"]
-type Starter = Literal["torchrun", "srun"]
+type Starter = Literal["torchrun", "srun", "ft_launcher"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class Plan:
         nodes: number of nodes.
         ranks_per_node: processes of a node, one per GPU where there are GPUs.
         gpus: whether GPUs are asked for.
-        starter: one `torchrun` per node, or one task of `srun` per rank.
+        starter: one `torchrun` or `ft_launcher` per node, or one task of `srun` per rank.
         python: the interpreter on the nodes, or in the container.
         container: what the processes run in.
         modules: environment modules that are loaded.
@@ -100,6 +100,11 @@ class Plan:
     def ranks(self) -> int:
         """Number of processes that train."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def retries_of_script(self) -> int:
+        """Restarts of the training by the batch script; `ft_launcher` restarts the ranks itself."""
+        return 0 if self.starter == "ft_launcher" else self.retries
 
     @property
     def launch_folder(self) -> Path:
@@ -166,25 +171,32 @@ def _directive(value: str) -> str:
 
 def local_command(plan: Plan) -> tuple[str, ...]:
     """The command that starts all ranks on this machine."""
-    return (plan.python, "-m", f"{MODULE}.recipes.launch.torchrun", str(plan.ranks_per_node), *plan.train)
+    return (plan.python, *_launcher(plan), *plan.train)
+
+
+def _launcher(plan: Plan) -> tuple[str, ...]:
+    """The module that starts the ranks of a node, with its own arguments."""
+    if plan.starter == "ft_launcher":
+        return ("-m", f"{MODULE}.recipes.launch.ft_launcher", str(plan.ranks_per_node), str(plan.retries))
+    return ("-m", f"{MODULE}.recipes.launch.torchrun", str(plan.ranks_per_node))
 
 
 def _tasks_per_node(plan: Plan) -> int:
-    return 1 if plan.starter == "torchrun" else plan.ranks_per_node
+    return plan.ranks_per_node if plan.starter == "srun" else 1
 
 
 def _variables(plan: Plan) -> Iterator[tuple[str, str]]:
     """The variables that `job.bash` reads, as bash."""
     program = ("-m", f"{MODULE}.cli")
-    start = ("-m", f"{MODULE}.recipes.launch.torchrun", str(plan.ranks_per_node))
     yield "run", shlex.quote(str(plan.run))
     yield "script", shlex.quote(str(plan.script))
     yield "variables", _array(plan.environment)
     yield "retries", str(plan.retries)
+    yield "retries_of_training", str(plan.retries_of_script)
     yield "requeues", str(plan.requeues)
     yield "srun_options", _array(_srun_options(plan))
     yield "prefix", _array(_prefix(plan))
-    yield "train", _array((plan.python, *(start if plan.starter == "torchrun" else program), *plan.train))
+    yield "train", _array((plan.python, *(program if plan.starter == "srun" else _launcher(plan)), *plan.train))
     yield "export_command", _array((plan.python, *program, *plan.export) if plan.export else ())
 
 

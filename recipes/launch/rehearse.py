@@ -185,7 +185,7 @@ class _Controller:
             time.sleep(0.05)
 
     def _environment(self) -> dict[str, str]:
-        tasks = 1 if self.plan.starter == "torchrun" else RANKS_PER_NODE
+        tasks = RANKS_PER_NODE if self.plan.starter == "srun" else 1
         return os.environ | {
             "PATH": f"{self.folder}:{os.environ['PATH']}",
             stand_in.FOLDER: str(self.folder),

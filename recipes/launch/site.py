@@ -21,7 +21,7 @@ class Site:
         sbatch: further options of `sbatch`, each as ``--name=value``.
         gpus_per_node: GPUs of a node.
         python: the interpreter on the nodes, or in the container.
-        start: one `torchrun` per node, or one task of `srun` per rank.
+        start: one `torchrun` or `ft_launcher` per node, or one task of `srun` per rank.
         container: kind of container.
         container_image: file or name of the image.
         mounts: folders for the container.

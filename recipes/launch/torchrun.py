@@ -10,27 +10,33 @@ Nodes are those of the step of SLURM that this runs in; without SLURM it is one.
 import os
 import signal
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
 
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STILL_HANDLED_BY_TORCHRUN = "SIGHUP,SIGQUIT"
+WORKER = ("--module", "gpt_oss_vision.cli")
 
 
 def main(arguments: list[str]) -> int:
     """Start the ranks of this node, and return when all have ended."""
+    pass_signals_on()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which prints a warning for each process
-    for number in PASSED_ON:
-        signal.signal(number, _pass_on)
     try:
-        torchrun([*_options(arguments[0]), "--module", "gpt_oss_vision.cli", *arguments[1:]])
+        torchrun([*_options(arguments[0]), *WORKER, *arguments[1:]])
     except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
-        return codes.pop() if len(codes) == 1 and min(codes) > 0 else 1
+        return exit_code({failure.exitcode for failure in error.failures.values()})
     return 0
+
+
+def exit_code(codes: Collection[int]) -> int:
+    """The exit code for those of the workers: 128 + N where signal N ended all, which a shell has too."""
+    (code,) = codes if len(codes) == 1 else (1,)
+    return 128 - code if code < 0 else code
 
 
 def _options(ranks: str) -> list[str]:
@@ -45,12 +51,20 @@ def _options(ranks: str) -> list[str]:
     ]
 
 
+def pass_signals_on() -> None:
+    """Pass SIGTERM, SIGUSR1 and SIGINT on to the workers; end by them while there are none."""
+    for number in PASSED_ON:
+        signal.signal(number, _pass_on)
+
+
 def _pass_on(number: int, frame: FrameType | None) -> None:
     """Send a signal to the workers: the child processes, each in a session of its own."""
-    for file in Path("/proc/self/task").glob("*/children"):
-        for child in map(int, file.read_text().split()):
-            if os.getsid(child) == child:
-                os.kill(child, number)
+    files = Path("/proc/self/task").glob("*/children")
+    workers = [child for file in files for child in map(int, file.read_text().split()) if os.getsid(child) == child]
+    for worker in workers:
+        os.kill(worker, number)
+    if not workers:
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":
