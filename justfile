@@ -66,6 +66,19 @@ mixins:
     tar -xzf ".cache/$name.tar.gz" -C .cache "$name/tests"
     touch ".cache/$name/tests/__init__.py" # one of the files imports its own folder
 
+# nvidia-resiliency-ext, with what it imports and is not installed, for tests/recipes/launch/test_ft_launcher.py
+resiliency:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    package=$(sed -n 's/^RESILIENCY = "\(.*\)"/\1/p' recipes/launch/plan.py)
+    folder=.cache/${package/==/-}
+    # Its wheel is named for glibc 2.39; `ft_launcher` is plain Python, and the tests need nothing else of it.
+    options=(--quiet --no-config --no-deps --target "$folder.partial" --python-version 3.12)
+    rm -rf "$folder" "$folder.partial"
+    uv pip install "${options[@]}" --python-platform "$(uname -m)-manylinux_2_39" "$package"
+    uv pip install "${options[@]}" defusedxml==0.7.1
+    mv "$folder.partial" "$folder"
+
 # Sink attention and the MXFP4 codec: beside their peers and a physical limit, in one process each
 bench:
     uv run python tests/benchmarks/bench_attention.py

@@ -84,8 +84,15 @@ RULES = {
     "recipes/inference": Rule(("recipes.data", "bridge", "errors", "atomic", "terminal")),
     "recipes/launch/plan.py": Rule((), frozenset()),
     "recipes/launch/torchrun.py": Rule((), frozenset({"torch"})),
+    "recipes/launch/ft_launcher.py": Rule(
+        (
+            *("recipes.launch.plan", "recipes.launch.torchrun", "errors"),
+            *(f"recipes.training.{name}" for name in ("outcome", "overrides", "stop_signals")),
+        ),
+        frozenset({"torch", "nvidia_resiliency_ext"}),
+    ),
     "recipes/launch/site.py": Rule(("recipes.launch.plan", "errors"), frozenset({"yaml"})),
-    "recipes/launch/site_check.py": Rule(("recipes.launch.site",), frozenset()),
+    "recipes/launch/site_check.py": Rule(("recipes.launch.site", "recipes.launch.plan"), frozenset()),
     "recipes/launch/nemo_run.py": Rule(
         ("recipes.launch", "recipes.catalog", "recipes.commands", "recipes.training.overrides", "errors"),
         frozenset({"nemo_run"}),

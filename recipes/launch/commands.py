@@ -257,10 +257,17 @@ def _check(plan: "Plan", executor: str) -> None:
 def _check_python(plan: "Plan") -> None:
     from shutil import which
 
+    from .plan import RESILIENCY
+
     if which(plan.python) is None:
         raise UserError(f"{plan.python}, the Python of the nodes, is not there: name it with --python")
     if plan.python == sys.executable and find_spec("torch") is None:
         raise UserError("This Python has no torch: name the one of the nodes with --python, or in the site file")
+    if plan.python == sys.executable and plan.starter == "ft_launcher" and find_spec("nvidia_resiliency_ext") is None:
+        raise UserError(
+            f"This Python has no ft_launcher: `uv pip install {RESILIENCY}`, name another with --python, or leave out "
+            "--start ft_launcher"
+        )
 
 
 def _refuse_secrets(plan: "Plan") -> None:

@@ -24,10 +24,11 @@ from typing import Any
 from ...errors import UsageError, UserError
 from ..training import outcome, overrides
 from ..training.stop_signals import EXIT_TO_BE_CONTINUED
+from .plan import RESILIENCY
 from .torchrun import PASSED_ON, STILL_HANDLED_BY_TORCHRUN, WORKER, exit_code, pass_signals_on
 
-PACKAGE, VERSION = "nvidia-resiliency-ext", "0.6.0"
-INSTALL = f"uv pip install {PACKAGE}=={VERSION}"
+PACKAGE, _, VERSION = RESILIENCY.partition("==")
+INSTALL = f"`uv pip install {RESILIENCY}`, or leave out --start ft_launcher"
 
 SECONDS_LATER = 60.0
 """At most: how much later than the rank itself (`hang=`), which writes where it stands, its monitor ends it."""
@@ -81,9 +82,9 @@ def _launcher() -> Any:
     try:
         found = version(PACKAGE)
     except PackageNotFoundError:
-        raise UserError(f"{PACKAGE} is not installed in {sys.executable}: {INSTALL}, or --start torchrun") from None
+        raise UserError(f"{PACKAGE} is not installed in {sys.executable}: {INSTALL}") from None
     if tuple(map(int, found.split(".")[:2])) < (0, 6):
-        raise UserError(f"{PACKAGE} {found} is too old for Megatron-Core: {INSTALL}, or --start torchrun")
+        raise UserError(f"{PACKAGE} {found} is too old for Megatron-Core: {INSTALL}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = STILL_HANDLED_BY_TORCHRUN
     logging.disable(logging.INFO)  # of the launcher and its monitors, dozens of lines per start
@@ -190,7 +191,7 @@ def _agent(base: Any, file: Path, ended: set[int]) -> Any:
             super().shutdown_rank_monitors()
 
     if missing := [name for name in vars(Agent) if not name.startswith("__") and not hasattr(base, name)]:
-        raise UserError(f"{PACKAGE} {version(PACKAGE)} has no {missing[0]}: {INSTALL}, or --start torchrun")
+        raise UserError(f"{PACKAGE} {version(PACKAGE)} has no {missing[0]}: {INSTALL}")
     return Agent
 
 

@@ -14,6 +14,9 @@ BODY = Path(__file__).with_name("job.bash")
 
 MODULE = "gpt_oss_vision"
 
+RESILIENCY = "nvidia-resiliency-ext==0.6.0"
+"""The package of `ft_launcher`, in the version that Megatron-Core 0.19.2 names."""
+
 RANK_VARIABLES = (
     *("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURMD_NODENAME", "MASTER_ADDR", "MASTER_PORT"),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from .plan import RESILIENCY
 from .site import Site
 
 SECONDS_OF_SKEW = 2.0
@@ -98,6 +99,11 @@ def _python(site: Site) -> Iterator[str]:
     elif _run(site.python, "-c", "import gpt_oss_vision") is None:
         install = f"uv pip install --python {site.python} gpt-oss-vision"
         yield f"{site.python} does not import gpt_oss_vision: install it there, `{install}`"
+    elif (
+        site.start == "ft_launcher" and _run(site.python, "-c", "import nvidia_resiliency_ext.fault_tolerance") is None
+    ):
+        install = f"uv pip install --python {site.python} {RESILIENCY}"
+        yield f"{site.python} has no nvidia-resiliency-ext, which `start: ft_launcher` needs: install it, `{install}`"
 
 
 def _run(*command: str) -> str | None:

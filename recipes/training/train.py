@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 from ...atomic import naming_full_disk
 from ...bridge.mcore import cpu
 from ...conversion.formats.hf_files import keep_files
+from ...errors import UserError
 from .checkpoints import CrashSafeCheckpoints, check_start, resume
 from .derive import derive
 from .log import TrainingLog
@@ -47,10 +48,12 @@ def train(
         Whether all steps are done; else the run was asked to end, is saved, and can be continued.
 
     Raises:
-        UserError: a checkpoint to start from is not there, the run in ``checkpoint.save`` has another processor, or
-            Megatron has an optimizer that needs CUDA where there is none, or two settings contradict.
+        UserError: a checkpoint to start from is not there, ``ft`` is on without a rank monitor, the run in
+            ``checkpoint.save`` has another processor, Megatron has an optimizer that needs CUDA where there is none, or
+            two settings contradict.
     """
     check_start(config.checkpoint)
+    _check_rank_monitor(config)
     derive(config)
     cpu.adapt_config_for_cpu(config)
     config.checkpoint.custom_manager_class = f"{CrashSafeCheckpoints.__module__}.{CrashSafeCheckpoints.__qualname__}"
@@ -69,6 +72,11 @@ def train(
                 raise
             return False
     return True
+
+
+def _check_rank_monitor(config: ConfigContainer) -> None:
+    if config.ft is not None and config.ft.enable_ft_package and "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ:
+        raise UserError("ft.enable_ft_package=true needs a rank monitor: `launch --start ft_launcher` starts them")
 
 
 @contextmanager

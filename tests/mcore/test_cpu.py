@@ -76,6 +76,17 @@ def test_a_hidden_package_cannot_be_imported_and_is_the_same_afterwards():
     assert importlib.import_module("xml.dom.minidom") is before
 
 
+@pytest.mark.parametrize(("version", "hidden"), [("0.4.1", ("nvidia_resiliency_ext",)), ("0.6.0", ()), ("0.10.0", ())])
+def test_a_resiliency_extension_that_megatron_refuses_counts_as_missing(
+    version: str, hidden: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / f"nvidia_resiliency_ext-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: nvidia-resiliency-ext\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert stand_ins._too_old() == hidden
+
+
 @pytest.mark.upstream
 @pytest.mark.parametrize(
     ("package", "module"),

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -83,12 +84,14 @@ def _refusing_class(name: str, package: str) -> type:
 def import_megatron_bridge() -> None:
     """Import Megatron-Bridge, with stand-ins for Transformer Engine and the resiliency extension if they are missing.
 
-    Without a CUDA device, Transformer Engine and APEX count as missing, also where another library, such as PEFT, has
-    imported them before; where Megatron itself has been imported before, they don't (see `adapt_config_for_cpu`). The
-    stand-ins are removed on return; later imports of the packages work or fail as usual.
+    A resiliency extension before 0.6 counts as missing. Without a CUDA device, Transformer Engine and APEX do too, also
+    where another library, such as PEFT, has imported them before; where Megatron itself has been imported before, they
+    don't (see `adapt_config_for_cpu`). The stand-ins are removed on return; later imports of the packages work or fail
+    as usual.
     """
     _let_transformer_engine_use_the_cudnn_of_torch()
     hidden = () if cuda_is_real() or "megatron.core" in sys.modules else NEEDS_CUDA
+    hidden = (*hidden, *_too_old())
     with warnings.catch_warnings(), hidden_packages(hidden):
         # Dozens, of deprecated names and absent kernels; none is about anything that a user of ours has done.
         warnings.simplefilter("ignore")
@@ -97,6 +100,18 @@ def import_megatron_bridge() -> None:
         with _stand_ins(hidden):
             for name in BRIDGE_MODULES:
                 importlib.import_module(name)
+
+
+def _too_old() -> tuple[str, ...]:
+    """The resiliency extension, if it is one on which the import of Megatron-Core 0.19.2 fails.
+
+    pip takes 0.4.1 where the libc is older than 2.39; then "module 'nvidia_resiliency_ext' has no attribute
+    '__version__'".
+    """
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found = importlib.metadata.version("nvidia-resiliency-ext")
+        return ("nvidia_resiliency_ext",) if tuple(map(int, found.split(".")[:2])) < (0, 6) else ()
+    return ()
 
 
 def _let_transformer_engine_use_the_cudnn_of_torch() -> None:

@@ -47,6 +47,10 @@ REFUSED = {
         [RECIPE, "--python=/no/python"],
         "/no/python, the Python of the nodes, is not there",
     ),
+    "no ft_launcher": (
+        [RECIPE, "--start=ft_launcher"],
+        "This Python has no ft_launcher: `uv pip install nvidia-resiliency-ext==0.6.0`",
+    ),
     "a secret": ([RECIPE, "env_vars.WANDB_API_KEY=abc"], "env_vars.WANDB_API_KEY is a secret"),
 }
 

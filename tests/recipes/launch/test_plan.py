@@ -24,11 +24,12 @@ PLAN = Plan(
     gpus=True,
 )
 CONTAINERS = ("none", "pyxis", "apptainer", "docker")
+STARTERS = ("torchrun", "srun", "ft_launcher")
 
 
 def plans() -> dict[str, Plan]:
     found = {}
-    for kind, starter, is_full in itertools.product(CONTAINERS, ("torchrun", "srun"), (False, True)):
+    for kind, starter, is_full in itertools.product(CONTAINERS, STARTERS, (False, True)):
         container = Container(kind=kind, image="/images/a b.sif", mounts=("/shared", "/data:/d")[: 2 if is_full else 0])
         more = {
             "environment": ("WANDB_API_KEY", "NCCL_DEBUG"),
@@ -71,11 +72,15 @@ def command_of(plan: Plan, tmp_path: Path, environment: dict[str, str] | None = 
 
 
 @pytest.mark.parametrize("kind", CONTAINERS)
-@pytest.mark.parametrize("starter", ["torchrun", "srun"])
+@pytest.mark.parametrize("starter", STARTERS)
 def test_the_command_comes_last_whatever_the_container(kind: str, starter: str, tmp_path: Path):
     plan = dataclasses.replace(PLAN, container=Container(kind=kind, image="i", mounts=("/shared",)), starter=starter)
-    module = ["gpt_oss_vision.recipes.launch.torchrun", "8"] if starter == "torchrun" else ["gpt_oss_vision.cli"]
-    expected = ["python", "-m", *module, *plan.train]
+    modules = {
+        "torchrun": ["gpt_oss_vision.recipes.launch.torchrun", "8"],
+        "ft_launcher": ["gpt_oss_vision.recipes.launch.ft_launcher", "8", "3"],
+        "srun": ["gpt_oss_vision.cli"],
+    }
+    expected = ["python", "-m", *modules[starter], *plan.train]
     assert command_of(plan, tmp_path)[-len(expected) :] == expected
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -324,6 +325,10 @@ SITES = {
         "/a/b, a mount of the container, is not there",
     ),
     "no Python": ("python: /a/python", "/a/python, the Python of the nodes, is not there"),
+    "no ft_launcher": (
+        f"python: {sys.executable}\nstart: ft_launcher",
+        "has no nvidia-resiliency-ext, which `start: ft_launcher` needs: install it, `uv pip install",
+    ),
     "another Python": ("python: /usr/bin/false", "/usr/bin/false does not import gpt_oss_vision"),
 }
 
