@@ -12,11 +12,14 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from .bridge import cudnn
+from .recipes import kernels
+from .recipes.kernels import CUDNN, PACKAGES
+from .recipes.launch.site import Site, read_site
+from .recipes.launch.site_check import problems as site_problems
+from .recipes.launch.site_check import versions_of
 
 GIB = 2**30
 ROOT = Path("/")
-CUDNN = "nvidia-cudnn-cu13"
 QUICKSTART_MEMORY_GIB = 4  # it peaks at 2.2, and says so in report.json
 QUICKSTART_DISK_GIB = 1
 
@@ -29,8 +32,9 @@ def examine(folder: Path, site: Path | None = None) -> tuple[str, bool]:
         site: a site file, by which jobs would be launched; the report is about these then.
     """
     if site is not None:
-        problems = _site_problems(site)
-        return "\n".join(["\n".join(_attention()), _verdict(f"jobs at the site of {site}", problems)]), not problems
+        chosen = read_site(site, {})
+        problems = [*_system_problems(), *site_problems(chosen)]
+        return f"{_recipes(chosen)}\n{_verdict(f'jobs at the site of {site}', problems)}", not problems
     problems = [*_system_problems(), *_package_problems(), *_space_problems(folder)]
     rows = [
         ("system", f"{platform.system()} {platform.release()}"),
@@ -53,36 +57,22 @@ def examine(folder: Path, site: Path | None = None) -> tuple[str, bool]:
         "",
         _verdict("quickstart on the CPU", problems),
         _verdict("back end transformer_engine", _engine_problems()),
-        *_attention(),
+        _recipes(),
     ]
     return "\n".join(lines), not problems
 
 
-def _site_problems(site: Path) -> list[str]:
-    from .recipes.launch.site import read_site
-    from .recipes.launch.site_check import problems
-
-    return [*_system_problems(), *problems(read_site(site, {}))]
-
-
-def _attention() -> Iterator[str]:
-    """The back end and the attention of the recipes on a GPU, by what is installed here."""
-    if _installed("torch") is None:
-        yield "     recipes on a GPU: unknown without torch; run this with the Python of the nodes"
-        return
-    found = _installed(CUDNN)
-    engine = _installed("transformer-engine-torch")
-    for rows, least in (("", cudnn.WITH_SINKS), (" with packed rows", cudnn.WITH_PACKED_SINKS)):
-        needed = (
-            f"sinks{' of packed rows' if rows else ''} need cuDNN {cudnn.spelled(least)}, {found or 'none'} is here"
+def _recipes(site: Site | None = None) -> str:
+    """The back end and the attention of each recipe, by what this Python has, or that of a site's nodes."""
+    python = site.python if site is not None and site.container == "none" else None
+    versions = {name: _installed(name) for name in PACKAGES} if python is None else versions_of(python, PACKAGES)
+    if versions is None or versions["torch"] is None:
+        return (
+            "     back end and attention of the recipes: unknown without torch; name the nodes' Python with `python:`"
         )
-        if engine is None:
-            choice = f"torch, by our Triton kernels, as Transformer Engine is missing ({needed})"
-        elif found is None or cudnn.number(found) < least:
-            choice = f"torch, by our Triton kernels: {needed}"
-        else:
-            choice = f"transformer_engine, by cuDNN's fused attention ({needed})"
-        yield f"     recipes on a GPU{rows}: {choice}"
+    found = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+    title = f"     recipes, with {found}{f' ({python})' if python else ''}:"
+    return "\n".join([title, *(f"     {line}" for line in kernels.lines(versions))])
 
 
 def _driver() -> str:

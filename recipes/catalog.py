@@ -60,6 +60,7 @@ class Recipe:
         memory_gib: estimate for the rank that needs most.
         tokens_per_step: padding included.
         seq_length: tokens of a row.
+        context_parallel_size: ranks that share a row.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Recipe:
     memory_gib: float
     tokens_per_step: int
     seq_length: int
+    context_parallel_size: int
 
     @property
     def size(self) -> str:
@@ -115,6 +117,13 @@ class Recipe:
         return found.groupdict()
 
 
+_CONTEXT_PARALLEL = {
+    "20b_long_context_16gpu_h100_bf16": 4,
+    "20b_long_context_8gpu_h100_bf16_32k": 2,
+    "120b_long_context_64gpu_h100_bf16": 4,
+    "120b_long_context_64gpu_h100_bf16_32k": 4,
+}
+
 RECIPES = tuple(
     Recipe(
         name=f"gpt_oss_vision_{name}",
@@ -122,6 +131,7 @@ RECIPES = tuple(
         memory_gib=memory_gib,
         tokens_per_step=tokens,
         seq_length=length,
+        context_parallel_size=_CONTEXT_PARALLEL.get(name, 1),
     )
     for name, memory_gib, tokens, length, purpose in (
         ("20b_pretrain_16gpu_h100_bf16", 61.4, 4_194_304, 8_192, "all parameters, on images with text and text alone"),

@@ -122,6 +122,7 @@ RULES = {
     **{f"recipes/{task}.py": Rule(("recipes.base", "recipes.training.peft"), frozenset()) for task in RECIPE_FILES},
     "recipes/tiny.py": Rule(("recipes.base", "recipes.training.peft", "recipes.data", "bridge"), frozenset()),
     "recipes/catalog.py": Rule(("recipes.base", "errors"), frozenset()),
+    "recipes/kernels.py": Rule(("recipes.catalog", "bridge.cudnn"), frozenset()),
     "recipes/sources.py": Rule(("recipes.catalog",), frozenset()),
     "recipes/quickstart": Rule(
         (
@@ -135,7 +136,7 @@ RULES = {
     "atomic.py": Rule((), frozenset()),
     "terminal.py": Rule((), frozenset({"rich"})),
     "doctor.py": Rule(
-        ("bridge.cudnn", "recipes.launch.site", "recipes.launch.site_check"), frozenset({"torch", "packaging"})
+        ("recipes.kernels", "recipes.launch.site", "recipes.launch.site_check"), frozenset({"torch", "packaging"})
     ),
     "cli.py": Rule(
         ("", "arguments", "doctor", "errors", "conversion.commands", "recipes.commands", "recipes.launch.commands"),

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from gpt_oss_vision import doctor
+from gpt_oss_vision.recipes import kernels
+from gpt_oss_vision.recipes.catalog import RECIPES
 
 
 def test_installed_versions_are_shown(tmp_path: Path):
@@ -28,6 +30,53 @@ def test_too_little_memory_is_a_problem_with_numbers(tmp_path: Path, monkeypatch
     text, is_ready = doctor.examine(tmp_path)
     assert not is_ready
     assert "GiB of memory are available, 1048576 GiB are needed" in text
+
+
+def kernels_of(name: str, *, engine: str | None, cudnn: str | None) -> str:
+    """What is said of a recipe: the lines from its answer on."""
+    versions = {"torch": "2.11.0", kernels.ENGINE: engine, kernels.CUDNN: cudnn}
+    answers = "\n".join(kernels.lines(versions)).split("- back end ")
+    (found,) = [answer for answer in answers if f" {name}_" in answer]
+    return found
+
+
+SFT, LONG = "gpt_oss_vision_20b_sft_8gpu", "gpt_oss_vision_20b_long_context_16gpu"
+KERNELS = {
+    "all is there": (SFT, "2.12.0", "9.19.0.56", "transformer_engine, attention by cuDNN's fused kernel: sinks need"),
+    "no engine": (SFT, None, "9.19.0.56", "torch, attention by torch's flash attention"),
+    "cuDNN too old": (SFT, "2.12.0", "9.10.2.21", "sinks need cuDNN 9.13.1, 9.10.2.21 is there"),
+    "no cuDNN": (SFT, "2.12.0", None, "sinks need cuDNN 9.13.1, none is there"),
+    "too old for packs": (
+        SFT,
+        "2.12.0",
+        "9.15.1.9",
+        "refused: sinks of packed rows need cuDNN 9.18.0, 9.15.1.9 is there",
+    ),
+    "context parallel": (LONG, "2.12.0", "9.19.0.56", "model.context_parallel_size=4: ranks exchange heads"),
+    "no GPU": ("gpt_oss_vision_tiny_sft_1cpu", "2.12.0", "9.19.0.56", "there is no GPU"),
+}
+
+
+@pytest.mark.parametrize(("name", "engine", "cudnn", "said"), KERNELS.values(), ids=KERNELS)
+def test_back_end_and_attention_of_a_recipe_are_named_with_the_reason(
+    name: str, engine: str | None, cudnn: str | None, said: str
+):
+    assert said in kernels_of(name, engine=engine, cudnn=cudnn)
+
+
+def test_every_recipe_is_found_with_its_gpu(tmp_path: Path):
+    text, _ = doctor.examine(tmp_path)
+    assert text.count("gpt_oss_vision_20b_lora_1gpu_h200_bf16, on an H200 SXM 141 GB") == 1
+    assert all(text.count(f" {recipe.name}, on a") == 1 for recipe in RECIPES)
+
+
+def test_the_versions_are_those_of_the_nodes(tmp_path: Path):
+    (tmp_path / "site.yaml").write_text(f"python: {sys.executable}\nruns: {tmp_path}")
+    text, _ = doctor.examine(tmp_path, tmp_path / "site.yaml")
+    assert f"recipes, with torch {version('torch')}, " in text and f" ({sys.executable}):" in text
+    (tmp_path / "site.yaml").write_text(f"python: /no/python\nruns: {tmp_path}")
+    text, _ = doctor.examine(tmp_path, tmp_path / "site.yaml")
+    assert "back end and attention of the recipes: unknown" in text
 
 
 GROUPS = {

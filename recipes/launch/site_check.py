@@ -1,12 +1,13 @@
 """Whether jobs can be launched at a site: its scheduler, partition, account, shared folder, container and Python."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .plan import RESILIENCY
@@ -104,6 +105,17 @@ def _python(site: Site) -> Iterator[str]:
     ):
         install = f"uv pip install --python {site.python} {RESILIENCY}"
         yield f"{site.python} has no nvidia-resiliency-ext, which `start: ft_launcher` needs: install it, `{install}`"
+
+
+def versions_of(python: str, packages: Sequence[str]) -> dict[str, str | None] | None:
+    """The versions of packages in another Python; None where it does not run."""
+    code = (
+        "import json, sys; from importlib.metadata import distributions as all; "
+        "found = {each.name.lower(): each.version for each in all() if each.name}; "
+        "print(json.dumps({name: found.get(name) for name in sys.argv[1:]}))"
+    )
+    shown = _run(python, "-c", code, *packages)
+    return None if shown is None else json.loads(shown)
 
 
 def _run(*command: str) -> str | None:

@@ -117,6 +117,7 @@ def test_the_catalogue_has_the_estimate_and_it_fits(
     if recipe.gpu is not None:
         assert memory < GPUS[recipe.gpu].usable_gib
     assert recipe.tokens_per_step == tokens
+    assert recipe.context_parallel_size == config.model.context_parallel_size
     assert recipe.memory_gib == pytest.approx(memory, abs=0.05 if memory > 1 else 5e-4)
 
 
