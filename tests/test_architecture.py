@@ -89,7 +89,7 @@ RULES = {
             *("recipes.launch.plan", "recipes.launch.torchrun", "errors"),
             *(f"recipes.training.{name}" for name in ("outcome", "overrides", "stop_signals")),
         ),
-        frozenset({"torch", "nvidia_resiliency_ext"}),
+        frozenset({"torch"}),
     ),
     "recipes/launch/site.py": Rule(("recipes.launch.plan", "errors"), frozenset({"yaml"})),
     "recipes/launch/site_check.py": Rule(("recipes.launch.site", "recipes.launch.plan"), frozenset()),

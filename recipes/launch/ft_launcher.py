@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,7 @@ def _launcher() -> Any:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = STILL_HANDLED_BY_TORCHRUN
     logging.disable(logging.INFO)  # of the launcher and its monitors, dozens of lines per start
-    from nvidia_resiliency_ext.fault_tolerance import launcher
-
-    return launcher
+    return import_module("nvidia_resiliency_ext.fault_tolerance.launcher")
 
 
 def _options(ranks: str, restarts: str) -> list[str]:
@@ -138,17 +137,17 @@ def _agent(base: Any, file: Path, ended: set[int]) -> Any:
         file: the outcome of the run.
         ended: gets the exit codes of the ranks, those that ended first where they failed; negative for a signal.
     """
-
     from torch.distributed.elastic.multiprocessing import SignalException
 
     class Agent(base):
         def _initialize_workers(self, worker_group: Any) -> None:
             """Meet the other nodes and start ranks. The old ones of this node have ended, and do not write any more."""
-            found, spec = outcome.read(file), worker_group.spec
+            found, spec, is_restart = outcome.read(file), worker_group.spec, self._pcontext is not None
             with suppress(FileNotFoundError):
                 file.unlink()
-                _say(f"The run failed: {found[1] if found else 'a process was killed'}")  # the first node to remove it
-            if self._pcontext is not None and worker_group.group_rank == 0:
+                if is_restart and found:  # on the node that was the first to remove it
+                    _say(f"The run failed: {found[1]}")
+            if is_restart and worker_group.group_rank == 0:
                 number = spec.max_restarts - self._remaining_restarts
                 _say(f"restart {number} of {spec.max_restarts} from the newest checkpoint")
             ended.clear()
@@ -178,7 +177,10 @@ def _agent(base: Any, file: Path, ended: set[int]) -> Any:
 
         @staticmethod
         def setup_rank_monitors_early(**options: Any) -> Any:
-            """Start the monitors without signals: SLURM signals all processes, and a rank saves with its monitor."""
+            """Start the monitors without signals: SLURM signals all processes, and a rank cannot save without its own.
+
+            0.6.0 lets a monitor end by SIGTERM, SIGUSR1 and SIGINT; its rank then fails with "Broken pipe".
+            """
             before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
             try:
                 return base.setup_rank_monitors_early(**options)
