@@ -24,6 +24,7 @@ WORKERS = 4  # at most: each has Megatron in memory, 2 GiB, and forks ranks
 LONGEST = (
     "mcore/test_layouts.py",
     "recipes/launch/test_slurm.py",
+    "recipes/launch/test_ft_launcher.py",
     "examples/test_rl.py",
     "examples/test_plain_training.py",
     "recipes/quickstart/test_quickstart.py",

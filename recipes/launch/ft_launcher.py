@@ -15,8 +15,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -159,10 +159,7 @@ def _agent(base: Any, file: Path, ended: set[int]) -> Any:
             return result
 
         def _handle_restart_decision(self, *arguments: Any, **options: Any) -> bool:
-            is_stopped = bool(ended) and ended <= {-number for number in PASSED_ON}
-            if _how(file) != outcome.FAILED or WRONG_USAGE in ended or is_stopped:
-                return False
-            return super()._handle_restart_decision(*arguments, **options)
+            return not _is_over(file, ended) and super()._handle_restart_decision(*arguments, **options)
 
         def run(self, role: str = "default") -> Any:
             try:
@@ -181,11 +178,8 @@ def _agent(base: Any, file: Path, ended: set[int]) -> Any:
 
             0.6.0 lets a monitor end by SIGTERM, SIGUSR1 and SIGINT; its rank then fails with "Broken pipe".
             """
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-            try:
+            with _signals_blocked():
                 return base.setup_rank_monitors_early(**options)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
         def shutdown_rank_monitors(self) -> None:
             for monitor in self._rank_monitors.values():
@@ -195,6 +189,21 @@ def _agent(base: Any, file: Path, ended: set[int]) -> Any:
     if missing := [name for name in vars(Agent) if not name.startswith("__") and not hasattr(base, name)]:
         raise UserError(f"{PACKAGE} {version(PACKAGE)} has no {missing[0]}: {INSTALL}")
     return Agent
+
+
+def _is_over(file: Path, ended: Collection[int]) -> bool:
+    """Whether ranks that have failed are not started again: starting them again does not help, or they had to end."""
+    is_stopped = bool(ended) and {*ended} <= {-number for number in PASSED_ON}
+    return _how(file) != outcome.FAILED or WRONG_USAGE in ended or is_stopped
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _say(sentence: str) -> None:
