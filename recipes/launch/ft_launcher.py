@@ -26,7 +26,7 @@ from ...errors import UsageError, UserError
 from ..training import outcome, overrides
 from ..training.stop_signals import EXIT_TO_BE_CONTINUED
 from .plan import RESILIENCY
-from .torchrun import PASSED_ON, STILL_HANDLED_BY_TORCHRUN, WORKER, exit_code, pass_signals_on
+from .torchrun import PASSED_ON, STILL_HANDLED_BY_TORCHRUN, WORKER, exit_code, ignore_signals, pass_signals_on
 
 PACKAGE, _, VERSION = RESILIENCY.partition("==")
 INSTALL = f"`uv pip install {RESILIENCY}`, or leave out --start ft_launcher"
@@ -64,7 +64,10 @@ def _run(arguments: Sequence[str]) -> int:
     ended: set[int] = set()
     launcher.LocalElasticAgent = _agent(launcher.LocalElasticAgent, file, ended)
     words = [*_options(ranks, restarts), *_limits(options.get("hang")), *WORKER, train, recipe, *settings]
-    launcher.run(launcher.parse_args(words))
+    try:
+        launcher.run(launcher.parse_args(words))
+    except Exception as error:  # noqa: BLE001 - as its own `main`: the nodes may end while they meet
+        print(f"gpt-oss-vision: ft_launcher has failed: {type(error).__name__}: {error}", file=sys.stderr)
     known = {outcome.FINISHED: 0, outcome.SAVED: EXIT_TO_BE_CONTINUED}
     return known.get(_how(file), exit_code(ended))
 
@@ -167,6 +170,8 @@ def _agent(base: Any, file: Path, ended: set[int]) -> Any:
             except SignalException as error:  # while there were no ranks
                 ended.add(-error.sigval)
                 raise
+            finally:
+                ignore_signals()  # `srun` ends the other launchers when the first one has ended
             if result is None or result.is_failed():
                 return None  # 0.6.0 fails where it reports ranks that have failed
             ended.add(0)

@@ -64,7 +64,14 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
     for worker in workers:
         os.kill(worker, number)
     if not workers:
+        ignore_signals()  # a second one would cut the end of the launcher
         sys.exit(128 + number)
+
+
+def ignore_signals() -> None:
+    """Let the launcher end by itself: there are no workers any more."""
+    for number in PASSED_ON:
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
