@@ -191,9 +191,18 @@ def _agent(base: Any, file: Path, ended: set[int]) -> Any:
                 monitor.process.kill()
             super().shutdown_rank_monitors()
 
-    if missing := [name for name in vars(Agent) if not name.startswith("__") and not hasattr(base, name)]:
+    return _checked(Agent, base)
+
+
+def _checked(agent: type, base: Any) -> type:
+    """Refuse a version whose agent lacks what ours overrides.
+
+    Raises:
+        UserError: with the name.
+    """
+    if missing := [name for name in vars(agent) if not name.startswith("__") and not hasattr(base, name)]:
         raise UserError(f"{PACKAGE} {version(PACKAGE)} has no {missing[0]}: {INSTALL}")
-    return Agent
+    return agent
 
 
 def _is_over(file: Path, ended: Collection[int]) -> bool:
