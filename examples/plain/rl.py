@@ -22,7 +22,7 @@ from model import GPT_OSS_SMALL, GPTOSSVision
 from train import DIGITS, HELD_OUT, IMAGES, QUESTION, WORDS
 
 NOISE = 1.3
-QUESTIONS, GROUP, LENGTH = 16, 8, 3  # questions of a step, answers to each, tokens of an answer at most
+QUESTIONS, GROUP, LENGTH = 24, 8, 3  # questions of a step, answers to each, tokens of an answer at most
 UPDATES, CLIP = 2, 0.2  # updates from the same answers, and how far they may move the probability of a token
 DISCOUNT, LAMBDA = 1.0, 0.95
 STOP = WORDS.index(".")
@@ -99,25 +99,24 @@ def damaged(folder: Path) -> GPTOSSVision:
     """The model of train.py with noise on every matrix, in proportion to its standard deviation."""
     model = GPTOSSVision(GPT_OSS_SMALL)
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter += NOISE * parameter.std() * torch.randn_like(parameter)
+    for matrix in [parameter.data for parameter in model.parameters() if parameter.ndim > 1]:
+        matrix += NOISE * matrix.std() * torch.randn_like(matrix)
     return model
 
 
 def main(folder: Path, algorithm: str, steps: int) -> None:
     """Train, and print the reward of each step and the accuracy before and after."""
     torch.manual_seed(0)
-    model, value_head = damaged(folder), nn.Linear(GPT_OSS_SMALL.hidden_size, 1)
+    model, value_head, history = damaged(folder), nn.Linear(GPT_OSS_SMALL.hidden_size, 1), []
     optimizer = torch.optim.AdamW([*model.parameters(), *value_head.parameters()], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=steps)
     print("before: {:.1%} of held-out digits, {:.1%} with the image of another".format(*accuracy(model)))
-    history = []
     for step in range(1, steps + 1):
         rows = torch.randint(HELD_OUT.start, (QUESTIONS,)).repeat_interleave(GROUP)
         images, digits = IMAGES[rows], DIGITS[rows]
         answers, chosen_then = sample(model, images)
         rewards, is_answer = reward(answers, digits), until_stop(answers)
+        history.append(rewards.mean())
         for update in range(UPDATES):
             states = states_before(model, images, answers)
             chosen = log_probs(model, states).gather(2, answers[..., None])[..., 0]
@@ -135,10 +134,11 @@ def main(folder: Path, algorithm: str, steps: int) -> None:
                 loss = loss + 0.5 * (values - returns)[is_answer].square().mean()
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        history.append(rewards.mean())
+        schedule.step()
         print(f"step {step}: reward {history[-1]:.2f}")
-    print(f"reward of the last 10 steps: {sum(history[-10:]) / 10:.2f}")
+    print(f"reward of the last 10 steps: {sum(history[-10:]) / len(history[-10:]):.2f}")
     print("after: {:.1%} of held-out digits, {:.1%} with the image of another".format(*accuracy(model)))
 
 

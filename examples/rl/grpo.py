@@ -46,7 +46,7 @@ if __name__ == "__main__":
     (model, processor), digits = load(arguments.folder / "hf"), write_digits(arguments.folder / "digits")
     torch.manual_seed(0)
     for matrix in [parameter.data for parameter in model.parameters() if parameter.ndim > 1]:
-        matrix += 1.0 * matrix.std() * torch.randn_like(matrix)
+        matrix += 1.1 * matrix.std() * torch.randn_like(matrix)
     rate, lora = (2e-3, LORA) if arguments.lora else (3e-4, None)
     config = GRPOConfig(arguments.folder / "grpo", max_steps=arguments.steps, learning_rate=rate, **OPTIONS)
     trainer = GRPOTrainer(model, reward, config, questions(digits), processing_class=processor, peft_config=lora)
