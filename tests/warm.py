@@ -114,12 +114,18 @@ def _serve(listener: socket.socket, python: str) -> None:
     children: dict[int, tuple[int, socket.socket]] = {}
     while True:
         for key, _ in selector.select():
+            if selector.get_map().get(key.fd) != key:  # unregistered since the selection
+                continue
             if key.fileobj is listener:
                 client, _ = listener.accept()
                 child = _fork(client, python)
+                if child is None:
+                    client.close()
+                    continue
                 watch = os.pidfd_open(child)
                 children[watch] = child, client
-                client.sendall(child.to_bytes(4))
+                with contextlib.suppress(OSError):
+                    client.sendall(child.to_bytes(4))
                 selector.register(watch, selectors.EVENT_READ)
                 selector.register(client, selectors.EVENT_READ, child)
             elif key.data is not None:  # the client was killed
@@ -129,7 +135,7 @@ def _serve(listener: socket.socket, python: str) -> None:
                 child, client = children.pop(key.fd)
                 selector.unregister(key.fd)
                 os.close(key.fd)
-                with contextlib.suppress(KeyError):
+                with contextlib.suppress(KeyError):  # the client was killed
                     selector.unregister(client)
                 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
                 with contextlib.suppress(OSError):
@@ -137,12 +143,17 @@ def _serve(listener: socket.socket, python: str) -> None:
                 client.close()
 
 
-def _fork(client: socket.socket, python: str) -> int:
+def _fork(client: socket.socket, python: str) -> int | None:
+    """A fork that runs what a client asks for; None where the client was killed before it had asked."""
     length, ancillary, _, _ = client.recvmsg(4, socket.CMSG_SPACE(12))
+    if not ancillary:
+        return None
     files = array("i", ancillary[0][2])
-    request, size = b"", int.from_bytes(length)
-    while len(request) < size:
-        request += client.recv(size - len(request))
+    request = client.recv(int.from_bytes(length), socket.MSG_WAITALL)
+    if len(request) < int.from_bytes(length):
+        for file in files:
+            os.close(file)
+        return None
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # the server's handler is not the fork's
     child = os.fork()
     if not child:
