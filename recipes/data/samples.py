@@ -69,7 +69,7 @@ def encode_row(row: Row, processor: GPTOSSVisionProcessor, learned_parts: Learne
         input_ids = torch.from_numpy(short.repeat(repeats))
         learned = torch.from_numpy(loss_mask_of(short, processor, learned_parts).repeat(repeats))
         images = [picture.source() for picture in row.images]
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
+        pixels = _stacked(processor.image_processor(images)["pixel_values"]) if images else None
     # The logits at t predict token t + 1, so the labels move one to the left; the last position predicts nothing.
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:-1] = torch.where(learned[1:], input_ids[1:], IGNORE_INDEX)
@@ -81,6 +81,11 @@ def encode_row(row: Row, processor: GPTOSSVisionProcessor, learned_parts: Learne
         pixel_values=pixels,
         source_ids=torch.zeros_like(input_ids),
     )
+
+
+def _stacked(images: Sequence[np.ndarray]) -> torch.Tensor:
+    """The images as one tensor; one image is not copied."""
+    return torch.from_numpy(images[0][None] if len(images) == 1 else np.stack(images))
 
 
 def collate(samples: Sequence[Sample], seq_length: int, pad_token_id: int, dtype: torch.dtype = torch.float32) -> Batch:
