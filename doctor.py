@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from .recipes import kernels
-from .recipes.kernels import CUDNN, PACKAGES
+from .recipes.kernels import CUDNN, ENGINE, PACKAGES
 from .recipes.launch.site import Site, read_site
 from .recipes.launch.site_check import problems as site_problems
 from .recipes.launch.site_check import versions_of
@@ -41,7 +41,7 @@ def examine(folder: Path, site: Path | None = None) -> tuple[str, bool]:
         ("python", platform.python_version()),
         *((name, _installed(name) or "missing") for name in _needed()),
         ("CUDA", _cuda()),
-        ("transformer-engine", _installed("transformer-engine-torch") or "missing"),
+        ("transformer-engine", _installed(ENGINE) or "missing"),
         ("apex", _installed("apex") or "missing; Megatron-Core then uses torch's and Transformer Engine's kernels"),
         ("NVIDIA driver", _driver()),
         ("NCCL", _installed("nvidia-nccl-cu13") or "missing"),
@@ -132,7 +132,7 @@ def _engine_problems() -> list[str]:
         cudnn, refusal = _cudnn()
         if cudnn is None:
             problems.append(f"torch cannot use cuDNN: {refusal}")
-    if _installed("transformer-engine-torch") is None:
+    if _installed(ENGINE) is None:
         problems.append("Transformer Engine is missing: run `uv sync --extra te` where the CUDA toolkit is installed")
     return problems
 

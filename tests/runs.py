@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from forked import Command
 
 from gpt_oss_vision.recipes.data.megatron import ChatDatasetProvider, DatasetBuildContext
 
@@ -20,6 +21,16 @@ def steps_of(run: Path) -> list[dict]:
 def numbers_of(run: Path) -> list[int]:
     """The numbers of the steps."""
     return [entry["step"] for entry in steps_of(run)]
+
+
+def losses_of(run: Path) -> dict[int, float]:
+    """The loss of each step, the last one where a step was computed twice."""
+    return {entry["step"]: entry["loss"] for entry in steps_of(run)}
+
+
+def wait_for_step(command: Command, run: Path, number: int) -> None:
+    """Wait until a step is written, while the command runs."""
+    command.wait_until(lambda: max(numbers_of(run), default=0) >= number)
 
 
 def process_of_rank(run: Path, rank: int) -> int:

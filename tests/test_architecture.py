@@ -54,11 +54,12 @@ RULES = {
     ),
     "bridge/mcore": Rule(
         (
-            *("bridge.ops", "bridge.weight_map", "bridge.config_map", "bridge.cudnn", "errors"),
+            *("bridge.ops", "bridge.weight_map", "bridge.config_map", "bridge.cudnn", "bridge.resiliency", "errors"),
             "bridge.hf.configuration_gpt_oss_vision",
         ),
         frozenset({"torch", "transformers", "megatron"}),
     ),
+    "bridge/resiliency.py": Rule((), frozenset()),
     "bridge/hf_attention.py": Rule(("bridge.ops.attention",), frozenset({"torch", "transformers"})),
     "bridge/weight_map.py": Rule((), frozenset()),
     "bridge/config_map.py": Rule(("bridge.hf.configuration_gpt_oss_vision", "errors"), frozenset()),
@@ -86,20 +87,22 @@ RULES = {
     "recipes/launch/torchrun.py": Rule((), frozenset({"torch"})),
     "recipes/launch/ft_launcher.py": Rule(
         (
-            *("recipes.launch.plan", "recipes.launch.torchrun", "errors"),
+            *("recipes.launch.plan", "recipes.launch.torchrun", "bridge.resiliency", "errors"),
             *(f"recipes.training.{name}" for name in ("outcome", "overrides", "stop_signals")),
         ),
         frozenset({"torch"}),
     ),
     "recipes/launch/site.py": Rule(("recipes.launch.plan", "errors"), frozenset({"yaml"})),
-    "recipes/launch/site_check.py": Rule(("recipes.launch.site", "recipes.launch.plan"), frozenset()),
+    "recipes/launch/site_check.py": Rule(
+        ("recipes.launch.site", "recipes.launch.plan", "bridge.resiliency"), frozenset()
+    ),
     "recipes/launch/nemo_run.py": Rule(
         ("recipes.launch", "recipes.catalog", "recipes.commands", "recipes.training.overrides", "errors"),
         frozenset({"nemo_run"}),
     ),
     "recipes/launch": Rule(
         (
-            *("recipes.catalog", "recipes.commands", "errors", "arguments"),
+            *("recipes.catalog", "recipes.commands", "bridge.resiliency", "errors", "arguments"),
             *(f"recipes.training.{name}" for name in ("metrics", "outcome", "overrides", "secrets")),
         ),
         frozenset(),

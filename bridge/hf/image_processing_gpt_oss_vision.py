@@ -104,9 +104,7 @@ class GPTOSSVisionImageProcessor(PilBackend):
         return flat(self.fetch_images(images))
 
     def process_image(self, image: ImageInput, num_channels: int = 3, **kwargs: Any) -> np.ndarray:
-        """
-        One image of any kind to an array `(num_channels, height, width)`, 8-bit unless given as floats.
-        """
+        """One image of any kind to an array `(num_channels, height, width)`, 8-bit unless given as floats."""
         if num_channels not in PIL_MODES:
             raise ValueError(f"num_channels must be one of {', '.join(map(str, PIL_MODES))}, got {num_channels}.")
         if not isinstance(image, Image.Image):
@@ -141,7 +139,7 @@ class GPTOSSVisionImageProcessor(PilBackend):
         return np.multiply(image, np.float32(scale), dtype=np.float32)
 
     def normalize(self, image: np.ndarray, mean: Any, std: Any, **kwargs: Any) -> np.ndarray:
-        """As in transformers, in place of a rescaled image."""
+        """As in transformers, but in fp32 throughout."""
         mean, std = (np.asarray(value, dtype=np.float32).reshape(-1, 1, 1) for value in (mean, std))
         image = np.subtract(image, mean, dtype=np.float32)
         image /= std

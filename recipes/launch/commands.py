@@ -257,16 +257,24 @@ def _check(plan: "Plan", executor: str) -> None:
 def _check_python(plan: "Plan") -> None:
     from shutil import which
 
-    from .plan import RESILIENCY
-
     if which(plan.python) is None:
         raise UserError(f"{plan.python}, the Python of the nodes, is not there: name it with --python")
     if plan.python == sys.executable and find_spec("torch") is None:
         raise UserError("This Python has no torch: name the one of the nodes with --python, or in the site file")
-    if plan.python == sys.executable and plan.starter == "ft_launcher" and find_spec("nvidia_resiliency_ext") is None:
+    if plan.python == sys.executable and plan.starter == "ft_launcher":
+        _check_ft_launcher()
+
+
+def _check_ft_launcher() -> None:
+    from ...bridge import resiliency
+    from .plan import RESILIENCY
+
+    found = resiliency.installed()
+    if found is None or resiliency.is_too_old(found):
+        has = "no ft_launcher" if found is None else f"{resiliency.PACKAGE} {found}, which is too old for Megatron-Core"
         raise UserError(
-            f"This Python has no ft_launcher: `uv pip install {RESILIENCY}`, name another with --python, or leave out "
-            "--start ft_launcher"
+            f"This Python has {has}: `uv pip install {RESILIENCY}`, name another with --python, or leave out --start "
+            "ft_launcher"
         )
 
 

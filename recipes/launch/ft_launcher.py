@@ -18,17 +18,16 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ...bridge import resiliency
 from ...errors import UsageError, UserError
 from ..training import outcome, overrides
 from ..training.stop_signals import EXIT_TO_BE_CONTINUED
 from .plan import RESILIENCY
 from .torchrun import PASSED_ON, STILL_HANDLED_BY_TORCHRUN, WORKER, exit_code, ignore_signals, pass_signals_on
 
-PACKAGE, _, VERSION = RESILIENCY.partition("==")
 INSTALL = f"`uv pip install {RESILIENCY}`, or leave out --start ft_launcher"
 
 SECONDS_LATER = 60.0
@@ -83,12 +82,10 @@ def _launcher() -> Any:
     Raises:
         UserError: it is not installed, or too old.
     """
-    try:
-        found = version(PACKAGE)
-    except PackageNotFoundError:
-        raise UserError(f"{PACKAGE} is not installed in {sys.executable}: {INSTALL}") from None
-    if tuple(map(int, found.split(".")[:2])) < (0, 6):
-        raise UserError(f"{PACKAGE} {found} is too old for Megatron-Core: {INSTALL}")
+    if (found := resiliency.installed()) is None:
+        raise UserError(f"{resiliency.PACKAGE} is not installed in {sys.executable}: {INSTALL}")
+    if resiliency.is_too_old(found):
+        raise UserError(f"{resiliency.PACKAGE} {found} is too old for Megatron-Core: {INSTALL}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = STILL_HANDLED_BY_TORCHRUN
     logging.disable(logging.INFO)  # of the launcher and its monitors, dozens of lines per start
@@ -201,7 +198,7 @@ def _checked(agent: type, base: Any) -> type:
         UserError: with the name.
     """
     if missing := [name for name in vars(agent) if not name.startswith("__") and not hasattr(base, name)]:
-        raise UserError(f"{PACKAGE} {version(PACKAGE)} has no {missing[0]}: {INSTALL}")
+        raise UserError(f"{resiliency.PACKAGE} {resiliency.installed()} has no {missing[0]}: {INSTALL}")
     return agent
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ...bridge import resiliency
 from .plan import RESILIENCY
 from .site import Site
 
@@ -100,11 +101,18 @@ def _python(site: Site) -> Iterator[str]:
     elif _run(site.python, "-c", "import gpt_oss_vision") is None:
         install = f"uv pip install --python {site.python} gpt-oss-vision"
         yield f"{site.python} does not import gpt_oss_vision: install it there, `{install}`"
-    elif (
-        site.start == "ft_launcher" and _run(site.python, "-c", "import nvidia_resiliency_ext.fault_tolerance") is None
-    ):
-        install = f"uv pip install --python {site.python} {RESILIENCY}"
-        yield f"{site.python} has no nvidia-resiliency-ext, which `start: ft_launcher` needs: install it, `{install}`"
+    elif site.start == "ft_launcher":
+        yield from _ft_launcher(site.python)
+
+
+def _ft_launcher(python: str) -> Iterator[str]:
+    install = f"install it, `uv pip install --python {python} {RESILIENCY}`"
+    if _run(python, "-c", "import nvidia_resiliency_ext.fault_tolerance") is None:
+        yield f"{python} has no nvidia-resiliency-ext, which `start: ft_launcher` needs: {install}"
+        return
+    found = (versions_of(python, [resiliency.PACKAGE]) or {}).get(resiliency.PACKAGE)
+    if found is not None and resiliency.is_too_old(found):
+        yield f"{python} has nvidia-resiliency-ext {found}, which is too old for Megatron-Core: {install}"
 
 
 def versions_of(python: str, packages: Sequence[str]) -> dict[str, str | None] | None:

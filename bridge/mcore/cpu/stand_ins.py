@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+from ... import resiliency
 from .runtime import NEEDS_CUDA, cuda_is_real
 
 # Names that Megatron-Bridge 0.6.2 imports unconditionally.
@@ -103,15 +103,9 @@ def import_megatron_bridge() -> None:
 
 
 def _too_old() -> tuple[str, ...]:
-    """The resiliency extension, if it is one on which the import of Megatron-Core 0.19.2 fails.
-
-    pip takes 0.4.1 where the libc is older than 2.39; then "module 'nvidia_resiliency_ext' has no attribute
-    '__version__'".
-    """
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found = importlib.metadata.version("nvidia-resiliency-ext")
-        return ("nvidia_resiliency_ext",) if tuple(map(int, found.split(".")[:2])) < (0, 6) else ()
-    return ()
+    """The resiliency extension, if it is one on which the import of Megatron-Core fails."""
+    found = resiliency.installed()
+    return ("nvidia_resiliency_ext",) if found is not None and resiliency.is_too_old(found) else ()
 
 
 def _let_transformer_engine_use_the_cudnn_of_torch() -> None:

@@ -12,6 +12,8 @@ import pytest
 from runs import numbers_of, process_of_rank
 
 from gpt_oss_vision import cli
+from gpt_oss_vision.recipes.launch.site import Site
+from gpt_oss_vision.recipes.launch.site_check import problems
 
 RECIPE = "gpt_oss_vision_tiny_sft"
 TO_BE_CONTINUED = 75
@@ -59,6 +61,33 @@ REFUSED = {
 def test_what_would_fail_on_the_nodes_is_refused_here(arguments: list[str], sentence: str, capsys):
     assert sentence in refused(capsys, *arguments, "--executor=slurm")
     assert not [*Path().rglob("*.sbatch")]
+
+
+def test_an_ft_launcher_that_megatron_refuses_is_refused_here(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(write_old_resiliency(tmp_path))
+    sentence = (
+        "This Python has nvidia-resiliency-ext 0.4.1, which is too old for Megatron-Core: `uv pip install nvidia-"
+    )
+    assert sentence in refused(capsys, RECIPE, "--start=ft_launcher", "--executor=slurm")
+
+
+def test_the_doctor_names_an_ft_launcher_that_megatron_refuses(tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={write_old_resiliency(tmp_path)} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    found = [*problems(Site(start="ft_launcher", python=str(python)))]
+    assert f"{python} has nvidia-resiliency-ext 0.4.1, which is too old for Megatron-Core" in found[-1]
+
+
+def write_old_resiliency(folder: Path) -> Path:
+    """What is installed of a version that Megatron-Core does not take, as far as it is looked at."""
+    (folder / "nvidia_resiliency_ext/fault_tolerance").mkdir(parents=True)
+    for name in ("nvidia_resiliency_ext", "nvidia_resiliency_ext/fault_tolerance"):
+        (folder / name / "__init__.py").touch()
+    metadata = folder / "nvidia_resiliency_ext-0.4.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-resiliency-ext\nVersion: 0.4.1\n")
+    return folder
 
 
 def test_the_value_of_a_named_variable_may_not_stand_in_a_setting(capsys, monkeypatch: pytest.MonkeyPatch):

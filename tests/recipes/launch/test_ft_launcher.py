@@ -4,31 +4,23 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import forked
 import pytest
 import slurm
-from runs import numbers_of, process_of_rank, processes_with, steps_of
+from runs import losses_of, numbers_of, process_of_rank, processes_with, wait_for_step
 from warm import warm_python_with
 
-from gpt_oss_vision.recipes.launch import ft_launcher
+from gpt_oss_vision.recipes.launch.plan import RESILIENCY
 from gpt_oss_vision.recipes.launch.stand_in import tree_of
 
-FOLDER = Path(__file__).parents[3] / ".cache" / f"{ft_launcher.PACKAGE}-{ft_launcher.VERSION}"
+FOLDER = Path(__file__).parents[3] / ".cache" / RESILIENCY.replace("==", "-")
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"{FOLDER} is not there: run `just resiliency`")
 
+OPTIONS = ("--start", "ft_launcher")
+SETTINGS = {"checkpoint.save_interval": 2, "hang": "5s"}
 STEPS = 12
-SMALL = {
-    "train.train_iters": STEPS,
-    "train.global_batch_size": 8,
-    "train.micro_batch_size": 2,
-    "logger.log_interval": 1,
-    "validation.eval_iters": 0,
-    "checkpoint.save_interval": 2,
-    "hang": "5s",
-}
 TO_BE_CONTINUED = 75
 
 
@@ -39,42 +31,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield program
 
 
-@pytest.fixture(scope="module")
-def arguments(digits: Path) -> tuple[str, ...]:
-    settings = SMALL | {"data.folder": digits, "data.path": digits / "few.jsonl"}
-    return ("gpt_oss_vision_tiny_sft", *(f"{name}={value}" for name, value in settings.items()))
-
-
-@pytest.fixture(scope="module")
-def unbroken(arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of one rank that nothing ends early."""
-    out = tmp_path_factory.mktemp("unbroken")
-    assert forked.run("train", *arguments, f"out={out / 'run'}", output=out / "output") == 0
-    return losses(out / "run")
-
-
-@pytest.fixture
-def launch(arguments: tuple[str, ...], python: Path, tmp_path: Path) -> Callable[..., forked.Command]:
-    """A function that launches the run under `ft_launcher`."""
-
-    def launched(*options: str) -> forked.Command:
-        given = {option.partition("=")[0] for option in options}
-        settings = [*(each for each in arguments if each.partition("=")[0] not in given), f"out={tmp_path / 'run'}"]
-        start = ("--start", "ft_launcher", "--python", str(python))
-        return forked.Command("launch", *settings, *start, *options, output=tmp_path / "output")
-
-    return launched
-
-
 HERE = ("--executor=local", "--nodes=1", "--gpus-per-node=2")
-
-
-def losses(out: Path) -> dict[int, float]:
-    return {entry["step"]: entry["loss"] for entry in steps_of(out)}
-
-
-def wait_for_step(command: forked.Command, run: Path, number: int) -> None:
-    command.wait_until(lambda: max(numbers_of(run), default=0) >= number)
 
 
 def monitors_of(run: Path) -> set[int]:
@@ -101,7 +58,7 @@ def test_a_killed_rank_and_frozen_ranks_are_restarted_in_place(launch, unbroken,
     assert "the connection to another rank was lost" in said
     assert "Timeout is 10.00 seconds" in said  # of the monitors: twice `hang`
     assert "restart 2 of 3" in said and "restart 3 of 3" not in said
-    assert losses(run) == pytest.approx(unbroken, abs=1e-5)
+    assert losses_of(run) == pytest.approx(unbroken, abs=1e-5)
 
 
 def test_a_run_that_is_asked_to_end_is_saved_and_not_restarted(launch, unbroken, tmp_path: Path):
@@ -116,7 +73,7 @@ def test_a_run_that_is_asked_to_end_is_saved_and_not_restarted(launch, unbroken,
     assert said.count("Stopped by SIGTERM: saving after this step") == 2 and "restart" not in said
     assert launch(*HERE).exit_code() == 0, command.output.read_text()
     assert numbers_of(run) == [*range(1, STEPS + 1)]
-    assert losses(run) == pytest.approx(unbroken, abs=1e-5)
+    assert losses_of(run) == pytest.approx(unbroken, abs=1e-5)
 
 
 def test_what_the_user_has_to_mend_is_not_restarted(launch):
@@ -141,4 +98,4 @@ def test_on_two_nodes_ranks_are_restarted_in_place_and_a_signal_requeues(launch,
         assert said.count("restart 1 of 3 from the newest checkpoint") == 1
         assert "Stopped by SIGUSR1: saving" in said and "the job returns to the queue" in said
         assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("COMPLETED", "1")
-    assert losses(run) == pytest.approx(unbroken, abs=1e-5)
+    assert losses_of(run) == pytest.approx(unbroken, abs=1e-5)

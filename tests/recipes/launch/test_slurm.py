@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import forked
 import pytest
 import slurm
 import torch
-from runs import numbers_of, process_of_rank, processes_with, steps_of
+from runs import losses_of, numbers_of, process_of_rank, processes_with, steps_of, wait_for_step
 
 from gpt_oss_vision import GPTOSSVisionForCausalLM, GPTOSSVisionProcessor, cli
 from gpt_oss_vision.bridge.mcore import cpu
@@ -23,15 +23,8 @@ from gpt_oss_vision.recipes.data.tiny import tiny_config
 
 pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"not installed: {', '.join(slurm.missing())}")
 
+OPTIONS = ("--executor", "slurm", "--nodes", "2", "--gpus-per-node", "1")
 STEPS = 12
-SMALL = {
-    "train.train_iters": STEPS,
-    "train.global_batch_size": 8,
-    "train.micro_batch_size": 2,
-    "logger.log_interval": 1,
-    "validation.eval_iters": 0,
-    "checkpoint.save_interval": 4,
-}
 TO_BE_CONTINUED = 75
 
 
@@ -41,44 +34,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]
         yield running
 
 
-@pytest.fixture(scope="module")
-def arguments(digits: Path) -> tuple[str, ...]:
-    """Recipe and settings of a run of a few steps on a few rows."""
-    settings = SMALL | {"data.folder": digits, "data.path": digits / "few.jsonl"}
-    return ("gpt_oss_vision_tiny_sft", *(f"{name}={value}" for name, value in settings.items()))
-
-
-@pytest.fixture(scope="module")
-def unbroken(arguments: tuple[str, ...], python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of one rank that nothing ends early."""
-    out = tmp_path_factory.mktemp("unbroken")
-    assert forked.run("train", *arguments, f"out={out / 'run'}", output=out / "output") == 0
-    return losses(out / "run")
-
-
 @pytest.fixture(params=["torchrun", "srun"])
 def start(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture
-def launch(
-    arguments: tuple[str, ...], python: Path, cluster: slurm.Cluster, tmp_path: Path
-) -> Callable[..., forked.Command]:
-    """A function that launches the run on 2 nodes with a rank each."""
-
-    def launched(*options: str, output: str = "output") -> forked.Command:
-        nodes = ("--executor", "slurm", "--nodes", "2", "--gpus-per-node", "1", "--python", str(python))
-        given = {option.partition("=")[0] for option in options}
-        settings = [*(each for each in arguments if each.partition("=")[0] not in given), f"out={tmp_path / 'run'}"]
-        return forked.Command("launch", *settings, *nodes, *options, output=tmp_path / output)
-
-    return launched
-
-
-def losses(out: Path) -> dict[int, float]:
-    """The loss of each step, the last one where a step was computed twice."""
-    return {entry["step"]: entry["loss"] for entry in steps_of(out)}
 
 
 def job_of(run: Path) -> int:
@@ -89,12 +47,8 @@ def output_of(run: Path) -> str:
     return (run / f"launch/job-{job_of(run)}.txt").read_text()
 
 
-def wait_for_step(command: forked.Command, run: Path, number: int) -> None:
-    command.wait_until(lambda: max(numbers_of(run), default=0) >= number)
-
-
 def is_whole(run: Path, unbroken: dict[int, float]) -> bool:
-    return losses(run) == pytest.approx(unbroken, abs=1e-5)
+    return losses_of(run) == pytest.approx(unbroken, abs=1e-5)
 
 
 def test_two_nodes_train_as_one_rank(start: str, launch, cluster, unbroken, tmp_path: Path):

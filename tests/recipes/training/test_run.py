@@ -10,7 +10,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from runs import steps_of
+from runs import steps_of, wait_for_step
 
 import gpt_oss_vision
 from gpt_oss_vision.bridge.mcore import cpu
@@ -70,7 +70,7 @@ def test_a_run_killed_at_ten_steps_has_the_losses_of_an_unbroken_one(
     out = tmp_path / "run"
     for number in range(1, 11):
         command = forked.Command(*arguments(out), output=tmp_path / "output")
-        command.wait_until(lambda number=number: any(entry["step"] >= number for entry in steps_of(out)))
+        wait_for_step(command, out, number)
         command.send(signal.SIGKILL, group=True)
         assert command.exit_code() == -signal.SIGKILL
     assert forked.run(*arguments(out), output=tmp_path / "output") == 0
