@@ -105,7 +105,7 @@ def train(recipe: str, settings: Sequence[str], dry_run: bool) -> int:
         recipes = [find(name) for name in recipe.split(",")]
         found = overrides.parse(settings)
     options = {override.key: override.value for override in found}
-    out = Path(options.get("out") or Path("runs", recipe.replace(",", "+"))).absolute()
+    out = overrides.run_folder(recipe, options)
     if dry_run:
         return _dry_run(recipes, found, options, out)
     with ranks.usage_errors_of_one_rank():

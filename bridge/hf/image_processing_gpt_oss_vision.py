@@ -114,7 +114,10 @@ class GPTOSSVisionImageProcessor(PilBackend):
                 if len(array) not in (1, num_channels):
                     raise ValueError(f"The image has {len(array)} channels; the tower sees {num_channels}.")
                 return np.repeat(array, num_channels, axis=0) if len(array) == 1 else array
-            image = _to_pil(array, **kwargs)
+            array = np.require(_channels_last(array, **kwargs), requirements=["C", "W"])
+            if array.shape[2:] == (3,) and num_channels == 3:
+                return array.transpose(2, 0, 1)
+            image = Image.fromarray(array)
         if 0 in image.size:
             raise ValueError(f"The image has no pixels: it is {image.width} x {image.height}.")
         image = _to_mode(image, PIL_MODES[num_channels])
@@ -200,6 +203,8 @@ def _to_array(image: Any) -> np.ndarray:
     array = np.asarray(image)
     if array.size == 0:
         raise ValueError(f"The image has no pixels: its shape is {array.shape}.")
+    if array.dtype == np.uint8:
+        return array
     if array.dtype == np.bool_:
         return array * np.uint8(255)
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
@@ -214,15 +219,15 @@ def _to_8_bits(array: np.ndarray) -> np.ndarray:
     return (array.clip(0, 65535) / 257).round().astype(np.uint8)
 
 
-def _to_pil(array: np.ndarray, input_data_format: Any = None, **kwargs: Any) -> Image.Image:
-    """An array of 8 bits, `(h, w)`, `(h, w, c)` or `(c, h, w)`, with 1, 3 or 4 channels, as an image."""
+def _channels_last(array: np.ndarray, input_data_format: Any = None, **kwargs: Any) -> np.ndarray:
+    """An array `(h, w)`, `(h, w, c)` or `(c, h, w)`, with 1, 3 or 4 channels, as PIL takes it; one channel as none."""
     if array.ndim == 3:
         channels_first = array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4)
         if input_data_format is not None:
             channels_first = str(getattr(input_data_format, "value", input_data_format)) == "channels_first"
         array = array.transpose(1, 2, 0) if channels_first else array
         array = array[..., 0] if array.shape[-1] == 1 else array
-    return Image.fromarray(np.ascontiguousarray(array))
+    return array
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

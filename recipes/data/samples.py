@@ -68,7 +68,7 @@ def encode_row(row: Row, processor: GPTOSSVisionProcessor, learned_parts: Learne
         repeats = np.where(short == processor.image_token_id, processor.num_image_tokens, 1)
         input_ids = torch.from_numpy(short.repeat(repeats))
         learned = torch.from_numpy(loss_mask_of(short, processor, learned_parts).repeat(repeats))
-        images = [picture.source() for picture in row.images]
+        images = [picture.decoded() for picture in row.images]
         pixels = _stacked(processor.image_processor(images)["pixel_values"]) if images else None
     # The logits at t predict token t + 1, so the labels move one to the left; the last position predicts nothing.
     labels = torch.full_like(input_ids, IGNORE_INDEX)

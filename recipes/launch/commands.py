@@ -184,7 +184,7 @@ def _plan(
     found = overrides.parse(settings)
     overrides.refuse_other_stages(found, [name for each in recipes for name in each.names])
     options = {override.key: override.value for override in found}
-    run = Path(options.get("out") or Path(site.runs, recipe.replace(",", "+"))).absolute()
+    run = overrides.run_folder(recipe, options, site.runs)
     gpus = options.get("gpus") or recipes[0].gpus
     ranks = site.gpus_per_node or min(gpus, 8)
     if nodes is None:

@@ -54,7 +54,7 @@ def _run(arguments: Sequence[str]) -> int:
     options = {override.key: override.value for override in overrides.parse(settings)}
     if "ft.enable_ft_package" not in options:
         settings.append("ft.enable_ft_package=true")
-    file = outcome.file_of(Path(options.get("out") or Path("runs", recipe.replace(",", "+"))).absolute())
+    file = outcome.file_of(overrides.run_folder(recipe, options))
     try:
         launcher = _launcher()
     except UserError as error:

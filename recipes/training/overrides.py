@@ -6,9 +6,10 @@
 import dataclasses
 import importlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
@@ -61,6 +62,11 @@ def parse(arguments: Sequence[str]) -> list[Override]:
         raise UsageError("; ".join(problems))
     found = {(override.stage, override.key): override for override in _left_by(typed, from_files) + typed}
     return sorted(found.values(), key=lambda override: override.stage is not None)
+
+
+def run_folder(recipe: str, options: Mapping[str, Any], runs: str | Path = "runs") -> Path:
+    """The folder of a run: `out=`, or else one in `runs` with the name of its recipe or recipes."""
+    return Path(options.get("out") or Path(runs, recipe.replace(",", "+"))).absolute()
 
 
 def for_stage(overrides: Iterable[Override], names: Collection[str]) -> list[Override]:

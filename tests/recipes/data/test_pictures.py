@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
+from gpt_oss_vision.errors import UserError
+from gpt_oss_vision.recipes.data.dataset import ChatDataset
 from gpt_oss_vision.recipes.data.findings import examine
 from gpt_oss_vision.recipes.data.pictures import Picture, Pictures, UnusableRow
 from gpt_oss_vision.recipes.data.sources.opening import open_source
@@ -111,3 +115,57 @@ def test_an_image_of_a_hundred_megapixels_is_refused_by_its_header(folder, proce
     [skipped] = examine(open_source(folder / "data.jsonl"), processor).skipped
     assert "image bomb.png is broken" in skipped.reason
     assert "decompression bomb" in skipped.reason
+
+
+def jpeg(folder: Path, name: str, mode: str = "RGB", size: tuple[int, int] = (61, 47), **options: object) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, {"L": 1, "RGB": 3, "CMYK": 4}[mode]), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze(), mode).resize(size, Image.Resampling.BICUBIC)
+    image.save(folder / name, "JPEG", **options)
+
+
+JPEGS = {
+    "colour, 4:4:4": {"subsampling": 0, "quality": 95},
+    "colour, 4:2:2": {"subsampling": 1},
+    "colour, 4:2:0": {"subsampling": 2, "quality": 30},
+    "progressive": {"progressive": True},
+    "optimised, with restarts": {"optimize": True, "restart_marker_rows": 1},
+    "one pixel": {"size": (1, 1)},
+    "three pixels wide": {"size": (3, 40)},
+    "grey": {"mode": "L"},
+    "four inks": {"mode": "CMYK"},
+    "turned": {"turned": 6},
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("place", ["file.jpg", "file", "part", "bytes"])
+def test_a_jpeg_has_the_pixels_of_pil(folder, processor, kind, place):
+    options = dict(JPEGS[kind])
+    if orientation := options.pop("turned", None):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        options["exif"] = exif
+    jpeg(folder, "file.jpg", **options)
+    content = (folder / "file.jpg").read_bytes()
+    (folder / "file").write_bytes(content)
+    (folder / "data").write_bytes(b"before" + content + b"after")
+    picture = {
+        "file.jpg": Picture("a", path=str(folder / "file.jpg")),
+        "file": Picture("a", path=str(folder / "file")),
+        "part": Picture("a", path=str(folder / "data"), start=6, size=len(content)),
+        "bytes": Picture("a", content=content),
+    }[place]
+    found, by_pil = picture.decoded(), Image.open(folder / "file.jpg")
+    assert isinstance(found, np.ndarray) == (place != "file" and kind not in ("grey", "four inks", "turned"))
+    pixels = [processor.image_processor(image)["pixel_values"][0] for image in (found, by_pil)]
+    np.testing.assert_array_equal(*pixels)
+
+
+def test_a_jpeg_that_is_cut_off_is_named(folder, processor):
+    jpeg(folder, "cut.jpg", size=(500, 400))
+    content = (folder / "cut.jpg").read_bytes()
+    write_lines(folder / "data.jsonl", [{"text": "A cat.", "image": "cut.jpg"}])
+    dataset = ChatDataset(folder / "data.jsonl", processor, seq_length=64)
+    (folder / "cut.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"line 1.*Can't read the image .*cut\.jpg: image file is truncated"):
+        dataset[0]
