@@ -100,6 +100,11 @@ def set_learning_rate(config: ConfigContainer, highest: float, lowest: float) ->
     config.optimizer.lr, config.optimizer.min_lr = highest, lowest
 
 
+def recompute_tower(model: GPTOSSVisionProvider) -> None:
+    """Keep the pixels of the images alone, and compute the tower again in the backward pass."""
+    model.vision_recompute = True
+
+
 def recompute_layers(model: GPTOSSVisionProvider) -> None:
     """Keep the input of each layer alone, and compute the rest again in the backward pass."""
     model.recompute_granularity, model.recompute_method, model.recompute_num_layers = "full", "uniform", 1

@@ -4,7 +4,7 @@ Tensor and context parallelism together divide the 8 key/value groups. The loss 
 second fp32 copy of the logits.
 """
 
-from .base import ConfigContainer, recompute_layers, set_learning_rate, sized_config
+from .base import ConfigContainer, recompute_layers, recompute_tower, set_learning_rate, sized_config
 
 
 def gpt_oss_vision_20b_long_context_16gpu_h100_bf16_config() -> ConfigContainer:
@@ -31,6 +31,7 @@ def gpt_oss_vision_120b_long_context_64gpu_h100_bf16_config() -> ConfigContainer
     config = _long_context("120b", seq_length=131_072)
     _spread_over_64_gpus(config)
     recompute_layers(config.model)
+    recompute_tower(config.model)
     return config
 
 

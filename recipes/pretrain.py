@@ -1,13 +1,14 @@
 """Vision-language pretraining: all parameters, on images with text and text alone."""
 
-from .base import ConfigContainer, set_learning_rate, sized_config
+from .base import ConfigContainer, recompute_tower, set_learning_rate, sized_config
 
 
 def gpt_oss_vision_20b_pretrain_16gpu_h100_bf16_config() -> ConfigContainer:
-    """20B on 16 H100: a pipeline stage per node of 8, whose GPUs share the experts."""
+    """20B on 16 H100: a pipeline stage per node of 8, whose GPUs share the experts; the tower is recomputed."""
     config = _pretrain("20b")
     config.model.pipeline_model_parallel_size = 2
     config.model.expert_model_parallel_size = 8
+    recompute_tower(config.model)
     return config
 
 

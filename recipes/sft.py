@@ -1,6 +1,6 @@
 """Supervised fine-tuning of all parameters on chats, the tower at a lower learning rate than the rest."""
 
-from .base import ConfigContainer, recompute_layers, set_learning_rate, sized_config
+from .base import ConfigContainer, recompute_layers, recompute_tower, set_learning_rate, sized_config
 
 
 def gpt_oss_vision_20b_sft_8gpu_h100_bf16_config() -> ConfigContainer:
@@ -13,10 +13,11 @@ def gpt_oss_vision_20b_sft_8gpu_h100_bf16_config() -> ConfigContainer:
 
 
 def gpt_oss_vision_20b_sft_16gpu_h100_bf16_config() -> ConfigContainer:
-    """20B on 16 H100: a pipeline stage per node of 8, whose GPUs share the experts; nothing is recomputed."""
+    """20B on 16 H100: a pipeline stage per node of 8, whose GPUs share the experts; the tower is recomputed."""
     config = _sft("20b")
     config.model.pipeline_model_parallel_size = 2
     config.model.expert_model_parallel_size = 8
+    recompute_tower(config.model)
     return config
 
 

@@ -211,6 +211,14 @@ ROWS: tuple[Source, ...] = (
         for part, value in (("granularity", "full"), ("method", "uniform"), ("num_layers", 1))
     ),
     Source(
+        "^20b_(pretrain|sft)_16gpu|120b_long.*bf16$",
+        "model.vision_recompute",
+        True,
+        ESTIMATE,
+        "",
+        "rows full of images fit only so",
+    ),
+    Source(
         "b_long", "model.cross_entropy_loss_fusion", False, MEGATRON_BRIDGE_32K, "", "one fp32 copy of the logits less"
     ),
     # --- tiny

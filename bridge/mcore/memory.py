@@ -5,11 +5,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from ..hf.configuration_gpt_oss_vision import build_tower, tower_config
-from .backend import ENGINE
+from ..weight_map import PARAM_GROUPS
+from .activations import activations_of_stage, layers_of_chunks
 
 GIB = 2**30
 
@@ -50,12 +49,13 @@ def parameters_of_stage(provider, stage: int) -> Iterator[ParameterCount]:
         stage: of ``pipeline_model_parallel_size``.
     """
     hidden, tp = provider.hidden_size, provider.tensor_model_parallel_size
-    layers = _layers_of_stage(provider, stage)
+    layers = sum(layers_of_chunks(provider, stage))
     is_first, is_last = stage == 0, stage == provider.pipeline_model_parallel_size - 1
     yield ParameterCount("language_model", False, layers * _dense_parameters_of_layer(provider))
     yield ParameterCount("language_model", True, layers * _expert_parameters_of_layer(provider))
     yield ParameterCount("vision_bias", False, layers * provider.num_moe_experts)
-    vocabularies = [is_first, is_last].count(True)  # the embedding, the head
+    # The embedding, the head; with shared weights a head on another stage than the embedding is a copy of it.
+    vocabularies = [is_first, is_last and not (is_first and provider.share_embeddings_and_output_weights)].count(True)
     yield ParameterCount("language_model", False, vocabularies * hidden * provider.vocab_size // tp)
     if is_last:
         yield ParameterCount("language_model", False, hidden)
@@ -66,16 +66,6 @@ def parameters_of_stage(provider, stage: int) -> Iterator[ParameterCount]:
         vectors = 3 if provider.vision_pool_token else 2  # the norm's weight and bias, the pool token
         yield ParameterCount("vision_model", False, sum(parameter.numel() for parameter in tower.parameters()))
         yield ParameterCount("vision_projection", False, vectors * width + (width + 1) * hidden)
-
-
-def _layers_of_stage(provider, stage: int) -> int:
-    if provider.pipeline_model_parallel_layout is not None:
-        # Megatron-Core 0.19.2 ignores the stage here and counts the layers of the calling rank.
-        chunks = provider.pipeline_model_parallel_layout.layout[stage]
-        return sum(chunk.count(LayerType.decoder) for chunk in chunks)
-    chunks = range(provider.virtual_pipeline_model_parallel_size or 1)
-    interleaved = provider.virtual_pipeline_model_parallel_size is not None
-    return sum(get_num_layers_to_build(provider, chunk if interleaved else None, stage) for chunk in chunks)
 
 
 def _dense_parameters_of_layer(provider) -> int:
@@ -116,7 +106,7 @@ def adapters_of_stage(provider, stage: int, peft: Any) -> Iterator[ParameterCoun
     adapted = {target.rpartition(".")[2] for target in peft.target_modules}
     for name in sorted(adapted & ends.keys()):
         is_expert, values = ends[name]
-        yield ParameterCount("adapter", is_expert, _layers_of_stage(provider, stage) * peft.dim * values)
+        yield ParameterCount("adapter", is_expert, sum(layers_of_chunks(provider, stage)) * peft.dim * values)
 
 
 def memory_of_stage(
@@ -126,13 +116,14 @@ def memory_of_stage(
     world_size: int,
     micro_batch_size: int,
     microbatches: int,
-    is_distributed: bool = True,
+    images: int | None = None,
+    ddp: Any = None,
+    optimizer: Any = None,
     peft: Any = None,
 ) -> MemoryEstimate:
-    """Bytes on a rank of a pipeline stage in training with Adam.
+    """Bytes on a rank of a pipeline stage in training.
 
-    Weights are of ``params_dtype``, gradients and Adam's two moments of fp32, with an fp32 copy of half-precision
-    weights; the distributed optimizer shards moments and copy over the ranks that share a parameter.
+    Weights are of ``params_dtype``. The distributed optimizer shards its states over the ranks that share a parameter.
 
     Args:
         provider: the model at its layout, finalized.
@@ -140,77 +131,61 @@ def memory_of_stage(
         world_size: ranks in all.
         micro_batch_size: rows of a microbatch.
         microbatches: of a step on a data-parallel rank.
-        is_distributed: whether the optimizer is.
+        images: of a microbatch; None for rows full of images.
+        ddp: Megatron's ``DistributedDataParallelConfig``; None for fp32 gradients and the distributed optimizer.
+        optimizer: Megatron's ``OptimizerConfig``; None for Adam.
         peft: whose adapters are trained in place of weights, beside the groups of its ``full_weights`` if it is a
             `GPTOSSVisionLoRA`; None without adapters.
     """
     width = provider.params_dtype.itemsize
     pp, tp = provider.pipeline_model_parallel_size, provider.tensor_model_parallel_size
     expert_ranks = provider.expert_model_parallel_size * (provider.expert_tensor_parallel_size or 1)
-    groups = getattr(peft, "full_weights", ())
-    trained = {"adapter", *groups} if peft else {part.group for part in parameters_of_stage(provider, stage)}
+    trained = trained_groups(provider, peft)
+    is_distributed = ddp is None or ddp.use_distributed_optimizer
+    gradient = 4 if ddp is None or ddp.grad_reduce_in_fp32 else width
     adapters = adapters_of_stage(provider, stage, peft) if peft else ()
-    parameters = gradients = optimizer = 0.0
+    parameters = gradients = states = 0.0
     for part in (*parameters_of_stage(provider, stage), *adapters):
         parameters += part.count * width
-        if part.group in trained - {*provider.frozen_groups}:
+        if part.group in trained:
             ranks = world_size // pp // (expert_ranks if part.is_expert else tp)
-            gradients += part.count * 4
-            optimizer += part.count * (8 + (4 if width < 4 else 0)) / (ranks if is_distributed else 1)
-    tokens = micro_batch_size * provider.seq_length / (tp * provider.context_parallel_size)
-    learns = peft is not None or not provider.freeze_language_model
-    activations = tokens * width * _activations_per_token(provider, stage, microbatches, learns)
-    return MemoryEstimate(parameters, gradients, optimizer, activations)
+            gradients += part.count * gradient
+            states += part.count * bytes_of_states(optimizer, width) / (ranks if is_distributed else 1)
+    sizes = {"micro_batch_size": micro_batch_size, "microbatches": microbatches, "images": images}
+    activations = activations_of_stage(provider, stage, **sizes, trained=trained)
+    return MemoryEstimate(parameters, gradients, states, activations)
 
 
-def _activations_per_token(provider, stage: int, microbatches: int, learns: bool) -> float:
-    """Values of ``params_dtype`` that a rank holds for the backward pass per token of a microbatch, approximately.
+def trained_groups(provider, peft: Any) -> set[str]:
+    """The groups of parameters that have gradients; arguments as of `memory_of_stage`."""
+    groups = {"adapter", *getattr(peft, "full_weights", ())} if peft else {*PARAM_GROUPS}
+    return groups - {*provider.frozen_groups}
+
+
+def bytes_of_states(optimizer: Any, width: int) -> float:
+    """Bytes of the optimizer on the GPU for a parameter: moments, and a main copy of half-precision weights.
 
     Args:
-        provider: the model at its layout, finalized.
-        stage: of ``pipeline_model_parallel_size``.
-        microbatches: of a step on a data-parallel rank.
-        learns: whether the decoder's weights, or adapters on them, are trained. The input of a product with a frozen
-            weight is not kept.
+        optimizer: Megatron's ``OptimizerConfig``; None for Adam with all states in fp32.
+        width: bytes of a weight.
     """
-    hidden, head, ffn = provider.hidden_size, provider.kv_channels, provider.moe_ffn_hidden_size
-    layers = _layers_of_stage(provider, stage)
-    # q, k, v and the context.
-    attention = (2 * provider.num_attention_heads + 2 * provider.num_query_groups) * head
-    if provider.transformer_impl == ENGINE:
-        norm = hidden
-        # Input, gate and up, both again clamped, their product, which includes the routing weight.
-        expert = learns * hidden + 5 * ffn
+    main = 4 if width < 4 else 0
+    if optimizer is None:
+        return main + 8
+    if optimizer.optimizer != "adam":
+        moments = 4 if optimizer.optimizer == "lion" or optimizer.sgd_momentum else 0
+    elif optimizer.use_precision_aware_optimizer and not optimizer.optimizer_cpu_offload:
+        moments = optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
+        if main:  # of an fp32 copy the half that the bf16 weight does not have
+            is_halved = optimizer.store_param_remainders and optimizer.main_params_dtype == torch.float32
+            main = 2 if is_halved else optimizer.main_params_dtype.itemsize
     else:
-        # In fp32: the input and, to train the weight, the input divided by its root mean square.
-        norm = (1 + learns) * hidden * 4 / provider.params_dtype.itemsize
-        # Gate and up, four factors and products of them, and the output, which the routing weight multiplies; to train
-        # the weights, the input before and after sorting, and the product.
-        expert = hidden + 6 * ffn + learns * (2 * hidden + ffn)
-    # Two norms, the inputs of qkv and of the router, and the chosen experts.
-    layer = 2 * norm + learns * 2 * hidden + attention + provider.moe_router_topk * expert
-    if provider.recompute_granularity == "full":
-        layer = hidden + layer / max(layers, 1)  # the input of each, and all of the one that is being recomputed
-    chunks = provider.virtual_pipeline_model_parallel_size or 1
-    held = chunks_in_flight(provider, stage, microbatches) * layers / chunks * layer
-    if stage == provider.pipeline_model_parallel_size - 1:
-        # The logits of one microbatch, and their fp32 copy in the loss; Megatron-Core's fused loss makes a second one.
-        copies = 2 if provider.cross_entropy_loss_fusion else 1
-        held += provider.vocab_size * (1 + copies * 4 / provider.params_dtype.itemsize)
-    return held
-
-
-def chunks_in_flight(provider, stage: int, microbatches: int) -> int:
-    """Forward passes of model chunks whose backward pass is outstanding, at most, on a rank of a pipeline stage.
-
-    One more than the warm-up of Megatron-Core's 1F1B schedules (``get_pp_rank_microbatches``): with and without
-    interleaving, where a chunk is the whole stage.
-    """
-    pp, vpp = provider.pipeline_model_parallel_size, provider.virtual_pipeline_model_parallel_size
-    if vpp is None:
-        return min(pp - stage, microbatches)
-    group = provider.microbatch_group_size_per_vp_stage or pp
-    return min(2 * (pp - stage - 1) + (vpp - 1) * group + 1, microbatches * vpp)
+        moments = 8
+    if not optimizer.optimizer_cpu_offload:
+        return main + moments
+    on_gpu = 1 - optimizer.optimizer_offload_fraction
+    # Without the precision-aware optimizer the main copies stay on the GPU, and have copies on the CPU.
+    return on_gpu * (main + moments) if optimizer.use_precision_aware_optimizer else main + on_gpu * moments
 
 
 def memory_per_rank(provider, **sizes) -> MemoryEstimate:

@@ -17,6 +17,7 @@ from typing import Any
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 
 from ...bridge.mcore import cpu
+from ...bridge.mcore.activations import images_of_full_row
 from ...bridge.mcore.backend import planned_for_gpu
 from ...bridge.mcore.flops import decoder_flops
 from ...bridge.mcore.memory import GIB, MemoryEstimate, memory_per_rank, parameters_of_stage
@@ -266,18 +267,36 @@ def cost_without_data(config: ConfigContainer, hardware: Hardware) -> Cost:
     return cost(validate(config, hardware), hardware)
 
 
-def estimate(config: ConfigContainer, ranks: int) -> MemoryEstimate:
-    """Memory of the rank that needs most; the configuration is validated."""
+def estimate(config: ConfigContainer, ranks: int, images: int | None = None) -> MemoryEstimate:
+    """Memory of the rank that needs most.
+
+    Args:
+        config: validated.
+        ranks: in all.
+        images: the most of a row or a pack; None for `most_images`.
+    """
     model, train = config.model, config.train
+    images = most_images(config) if images is None else images
     shared = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     return memory_per_rank(
         model,
         world_size=ranks,
         micro_batch_size=train.micro_batch_size,
         microbatches=train.global_batch_size // (train.micro_batch_size * (ranks // shared)),
-        is_distributed=config.ddp.use_distributed_optimizer,
+        images=train.micro_batch_size * images,
+        ddp=config.ddp,
+        optimizer=config.optimizer,
         peft=config.peft,
     )
+
+
+def most_images(config: ConfigContainer) -> int:
+    """The most images that a row, or a pack, of data that are not known can have: as many as fit."""
+    if not config.model.use_vision:
+        return 0
+    limit = getattr(config.dataset, "images_per_pack", None)
+    fitting = images_of_full_row(config.model)
+    return fitting if limit is None else min(limit, fitting)
 
 
 def complete_steps(config: ConfigContainer, tokens: int | None, epochs: float | None) -> None:

@@ -352,7 +352,7 @@ def slice_step(bench: "Bench", backend: str, share: str, layers: int, images_per
         "mfu": flops / result["seconds"] / PEAK_FLOPS,
         "parameters": built.parameters,
         "loss": loss,
-        **memory(built, bench.sizes, with_optimizer=False),
+        **memory(built, bench.sizes, images_per_row, with_optimizer=False),
     }
 
 
@@ -364,11 +364,12 @@ def step_flops(provider: Any, sizes: Sizes, images_per_row: int) -> float:
     return decoder_flops(provider, sizes.rows * sizes.length).training() + images * image_flops(provider).training()
 
 
-def memory(built: Slice, sizes: Sizes, *, with_optimizer: bool) -> dict[str, float]:
+def memory(built: Slice, sizes: Sizes, images_per_row: int, *, with_optimizer: bool) -> dict[str, float]:
     """Peak memory since the last reset beside the estimate by bridge/mcore/memory.py, both in GiB."""
     from gpt_oss_vision.bridge.mcore.memory import memory_per_rank
 
-    estimate = memory_per_rank(built.provider, world_size=1, micro_batch_size=sizes.rows, microbatches=1)
+    batch = {"micro_batch_size": sizes.rows, "microbatches": 1, "images": sizes.rows * images_per_row}
+    estimate = memory_per_rank(built.provider, world_size=1, **batch)
     expected = estimate.total - (0 if with_optimizer else estimate.optimizer)
     return {
         "peak_gib": (torch.cuda.max_memory_allocated() - built.allocated_before) / GIB,
@@ -396,7 +397,7 @@ def optimizer_step(bench: "Bench", backend: str, share: str, layers: int) -> dic
     # With the states in memory, the peak of a whole training step.
     forward_backward(built.model, batch_of(bench, bench.sizes.images_per_row))
     share_of_model = parameters_of_model(bench) / bench.sizes.ranks
-    peak = memory(built, bench.sizes, with_optimizer=True)
+    peak = memory(built, bench.sizes, bench.sizes.images_per_row, with_optimizer=True)
     bench.drop_slice()  # the model holds the states
     return (
         result

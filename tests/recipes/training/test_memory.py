@@ -4,45 +4,17 @@ Kernels and libraries of CUDA take memory of their own; the bytes of tensors are
 estimate, and under 10 % here: activations of the tower, and the probabilities that attention keeps on a CPU.
 """
 
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from allocated import Allocated
 
 from gpt_oss_vision.bridge.mcore import cpu
 from gpt_oss_vision.recipes.catalog import find, load
 
 pytestmark = pytest.mark.slow
-
-
-class Allocated(TorchDispatchMode):
-    """Bytes of all tensors that live at one time, now and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.bytes = self.most = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                self.add(tensor.untyped_storage())
-        return result
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            weakref.finalize(storage, self.remove, storage._cdata)
-            self.bytes += storage.nbytes()
-            self.most = max(self.most, self.bytes)
-
-    def remove(self, key: int) -> None:
-        self.bytes -= self.sizes.pop(key)
 
 
 def estimated_and_allocated(config: Any, folder: Path, weights: Path | None) -> tuple[float, int]:
