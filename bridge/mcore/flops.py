@@ -6,8 +6,10 @@ Norms, activations, softmax and the embedding look-up, under 1 % together, are l
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from ..hf.configuration_gpt_oss_vision import image_shape, tower_config, tower_tokens
+from .param_groups import trained_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +68,14 @@ def image_flops(provider) -> Flops:
     blocks = tokens * layers * (4 * width**2 + 2 * width * vision.intermediate_size)
     ends = prod(image_shape(vision)) * width + provider.num_image_tokens * width * provider.hidden_size
     return Flops(weights=2.0 * (blocks + ends), attention=4.0 * layers * tokens**2 * width)
+
+
+def image_training_flops(provider, peft: Any) -> float:
+    """Operations of one image in a training step: without a backward pass where the tower is frozen.
+
+    Args:
+        provider: the model.
+        peft: the adapters that are trained, None without.
+    """
+    flops = image_flops(provider)
+    return flops.training() if "vision_model" in trained_groups(provider, peft) else flops.forward

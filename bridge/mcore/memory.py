@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..hf.configuration_gpt_oss_vision import build_tower, tower_config
-from ..weight_map import PARAM_GROUPS
 from .activations import activations_of_stage, layers_of_chunks
+from .param_groups import trained_groups
 
 GIB = 2**30
 
@@ -154,12 +154,6 @@ def memory_of_stage(
     sizes = {"micro_batch_size": micro_batch_size, "microbatches": microbatches, "images": images}
     activations = activations_of_stage(provider, stage, **sizes, trained=trained)
     return MemoryEstimate(parameters, gradients, states, activations)
-
-
-def trained_groups(provider, peft: Any) -> set[str]:
-    """The groups of parameters that have gradients; arguments as of `memory_of_stage`."""
-    groups = {"adapter", *getattr(peft, "full_weights", ())} if peft else {*PARAM_GROUPS}
-    return groups - {*provider.frozen_groups}
 
 
 def bytes_of_states(optimizer: Any, width: int) -> float:

@@ -6,6 +6,7 @@ The names are those of Megatron-Bridge's other vision models (``freeze_language_
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 from megatron.bridge.training.config import OptimizerConfigOverrideProvider, OptimizerConfigOverrideProviderContext
 from megatron.core.optimizer import ParamKey, ParamWithNamePredicate
@@ -13,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import nn
 
 from ...errors import UserError
-from ..weight_map import group_of
+from ..weight_map import PARAM_GROUPS, group_of
 
 
 def freeze(model: nn.Module, groups: Iterable[str]) -> None:
@@ -22,6 +23,18 @@ def freeze(model: nn.Module, groups: Iterable[str]) -> None:
     for name, parameter in model.named_parameters():
         if group_of(name) in groups:
             parameter.requires_grad_(False)
+
+
+def trained_groups(provider: Any, peft: Any) -> set[str]:
+    """The groups of parameters that have gradients; ``adapter`` stands for those of adapters.
+
+    Args:
+        provider: the model.
+        peft: whose adapters are trained in place of weights, beside the groups of its ``full_weights`` if it is a
+            `GPTOSSVisionLoRA`; None without adapters.
+    """
+    groups = {"adapter", *getattr(peft, "full_weights", ())} if peft else {*PARAM_GROUPS}
+    return groups - {*provider.frozen_groups}
 
 
 @dataclass(kw_only=True)

@@ -57,6 +57,10 @@ class ChatBatches(ShuffledEpochs):
         batch = collate(rows, self.dataset.seq_length, self.dataset.processor.tokenizer.pad_token_id)
         return _for_step(batch, len(self.dataset.samples_of))
 
+    def most_images(self) -> int:
+        """Of a row."""
+        return int(self.dataset.image_counts.max())
+
 
 class PackedBatches(PackedEpochs):
     """Epochs of packs of a chat file, with the `collate_fn` that Megatron-Bridge's loaders look for on a dataset."""
@@ -74,8 +78,36 @@ class PackedBatches(PackedEpochs):
         batch = collate_pack(rows, self.dataset.seq_length, self.dataset.processor.tokenizer.pad_token_id)
         return _for_step(batch, len(self.dataset.samples_of))
 
+    def most_images(self) -> int:
+        """Of a pack of the first epoch."""
+        return self.order.statistics().most_images
+
 
 Batches = ChatBatches | PackedBatches
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Training data in numbers.
+
+    Attributes:
+        rows: samples of an epoch.
+        skipped: rows that cannot be used.
+        images: of an epoch.
+        most_images: of a row of a batch, which is a sample or a pack.
+        packs: of an epoch; None without packing.
+    """
+
+    rows: int
+    skipped: int
+    images: int
+    most_images: int
+    packs: PackStatistics | None
+
+    @property
+    def images_per_row(self) -> float:
+        """The mean of the rows of batches."""
+        return self.images / (self.rows if self.packs is None else self.packs.packs)
 
 
 @dataclass
@@ -137,6 +169,7 @@ class ChatDatasetProvider(DatasetProvider):
     learned_channels: Literal["all", "final"] = "all"
     """Which parts of chats are learned (`samples.Learned`)."""
     dataloader_type: Literal["single"] | None = "single"
+    most_images = None  # of a row or a pack of the training data, once they are built; no field
 
     def finalize(self) -> None:
         """Refuse a dataset without data or processor, and the loaders that would change what is trained on.
@@ -170,8 +203,10 @@ class ChatDatasetProvider(DatasetProvider):
     def build_datasets(self, context: DatasetBuildContext) -> tuple[Batches | None, Batches | None, Batches | None]:
         """The three datasets, None for those without a path. Called on every rank: the ranks share the check."""
         processor = self.processor()
+        training = self._split(self.parts(), context.train_samples, processor)
+        self.most_images = None if training is None else training.most_images()
         return (
-            self._split(self.parts(), context.train_samples, processor),
+            training,
             self._split(self._part_of(self.valid_path), context.valid_samples, processor),
             self._split(self._part_of(self.test_path), context.test_samples, processor),
         )
@@ -201,14 +236,20 @@ class ChatDatasetProvider(DatasetProvider):
         """The training data, not shuffled. Called on every rank: the ranks share the check."""
         return self._open(self.parts(), self.processor())
 
-    def count_with_images(self) -> tuple[int, int, int, PackStatistics | None]:
-        """Samples of an epoch, skipped rows, images and packs of an epoch; by this process alone, which parses all."""
+    def count_with_images(self) -> Counts:
+        """Count the training data, by this process alone, which parses all."""
         dataset = self.training_data()
         order = self._order(self.parts(), dataset)
         images = [dataset.image_counts[dataset.source_of == source].mean() for source in range(len(order.rows))]
         in_epoch = sum(mean * samples for mean, samples in zip(images, order.per_epoch, strict=True))
         packs = self._packed(order, dataset).statistics() if self.packing else None
-        return len(order), len(dataset.skipped), round(in_epoch), packs
+        return Counts(
+            rows=len(order),
+            skipped=len(dataset.skipped),
+            images=round(in_epoch),
+            most_images=int(dataset.image_counts.max()) if packs is None else packs.most_images,
+            packs=packs,
+        )
 
     def batch_rows(self, epochs: float) -> float:
         """Samples, or packs, in some epochs of the training data. Called on every rank: the ranks share the check.

@@ -18,7 +18,7 @@ from megatron.bridge.utils.common_utils import is_last_rank, print_rank_0, print
 from megatron.core import parallel_state
 
 from ...bridge.mcore.batch_statistics import pop_losses, pop_source_losses, pop_squared_lengths, statistics_of
-from ...bridge.mcore.flops import decoder_flops, image_flops
+from ...bridge.mcore.flops import decoder_flops, image_training_flops
 from ...bridge.mcore.router_statistics import pop_expert_counts, write_router_statistics
 from ...terminal import Progress, say
 from ..data.mixture import source_titles
@@ -198,11 +198,7 @@ class TrainingLog(Callback):
 
     def _tower_flops(self, config: ConfigContainer, counts: torch.Tensor) -> float:
         _, images = _tokens_and_images(config.model, counts)
-        if not images:
-            return 0.0
-        flops = image_flops(config.model)
-        trains = config.peft is None and not config.model.freeze_vision_model
-        return images * (flops.training() if trains else flops.forward)
+        return images * image_training_flops(config.model, config.peft) if images else 0.0
 
 
 def _group(name: str) -> str:

@@ -19,11 +19,13 @@ from megatron.bridge.training.config import ConfigContainer, runtime_config_upda
 from ...bridge.mcore import cpu
 from ...bridge.mcore.activations import images_of_full_row
 from ...bridge.mcore.backend import planned_for_gpu
-from ...bridge.mcore.flops import decoder_flops
+from ...bridge.mcore.flops import decoder_flops, image_training_flops
 from ...bridge.mcore.memory import GIB, MemoryEstimate, memory_per_rank, parameters_of_stage
 from ...errors import UserError
+from ..data.megatron import Counts
 from ..data.packing import PackStatistics
 from .derive import steps_of
+from .uncounted import uncounted
 
 TRACKERS = {
     "wandb": ("wandb_project",),
@@ -52,7 +54,15 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What the steps of a run cost. Tokens count padding."""
+    """What the steps of a run cost. Tokens count padding.
+
+    Attributes:
+        flops_per_token: with the tower's of `images_per_row`.
+        flops_per_image: of tower and projection.
+        images_per_row: the mean; None where the data are not known.
+        most_images: of a row, for the memory.
+        uncounted: settings that the memory does not count.
+    """
 
     hardware: Hardware
     memory: MemoryEstimate
@@ -62,6 +72,10 @@ class Cost:
     tokens_per_step: int
     tokens_per_image: int
     flops_per_token: float
+    flops_per_image: float
+    images_per_row: float | None
+    most_images: int
+    uncounted: list[str]
 
     @property
     def gpu_hours_per_billion_tokens(self) -> float | None:
@@ -87,11 +101,27 @@ class Cost:
         yield "memory", f"{self.memory} on the rank that needs most{limit}"
         image = f"; an image is {self.tokens_per_image} of them" if self.tokens_per_image else ""
         yield "steps", f"{self.steps:,} of {self.batch:,} rows, {self.tokens_per_step:,} tokens{image}"
-        flops = self.flops_per_token
-        yield "operations", f"{flops:.3g} FLOPs per token, {flops * tokens:.3g} for {tokens:,} tokens"
+        yield from self._lines_of_images()
+        flops, is_text = self.flops_per_token, self.tokens_per_image and self.images_per_row is None
+        text = " of text" if is_text else ""
+        yield "operations", f"{flops:.3g} FLOPs per token{text}, {flops * tokens:.3g} for {tokens:,} tokens"
         if (hours := self.gpu_hours_per_billion_tokens) is not None:
-            rate = f"at {hardware.tflops:.0f} TFLOP/s per GPU"
+            rate = f"at {hardware.tflops:.0f} TFLOP/s per GPU{', without the tower' if is_text else ''}"
             yield "GPU-hours", f"{hours:.1f} per billion tokens, {hours * tokens / 1e9:,.0f} in all ({rate})"
+        if self.uncounted:
+            yield "not counted", f"the estimate of memory does not count {', '.join(self.uncounted)}"
+
+    def _lines_of_images(self) -> Iterator[tuple[str, str]]:
+        if not self.tokens_per_image:
+            return
+        each = f"the tower takes {self.flops_per_image:.3g} FLOPs for one"
+        if self.images_per_row is None:
+            yield (
+                "images",
+                f"memory is for {self.most_images} in every row, as many as fit; {each}, which are not counted",
+            )
+        else:
+            yield "images", f"{self.images_per_row:.1f} in a row, at most {self.most_images}; {each}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,34 +255,47 @@ def plan(config: ConfigContainer, hardware: Hardware, folder: Path) -> Plan:
     Raises:
         UserError: the configuration or the data cannot be used.
     """
-    rows, skipped, images, packs = config.dataset.count_with_images()
+    counts = config.dataset.count_with_images()
     checked = validate(config, hardware)
     return Plan(
-        cost=cost(checked, hardware),
-        rows=rows,
-        skipped=skipped,
-        images=images,
-        packs=packs,
+        cost=cost(checked, hardware, counts),
+        rows=counts.rows,
+        skipped=counts.skipped,
+        images=counts.images,
+        packs=counts.packs,
         checkpoint_size=_checkpoint_size(checked),
         checkpoints=_checkpoints(checked),
         free_disk=shutil.disk_usage(_existing(folder)).free,
     )
 
 
-def cost(config: ConfigContainer, hardware: Hardware) -> Cost:
-    """What a run costs whose configuration is validated."""
+def cost(config: ConfigContainer, hardware: Hardware, counts: Counts | None = None) -> Cost:
+    """What a run costs whose configuration is validated.
+
+    Args:
+        config: validated.
+        hardware: where it would run.
+        counts: of the training data; None where they are not known.
+    """
     train, model = config.train, config.model
     tokens = train.global_batch_size * model.seq_length
     learns = not model.freeze_language_model and config.peft is None
+    per_image = image_training_flops(model, config.peft) if model.use_vision else 0.0
+    images = 0.0 if counts is None else train.global_batch_size * counts.images_per_row
+    most = most_images(config) if counts is None else counts.most_images
     return Cost(
         hardware=hardware,
-        memory=estimate(config, hardware.ranks),
+        memory=estimate(config, hardware.ranks, most),
         parameters=sum(part.count for part in parameters_of_stage(_on_one_rank(model), 0)),
         steps=train.train_iters,
         batch=train.global_batch_size,
         tokens_per_step=tokens,
         tokens_per_image=model.num_image_tokens if model.use_vision else 0,
-        flops_per_token=decoder_flops(model, tokens).training(weight_gradients=learns) / tokens,
+        flops_per_token=(decoder_flops(model, tokens).training(weight_gradients=learns) + images * per_image) / tokens,
+        flops_per_image=per_image,
+        images_per_row=None if counts is None else counts.images_per_row,
+        most_images=most,
+        uncounted=uncounted(config),
     )
 
 
@@ -291,9 +334,11 @@ def estimate(config: ConfigContainer, ranks: int, images: int | None = None) -> 
 
 
 def most_images(config: ConfigContainer) -> int:
-    """The most images that a row, or a pack, of data that are not known can have: as many as fit."""
+    """The most images of a row, or a pack: of the data once they are built, before that as many as fit."""
     if not config.model.use_vision:
         return 0
+    if (found := getattr(config.dataset, "most_images", None)) is not None:
+        return found
     limit = getattr(config.dataset, "images_per_pack", None)
     fitting = images_of_full_row(config.model)
     return fitting if limit is None else min(limit, fitting)

@@ -1,7 +1,7 @@
 """The estimate of memory beside what torch's allocator gives out at most, in the training steps of the tiny recipes.
 
 Kernels and libraries of CUDA take memory of their own; the bytes of tensors are the same on a CPU. Not counted by the
-estimate, and under 10 % here: activations of the tower, and the probabilities that attention keeps on a CPU.
+estimate, and under 10 % here: the probabilities that attention keeps on a CPU.
 """
 
 from pathlib import Path

@@ -66,6 +66,58 @@ def test_a_dry_run_counts(dry_run):
     assert "checkpoints   1 of 0.01 GiB" in said
 
 
+def test_a_dry_run_counts_the_operations_of_the_tower(dry_run):
+    """As the line of progress does: three images in four rows."""
+    from gpt_oss_vision.bridge.mcore.flops import decoder_flops, image_flops
+    from gpt_oss_vision.recipes import catalog
+
+    code, said = dry_run(TINY, "train.train_iters=10", "train.global_batch_size=16")
+    assert code == 0
+    model = catalog.load(catalog.find(TINY)).model
+    image = image_flops(model).training()
+    flops = (decoder_flops(model, 512).training() + 16 * 3 / 4 * image) / 512
+    assert f"images        0.8 in a row, at most 1; the tower takes {image:.3g} FLOPs for one\n" in said
+    assert f"operations    {flops:.3g} FLOPs per token, {flops * 5120:.3g} for 5,120 tokens" in said
+
+
+def cost_of(name: str, **settings: object):
+    from gpt_oss_vision.recipes import catalog
+    from gpt_oss_vision.recipes.training.plan import Hardware, cost_without_data
+
+    recipe = catalog.find(name)
+    config = catalog.load(recipe)
+    for key, value in settings.items():
+        section, _, field = key.partition("__")
+        setattr(getattr(config, section), field, value)
+    return cost_without_data(config, Hardware(ranks=recipe.gpus, gpu="H100", memory=73.0, tflops=300.0))
+
+
+def test_without_data_rows_full_of_images_are_assumed_for_memory_and_text_for_operations():
+    cost = cost_of(LARGE)
+    lines = dict(cost.lines())
+    assert lines["images"].startswith("memory is for 31 in every row, as many as fit; the tower takes ")
+    assert "FLOPs per token of text" in lines["operations"]
+    assert "without the tower" in lines["GPU-hours"]
+    text = cost_of(LARGE, model__use_vision=False)
+    assert text.flops_per_token == cost.flops_per_token
+    assert "images" not in dict(text.lines())
+
+
+def test_a_limit_of_images_in_a_pack_limits_the_memory():
+    packed = {"dataset__packing": True, "dataset__images_per_pack": 4, "model__vision_recompute": False}
+    few, many = cost_of(LARGE, **packed), cost_of(LARGE, **packed | {"dataset__images_per_pack": None})
+    assert (few.most_images, many.most_images) == (4, 31)
+    assert few.memory.total < many.memory.total
+
+
+def test_settings_that_the_memory_does_not_count_are_named():
+    assert cost_of(LARGE).uncounted == []
+    cost = cost_of(LARGE, model__fine_grained_activation_offloading=True, model__offload_modules=["moe_act"])
+    assert dict(cost.lines())["not counted"] == (
+        "the estimate of memory does not count model.fine_grained_activation_offloading=True"
+    )
+
+
 LENGTHS = {"train.tokens=2000": 4, "train.epochs=6.1": 2, "train.train_iters=7": 7}
 
 
