@@ -102,7 +102,7 @@ def test_a_recipe_says_what_it_costs(tmp_path: Path):
     assert forked.run("recipes", "gpt_oss_vision_20b_sft", output=output) == 0
     said = output.read_text()
     assert "ranks         8 H100 SXM 80 GB; 21.22B parameters in all" in said
-    assert "GPU-hours     22.3 per billion tokens, 164 in all (at 300 TFLOP/s per GPU)" in said
+    assert "GPU-hours     22.3 per billion tokens, 164 in all (at 300 TFLOP/s per GPU, without the tower)" in said
     assert "an image is 258 of them" in said
 
 
