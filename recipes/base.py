@@ -100,6 +100,12 @@ def set_learning_rate(config: ConfigContainer, highest: float, lowest: float) ->
     config.optimizer.lr, config.optimizer.min_lr = highest, lowest
 
 
+def set_weight_decay(config: ConfigContainer, value: float) -> None:
+    """Set the weight decay of matrices, which Megatron's scheduler applies in every step."""
+    config.optimizer.weight_decay = value
+    config.scheduler.start_weight_decay = config.scheduler.end_weight_decay = value
+
+
 def recompute_tower(model: GPTOSSVisionProvider) -> None:
     """Keep the pixels of the images alone, and compute the tower again in the backward pass."""
     model.vision_recompute = True

@@ -1,7 +1,7 @@
 """The recipes of every task at toy size, on the handwritten digits: each runs on a CPU within minutes, in fp32."""
 
 from ..bridge.mcore.provider import provider_from_config
-from .base import ConfigContainer, base_config, set_learning_rate
+from .base import ConfigContainer, base_config, set_learning_rate, set_weight_decay
 from .data.megatron import DigitsDatasetProvider
 from .data.tiny import tiny_config
 from .training.peft import GPTOSSVisionLoRA
@@ -21,7 +21,9 @@ def gpt_oss_vision_tiny_align_1cpu_fp32_config() -> ConfigContainer:
 
 def gpt_oss_vision_tiny_sft_1cpu_fp32_config() -> ConfigContainer:
     """All parameters; enough steps to learn the digits from random weights."""
-    return _tiny(steps=300)
+    config = _tiny(steps=300)
+    set_weight_decay(config, 3.0)
+    return config
 
 
 def gpt_oss_vision_tiny_lora_1cpu_fp32_config() -> ConfigContainer:
@@ -41,7 +43,7 @@ def gpt_oss_vision_tiny_long_context_1cpu_fp32_config() -> ConfigContainer:
 
 def _tiny(steps: int, seq_length: int = 32) -> ConfigContainer:
     dataset = DigitsDatasetProvider(seq_length=seq_length, seed=0, num_workers=0, persistent_workers=False)
-    model = provider_from_config(tiny_config(), seq_length=seq_length)
+    model = provider_from_config(tiny_config(), seq_length=seq_length, init_method_std=0.15)
     config = base_config(model, dataset)
     config.train.train_iters, config.train.global_batch_size, config.train.micro_batch_size = steps, 64, 16
     config.validation.eval_interval, config.validation.eval_iters = 100, 4

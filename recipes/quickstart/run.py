@@ -26,7 +26,7 @@ from ...bridge.mcore.provider import GPTOSSVisionProvider, provider_from_config
 from ...conversion.exporting import export_checkpoint
 from ...conversion.importing import import_checkpoint
 from ...terminal import Progress, quiet
-from ..base import ConfigContainer, set_learning_rate
+from ..base import WEIGHT_DECAY, ConfigContainer, set_learning_rate, set_weight_decay
 from ..data.digits import DigitsSplit, EvaluationRow, evaluation_rows, write_digits
 from ..data.tiny import tiny_config, tiny_processor
 from ..inference.generate import load
@@ -121,6 +121,7 @@ def training_config(out: Path, digits: DigitsSplit, settings: Settings) -> Confi
     config.train.micro_batch_size = settings.micro_batch_size
     config.validation.eval_interval, config.validation.eval_iters = None, 0
     set_learning_rate(config, settings.learning_rate, lowest=settings.learning_rate / 100)
+    set_weight_decay(config, WEIGHT_DECAY)
     config.scheduler.lr_warmup_fraction, config.scheduler.lr_warmup_iters = None, settings.steps // 10
     config.rng.seed = settings.seed + 1
     config.logger.tensorboard_dir = str(out / "tensorboard")

@@ -159,7 +159,10 @@ def differences_from_defaults(config) -> dict[str, object]:
             value = getattr(section, inner.name)
             if inner.init and inner.name not in ("derived", "canonical_mapping") and value != defaults[inner.name]:
                 found[f"{each.name}.{inner.name}"] = value
-    architecture = {f"model.{name}" for name in megatron_fields(GPTOSSVisionConfig())} - {"model.seq_length"}
+    architecture = {f"model.{name}" for name in megatron_fields(GPTOSSVisionConfig())} - {
+        "model.seq_length",
+        "model.init_method_std",
+    }
     return {key: value for key, value in found.items() if key not in architecture}
 
 
