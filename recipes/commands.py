@@ -280,14 +280,15 @@ def _processor_of(folder: Path | None) -> Any:
 def _dry_run(recipes: Sequence[Any], found: Sequence[Any], options: dict[str, Any], out: Path) -> int:
     from ..terminal import quiet, say
 
-    problems: list[str] = []
+    plans = []
     with quiet(Path(os.devnull)):
+        from .training.plan import disk_problems
         from .training.run import dry_run
 
         for name, plan in dry_run(_stages(recipes, found, options), out, weights=_weights(options)):
             say(_table(name, plan))
-            problems += plan.problems()
-    if problems:
+            plans.append(plan)
+    if problems := [sentence for plan in plans for sentence in plan.problems()] + disk_problems(plans):
         raise UserError("; ".join(problems))
     return 0
 
@@ -328,10 +329,14 @@ def list_recipes(recipe: str | None, settings: Sequence[str], why: bool) -> int:
         return 0
     chosen, found = find(recipe), overrides.parse(settings)
     options = {override.key: override.value for override in found}
+    if "train.epochs" in options:
+        raise UsageError(
+            f"train.epochs={options['train.epochs']:g} is a number of steps only with the data: "
+            f"`train {chosen.name} --dry-run` counts them"
+        )
     from ..terminal import quiet, say
 
     with quiet(Path(os.devnull)):
-        from .catalog import load
         from .training.plan import cost_without_data
         from .training.run import derived
         from .training.settings import settings_of, text_of
@@ -339,9 +344,15 @@ def list_recipes(recipe: str | None, settings: Sequence[str], why: bool) -> int:
         (stage,) = _stages([chosen], found, options)
         config = derived(stage)
         say(_commented(f"train {chosen.name} @FILE reads this file"))
-        say(_commented(_table("It costs:", cost_without_data(config, stage.hardware))))
-        say(text_of(settings_of(config), settings_of(load(chosen))).rstrip())
+        say(_commented(_table("It costs:", cost_without_data(config, stage.hardware, stage.given))))
+        own = {override.key: _own_value(override) for override in found if override.key in overrides.FOR_ALL_STAGES}
+        say(text_of(own | settings_of(config, stage.stated), stage.recipe_settings).rstrip())
     return 0
+
+
+def _own_value(override: Any) -> Any:
+    """The value of a setting of the command itself, as a file has it."""
+    return override.text if override.key in ("time", "hang") else override.value
 
 
 def _sources(recipe: Any) -> str:

@@ -226,6 +226,9 @@ class ChatDatasetProvider(DatasetProvider):
     def processor(self) -> GPTOSSVisionProcessor:
         """The processor of all rows."""
         self._check_paths()
+        assert self.processor_path is not None
+        if os.path.isabs(self.processor_path) and not os.path.isdir(self.processor_path):
+            raise UserError(f"dataset.processor_path={self.processor_path} is no folder; name {PROCESSOR}")
         return GPTOSSVisionProcessor.from_pretrained(self.processor_path)
 
     def fingerprint_of_data(self) -> str:
@@ -250,6 +253,11 @@ class ChatDatasetProvider(DatasetProvider):
             most_images=int(dataset.image_counts.max()) if packs is None else packs.most_images,
             packs=packs,
         )
+
+    def count_held_out(self) -> dict[str, int]:
+        """Samples of the validation and the test data, where there are any; by this process alone."""
+        parts = {"validation": self._part_of(self.valid_path), "test": self._part_of(self.test_path)}
+        return {name: len(self._open(found, self.processor())) for name, found in parts.items() if found}
 
     def batch_rows(self, epochs: float) -> float:
         """Samples, or packs, in some epochs of the training data. Called on every rank: the ranks share the check.

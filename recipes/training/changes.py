@@ -33,6 +33,11 @@ FREE = (
     *("scheduler.lr_decay_steps", "scheduler.lr_warmup_steps", "scheduler.wd_incr_steps", "scheduler.wsd_decay_steps"),
 )
 
+WEIGHTS = "checkpoint.pretrained_checkpoint"
+NAMED = (WEIGHTS, "ddp.grad_reduce_in_fp32", "ddp.average_in_collective")
+NAMED_PREFIXES = ("validation.eval_",)
+"""What is named though it is in such a section."""
+
 ARCHITECTURE = {
     *({*HF_TO_MEGATRON.values()} - {*TRAINING_ONLY}),
     *YARN.values(),
@@ -68,6 +73,11 @@ class Change:
             if self.is_refused:
                 return "the training data have another content, or a source of them is gone"
             return "there are more sources of training data"
+        if self.name == WEIGHTS:
+            return (
+                f"weights={self.now or 'none'} are not read, as the run continues its own; it started from "
+                f"{self.before or 'random weights'}"
+            )
         return f"{self.name} was {self.before!r} and is {self.now!r}"
 
     @property
@@ -123,5 +133,7 @@ def _named(section: Any) -> Any:
 
 def _is_free(name: str) -> bool:
     section, _, field = name.partition(".")
+    if name in NAMED or name.startswith(NAMED_PREFIXES):
+        return False
     # Megatron-Bridge sets the functions when it builds the model.
     return section in FREE_SECTIONS or name in FREE or field.startswith("exit_") or field.endswith("_func")

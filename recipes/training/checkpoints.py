@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from ...bridge.weight_map import PARAM_GROUPS
 from ...errors import UserError
 from ...terminal import say
-from .changes import as_mapping, changes
+from .changes import Change, as_mapping, changes
 
 IN_PROGRESS = "saving_{step}"
 """A file beside the checkpoints that exists while the checkpoint of that step is incomplete."""
@@ -82,7 +82,8 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
         if folder is None or not self.checkpoint_config.load_optim or self.checkpoint_config.finetune:
             return super().load(ctx)
         saved = read_run_config(str(Path(folder, "run_config.yaml")))
-        _check_changes(Path(folder), saved, ctx.state.cfg)
+        if (found := changes_since(Path(folder), ctx.state.cfg)) and get_rank_safe() == 0:
+            say(f"Continuing with other settings: {'; '.join(map(str, found))}")
         with _learning_rates_of(saved, ctx.optimizer, ctx.state.cfg):
             loaded = super().load(ctx)
         assert ctx.state.cfg is not None
@@ -145,13 +146,17 @@ def _check_same_on_all_ranks(load: str | None) -> None:
         raise UserError(f"The ranks would continue from different checkpoints ({folders}); start the run again.")
 
 
-def _check_changes(folder: Path, saved: dict[str, Any], config: Any) -> None:
-    """Name the settings that differ from those of a checkpoint.
+def changes_since(folder: Path, config: Any) -> list[Change]:
+    """The settings that differ from those of a checkpoint and are applied when a run continues from it.
+
+    Args:
+        folder: of the iteration.
+        config: of the run, validated.
 
     Raises:
         UserError: the run cannot be continued with one of them, or the checkpoint has no optimizer states.
     """
-    found = changes(saved, config)
+    found = changes(read_run_config(str(folder / "run_config.yaml")), config)
     refused = [str(change) for change in found if change.is_refused]
     if not any("optimizer" in key for key in load_sharded_metadata(str(folder))):
         refused = ["it has no optimizer states"]
@@ -161,8 +166,7 @@ def _check_changes(folder: Path, saved: dict[str, Any], config: Any) -> None:
             f"from its weights: weights={folder} and another out=DIR (in a configuration: "
             "checkpoint.pretrained_checkpoint in place of checkpoint.load)"
         )
-    if found and get_rank_safe() == 0:
-        say(f"Continuing with other settings: {'; '.join(map(str, found))}")
+    return found
 
 
 def _say_what_is_read(saved: dict[str, Any], dataset: Any, place: int) -> None:
@@ -257,6 +261,21 @@ def newest_complete(folder: Path) -> tuple[int, Path] | None:
     saved = _by_step(written, r"iter_(\d{7})")  # not a copy, such as iter_0000100_best
     complete = saved.keys() - unfinished
     return (max(complete), saved[max(complete)]) if complete else None
+
+
+def start_of(checkpoint: CheckpointConfig) -> tuple[int, Path] | None:
+    """Step and folder of the checkpoint from which a run in ``save`` continues; None where it begins.
+
+    Raises:
+        UserError: ``ckpt_step`` is not there.
+    """
+    assert checkpoint.save is not None
+    folder, step = Path(checkpoint.save), checkpoint.ckpt_step
+    if step is None:
+        return newest_complete(folder)
+    if not (place := folder / f"iter_{step:07d}").joinpath("run_config.yaml").is_file():
+        raise UserError(f"checkpoint.ckpt_step={step}: {folder} has no complete checkpoint of that step")
+    return step, place
 
 
 def _by_step(paths: Iterable[Path], pattern: str) -> dict[int, Path]:

@@ -5,7 +5,8 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 # isort: split
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from megatron.bridge.training.config import ConfigContainer
@@ -13,12 +14,15 @@ from megatron.bridge.training.config import ConfigContainer
 from ...errors import UserError
 
 
-def derive(config: ConfigContainer, given: Collection[str] = ()) -> None:
+def derive(
+    config: ConfigContainer, given: Collection[str] = (), recipe: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Set, in place, what follows from other fields.
 
     Args:
         config: a recipe's, with the user's settings.
         given: names of the fields that the user has set; these are not changed.
+        recipe: the settings of the recipe without the user's.
 
     Raises:
         UserError: two settings contradict each other.
@@ -26,11 +30,30 @@ def derive(config: ConfigContainer, given: Collection[str] = ()) -> None:
     derive_sequence_length(config, given)
     derive_weight_decay(config, given)
     check_packing(config)
-    if "optimizer.lr" in given and "optimizer.min_lr" not in given:
-        config.optimizer.min_lr = config.optimizer.lr / 10
+    derive_learning_rate(config, given, recipe)
     config.tokenizer.vocab_size = config.model.vocab_size - 1  # Megatron-Bridge adds one for the end of a text
     if config.model.calculate_per_token_loss:
+        if config.ddp.average_in_collective and "ddp.average_in_collective" in given:
+            raise UserError(
+                "ddp.average_in_collective=true contradicts model.calculate_per_token_loss=true: the sum of gradients "
+                "is divided by all tokens"
+            )
         config.ddp.average_in_collective = False  # the sum of gradients is divided by all tokens
+
+
+def derive_learning_rate(config: ConfigContainer, given: Collection[str], recipe: Mapping[str, Any]) -> None:
+    """Let another learning rate end at the share of it at which the recipe's ends.
+
+    Raises:
+        UserError: the last learning rate is above the highest.
+    """
+    optimizer, highest = config.optimizer, recipe.get("optimizer.lr")
+    if "optimizer.lr" in given and "optimizer.min_lr" not in given and highest:
+        optimizer.min_lr = float(f"{optimizer.lr * recipe.get('optimizer.min_lr', 0.0) / highest:.9g}")
+    if optimizer.min_lr is not None and optimizer.min_lr > optimizer.lr:
+        raise UserError(
+            f"optimizer.min_lr={optimizer.min_lr:g}, at which the schedule ends, is above optimizer.lr={optimizer.lr:g}"
+        )
 
 
 def derive_sequence_length(config: ConfigContainer, given: Collection[str]) -> None:

@@ -17,7 +17,7 @@ from . import schema, settings_file, values
 from .schema import FOR_ALL_STAGES, OWN, TASKS, Field
 from .values import Node, Scalar
 
-LENGTHS = ("train.train_iters", "train.train_samples", "train.tokens", "train.epochs")
+LENGTHS = ("train.train_iters", "train.tokens", "train.epochs")
 """Settings of which one decides the length of a run."""
 
 SHORT = {"data": "dataset"}
@@ -65,8 +65,15 @@ def parse(arguments: Sequence[str]) -> list[Override]:
 
 
 def run_folder(recipe: str, options: Mapping[str, Any], runs: str | Path = "runs") -> Path:
-    """The folder of a run: `out=`, or else one in `runs` with the name of its recipe or recipes."""
-    return Path(options.get("out") or Path(runs, recipe.replace(",", "+"))).absolute()
+    """The folder of a run: `out=`, or else one in `runs` with the name of its recipe or recipes.
+
+    Raises:
+        UsageError: there is a file in its place.
+    """
+    folder = Path(options.get("out") or Path(runs, recipe.replace(",", "+"))).absolute()
+    if not (place := next(place for place in (folder, *folder.parents) if place.exists())).is_dir():
+        raise UsageError(f"out={folder} cannot be the folder of a run, as {place} is a file")
+    return folder
 
 
 def for_stage(overrides: Iterable[Override], names: Collection[str]) -> list[Override]:
@@ -311,6 +318,8 @@ def _explained(name: str, value: str) -> str:
         return f"{typed}: several recipes are one argument, with commas between them: RECIPE,{name}"
     if re.search(r"\.ya?ml$", name):
         return f"{typed}: settings of a file are read by @{name}"
+    if name.startswith("-") and name.replace("-", "").replace("_", "") == "dryrun":
+        return f"{typed}: the option is --dry-run"
     key = _split(name.lstrip("-").replace("-", "_"))[1]
     meant = [key] if schema.find(key) else schema.nearest(key, 1)
     if not meant:

@@ -7,6 +7,7 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from megatron.bridge.peft.lora import LoRA
 
 from ...bridge.mcore.upstream import as_config_value
@@ -23,6 +24,7 @@ class GPTOSSVisionLoRA(LoRA):
 
     full_weights: list[str] = field(default_factory=lambda: ["vision_projection", "vision_bias"])
     names_of_full_weights = frozenset()  # of the model that has been adapted; no field
+    matched = frozenset()  # targets that some module has matched; no field
 
     def freeze_model(self, model: Any, training: bool = True) -> None:
         """Freeze all parameters, in training but those of `full_weights` that are not frozen already.
@@ -40,6 +42,33 @@ class GPTOSSVisionLoRA(LoRA):
         super().freeze_model(model, training)
         for parameter in kept.values() if training else ():
             parameter.requires_grad_(True)
+
+    def __call__(self, model: Any, training: bool = True) -> Any:
+        """Adapt a model. Megatron-Bridge only logs a target without a module, and then trains without its adapters.
+
+        Raises:
+            UserError: a target matches no module of any rank.
+        """
+        self.matched = frozenset()
+        adapted = super().__call__(model, training)
+        unmatched = {*(self.target_modules or ())} - self.matched
+        if torch.distributed.is_initialized():  # a pipeline stage has some of the layers
+            of_ranks = [unmatched] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(of_ranks, unmatched)
+            unmatched = set.intersection(*of_ranks)
+        if unmatched:
+            raise UserError(
+                f"peft.target_modules has {', '.join(sorted(unmatched))}, which no module of the model is called; "
+                "the linear layers are linear_qkv, linear_proj, linear_fc1 and linear_fc2"
+            )
+        return adapted
+
+    def match(self, m: Any, name: str | None = None, prefix: str | None = None) -> tuple[str, str] | None:
+        """The target that a module matches, and the module's name; the target is recorded."""
+        found = super().match(m, name, prefix)
+        if found is not None:
+            self.matched = self.matched | {found[0]}
+        return found
 
     def adapter_key_filter(self, key: Any) -> bool:
         """Whether a checkpoint has the parameter: an adapter's or a full weight, also where it is loaded to be used."""

@@ -7,13 +7,14 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.bridge.training.config import ConfigContainer, runtime_config_update
 
 from ...bridge.mcore import cpu
@@ -96,7 +97,8 @@ class Cost:
         """Titles and values."""
         hardware, tokens = self.hardware, self.steps * self.tokens_per_step
         ranks = f"{hardware.ranks} {hardware.gpu or 'on a CPU'}"
-        yield "ranks", f"{ranks}; {self.parameters / 1e9:.2f}B parameters in all"
+        count, unit = (self.parameters / 1e9, "B") if self.parameters >= 1e8 else (self.parameters / 1e6, "M")
+        yield "ranks", f"{ranks}; {count:.2f}{unit} parameters in all"
         limit = f"; {hardware.memory:.0f} GiB are usable" if hardware.memory else ""
         yield "memory", f"{self.memory} on the rank that needs most{limit}"
         image = f"; an image is {self.tokens_per_image} of them" if self.tokens_per_image else ""
@@ -128,8 +130,10 @@ class Cost:
 class Plan:
     """A run in numbers. Sizes in bytes."""
 
+    start: str
     cost: Cost
     rows: int
+    held_out: dict[str, int]
     skipped: int
     images: int
     packs: PackStatistics | None
@@ -138,18 +142,12 @@ class Plan:
     free_disk: float
 
     def problems(self) -> list[str]:
-        """Why the run would fail, a sentence each; none where it would not."""
-        found, needed = self.cost.problems(), self.checkpoint_size * self.checkpoints
-        if needed > self.free_disk:
-            found.append(
-                f"{self.checkpoints} checkpoints of {self.checkpoint_size / GIB:.1f} GiB do not fit the "
-                f"{self.free_disk / GIB:.1f} GiB that are free: keep fewer by checkpoint.most_recent_k, or name "
-                "another disk by out=DIR"
-            )
-        return found
+        """Why the run would fail apart from the disk, a sentence each; none where it would not."""
+        return self.cost.problems()
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Titles and values."""
+        yield "starts", self.start
         yield from self.cost.lines()
         batch_rows = self.rows if self.packs is None else self.packs.packs
         epochs = self.cost.steps * self.cost.batch / batch_rows
@@ -157,6 +155,8 @@ class Plan:
             "data",
             f"{self.rows:,} rows with {self.images:,} images, {self.skipped:,} rows are skipped; {epochs:.2f} epochs",
         )
+        if self.held_out:
+            yield "held out", ", ".join(f"{rows:,} rows for {what}" for what, rows in self.held_out.items())
         if self.packs is not None:
             yield "packs", str(self.packs)
         per_step = self.images / batch_rows * self.cost.batch * self.cost.tokens_per_image
@@ -165,26 +165,72 @@ class Plan:
         yield "checkpoints", f"{self.checkpoints} of {size:.2f} GiB; {free:,.0f} GiB are free"
 
 
-def validate(config: ConfigContainer, hardware: Hardware) -> ConfigContainer:
+def disk_problems(stages: Sequence[Plan]) -> list[str]:
+    """Why the checkpoints of all stages of a run would not fit, a sentence or none."""
+    free = stages[0].free_disk
+    if sum(stage.checkpoint_size * stage.checkpoints for stage in stages) <= free:
+        return []
+    needed = " and ".join(
+        f"{stage.checkpoints} checkpoints of {stage.checkpoint_size / GIB:.1f} GiB" for stage in stages
+    )
+    less = "keep fewer by checkpoint.most_recent_k, or name another disk by out=DIR"
+    return [f"{needed} do not fit the {free / GIB:.1f} GiB that are free: {less}"]
+
+
+def validate(config: ConfigContainer, hardware: Hardware, given: Collection[str] = ()) -> ConfigContainer:
     """Return a copy of a configuration as Megatron-Bridge completes and checks it before it trains.
 
+    Args:
+        config: complete.
+        hardware: where it would run.
+        given: names of the fields that the user has set.
+
     Raises:
-        UserError: with what Megatron-Bridge, or this package, refuses.
+        UserError: with what Megatron-Bridge, or this package, refuses; or a setting of the user would have no effect.
     """
     _check_ranks(config, hardware.ranks)
     _check_trackers(config.logger)
+    if config.ddp.use_distributed_optimizer and config.optimizer.optimizer == "sgd":
+        raise UserError(
+            "optimizer.optimizer=sgd needs ddp.use_distributed_optimizer=false and "
+            "optimizer.use_distributed_optimizer=false; Megatron-Core shards the states of Adam alone"
+        )
     checked = copy.deepcopy(config)
     is_elsewhere = hardware.gpu is not None and not cpu.cuda_is_real()
     if not is_elsewhere:
         cpu.adapt_config_for_cpu(checked)
+    asked = {name: value for name in given if (value := _value_of(checked, name)) is not None}
     with planned_for_gpu() if is_elsewhere else nullcontext(), _world_of(hardware.ranks):
         try:
             runtime_config_update(checked)
         except UserError:
             raise
-        except (AssertionError, ValueError) as error:
+        except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(f"Megatron-Bridge refuses this configuration: {' '.join(str(error).split())}") from error
+    _check_effect(asked, checked)
     return checked
+
+
+def _value_of(config: ConfigContainer, name: str) -> Any:
+    """The value of a setting with a plain one, else None."""
+    section, _, field = name.partition(".")
+    value = getattr(getattr(config, section, None), field, None) if field else None
+    return value if isinstance(value, bool | int | float | str | torch.dtype) else None
+
+
+def _check_effect(asked: Mapping[str, Any], config: ConfigContainer) -> None:
+    """Check that what the user has set is what is trained with.
+
+    Raises:
+        UserError: another setting has replaced it.
+    """
+    for name, value in asked.items():
+        if (now := _value_of(config, name)) == value:
+            continue
+        field = name.rpartition(".")[2]
+        of_precision = hasattr(config.mixed_precision, field)
+        place = f"mixed_precision.{field}" if of_precision else "the setting that it follows from"
+        raise UserError(f"{name}={value} has no effect, as it becomes {now}; set {place}")
 
 
 def _check_trackers(logger: Any) -> None:
@@ -244,21 +290,25 @@ def check_processor(config: ConfigContainer) -> None:
         )
 
 
-def plan(config: ConfigContainer, hardware: Hardware, folder: Path) -> Plan:
+def plan(config: ConfigContainer, hardware: Hardware, folder: Path, given: Collection[str], start: str) -> Plan:
     """Check a run and count what it would do.
 
     Args:
         config: complete.
         hardware: where it would run.
         folder: of the run.
+        given: names of the fields that the user has set.
+        start: what it would start from, in words.
 
     Raises:
         UserError: the configuration or the data cannot be used.
     """
     counts = config.dataset.count_with_images()
-    checked = validate(config, hardware)
+    checked = validate(config, hardware, given)
     return Plan(
+        start=start,
         cost=cost(checked, hardware, counts),
+        held_out=config.dataset.count_held_out() if config.validation.eval_iters else {},
         rows=counts.rows,
         skipped=counts.skipped,
         images=counts.images,
@@ -299,15 +349,15 @@ def cost(config: ConfigContainer, hardware: Hardware, counts: Counts | None = No
     )
 
 
-def cost_without_data(config: ConfigContainer, hardware: Hardware) -> Cost:
-    """What a run costs whose paths are not known yet."""
+def cost_without_data(config: ConfigContainer, hardware: Hardware, given: Collection[str] = ()) -> Cost:
+    """What a run costs whose paths are not known yet; `given` as of `validate`."""
     config = copy.deepcopy(config)
     if config.dataset.sources is None:
         config.dataset.path = config.dataset.path or "not named"
     config.dataset.processor_path = config.dataset.processor_path or "not named"
     if config.peft is not None:  # Megatron-Bridge wants a folder that exists
         config.checkpoint.pretrained_checkpoint = "."
-    return cost(validate(config, hardware), hardware)
+    return cost(validate(config, hardware, given), hardware)
 
 
 def estimate(config: ConfigContainer, ranks: int, images: int | None = None) -> MemoryEstimate:

@@ -26,7 +26,8 @@ from ...errors import UserError
 from ...terminal import say
 from ..data.megatron import on_rank_0
 from . import outcome, ranks
-from .checkpoints import newest_complete
+from .changes import ARCHITECTURE
+from .checkpoints import changes_since, start_of
 from .derive import derive
 from .failures import first_failure
 from .heartbeat import Heartbeat
@@ -36,7 +37,7 @@ from .settings import settings_of
 from .stop_signals import EXIT_TO_BE_CONTINUED, Stopped
 from .stopping import stop_requests
 from .train import train
-from .weights import start_from
+from .weights import start_from, take_architecture
 
 CHECKPOINTS = "checkpoints"
 
@@ -66,6 +67,11 @@ class Stage:
     hardware: Hardware
     recipe: str = ""
     recipe_settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def stated(self) -> set[str]:
+        """The settings that are in a file of its configuration whatever their value."""
+        return {*self.given, *self.recipe_settings}
 
 
 def run(
@@ -118,21 +124,52 @@ def dry_run(stages: Sequence[Stage], out: Path, *, weights: Path | None = None) 
     Raises:
         UserError: as of `run`.
     """
+    first, before = stages[0].config, out
     with TemporaryDirectory() as digits:
         for stage, folder in zip(stages, folders_of(stages, out), strict=True):
-            config, start = copy.deepcopy(stage.config), weights if stage is stages[0] else folder
+            config, is_first = copy.deepcopy(stage.config), stage is stages[0]
+            start = weights if is_first else before / CHECKPOINTS
             _check_weights(stage, start)
-            complete(config, stage, folder, Path(digits), weights if stage is stages[0] else None)
+            if not is_first:
+                _take_over(config, first)
+            complete(config, stage, folder, Path(digits), weights)
             check_processor(config)
-            if start is not None:
-                config.checkpoint.pretrained_checkpoint = str(start)
-            yield stage.name, plan(config, stage.hardware, out)
+            if start is not None:  # Megatron-Bridge wants a folder that exists
+                config.checkpoint.pretrained_checkpoint = str(start) if start.exists() else digits
+            yield stage.name, plan(config, stage.hardware, out, stage.given, _would_start(config, stage, start))
+            first, before = config if is_first else first, folder
+
+
+def _take_over(config: ConfigContainer, first: ConfigContainer) -> None:
+    """Let a later stage of a dry run have what it takes from the stage before, whose checkpoint is not there yet."""
+    fields = {name: getattr(first.model, name) for name in sorted(ARCHITECTURE & {*vars(first.model)})}
+    take_architecture(config, fields, "The model of the stage before")
+    if config.dataset.processor_path is None:
+        config.dataset.processor_path = first.dataset.processor_path
+
+
+def _would_start(config: ConfigContainer, stage: Stage, weights: Path | None) -> str:
+    """What a stage of a dry run would start from.
+
+    Raises:
+        UserError: its folder has a run that cannot be continued with this configuration.
+    """
+    done = start_of(config.checkpoint)
+    if done is None:
+        return _start(None, weights)
+    config.dataset.fingerprint = config.dataset.fingerprint_of_data()
+    found = changes_since(done[1], validate(config, stage.hardware, stage.given))
+    return "; ".join([_start(done, weights), *map(str, found)])
+
+
+def _start(done: tuple[int, Path] | None, weights: Path | None) -> str:
+    return f"after step {done[0]}" if done else f"from {weights}" if weights else "from random weights"
 
 
 def derived(stage: Stage) -> ConfigContainer:
     """The configuration of a stage with what follows from its settings; paths stay as they are."""
     config = copy.deepcopy(stage.config)
-    derive(config, stage.given)
+    derive(config, stage.given, stage.recipe_settings)
     if stage.tokens is not None:
         complete_steps(config, stage.tokens, None)
     return config
@@ -162,7 +199,7 @@ def complete(config: ConfigContainer, stage: Stage, folder: Path, digits: Path, 
     config.logger.tensorboard_dir = str(folder / "tensorboard")
     if getattr(config.dataset, "folder", "") is None:
         config.dataset.folder = str(digits)
-    derive(config, stage.given)
+    derive(config, stage.given, stage.recipe_settings)
     config.dataset.prepare()
     complete_steps(config, stage.tokens, stage.epochs)
 
@@ -182,15 +219,17 @@ def _train_stage(stage: Stage, folder: Path, out: Path, weights: Path | None, ca
     complete(config, stage, folder, out / "digits", weights)
     check_processor(config)
     config.dataset.fingerprint = on_rank_0(config.dataset.fingerprint_of_data)
-    validate(config, Hardware(ranks=ranks.world_size()))
-    done, steps = newest_complete(Path(config.checkpoint.save)), config.train.train_iters
-    if done is not None and done[0] >= steps:
-        _say(f"{stage.name} is finished: {done[0]} steps are in {done[1]}; train longer with train.train_iters=N")
-        return True
     config.train.exit_signal_handler = config.train.exit_signal_handler_for_dataloader = True
-    start = f"after step {done[0]}" if done else f"from {weights}" if weights else "from random weights"
-    _say(f"Training {stage.name} to step {steps}, {start}, in {folder}")
-    report = Report(folder, stage.recipe, settings_of(config), stage.recipe_settings)
+    checked = validate(config, Hardware(ranks=ranks.world_size()), stage.given)
+    done, steps = start_of(config.checkpoint), config.train.train_iters
+    if done is not None and done[0] >= steps:
+        found = changes_since(done[1], checked)
+        _say(f"{stage.name} is finished: {done[0]} steps are in {done[1]}; train longer with train.train_iters=N")
+        if found:
+            _say(f"It was trained with other settings, and those of now have no effect: {'; '.join(map(str, found))}")
+        return True
+    _say(f"Training {stage.name} to step {steps}, {_start(done, weights)}, in {folder}")
+    report = Report(folder, stage.recipe, settings_of(config, stage.stated), stage.recipe_settings)
     is_finished = train(config, callbacks=callbacks, log=folder, report=report)
     report.write(FINISHED if is_finished else SAVED)
     if is_finished:

@@ -69,8 +69,8 @@ class Schema:
 OWN = {
     field.key: field
     for field in (
-        Field("out", ("str",)),
-        Field("weights", ("str",)),
+        Field("out", ("path",)),
+        Field("weights", ("path",)),
         Field("gpus", ("size",)),
         Field("gpu", ("choice",), choices=("h100", "h200")),
         Field("time", ("duration",)),

@@ -42,7 +42,47 @@ REFUSED = {
     "model.derived": "holds what is derived from other settings",
     "train.num_epochs": "counts only Megatron-Bridge's text data; set train.epochs",
     **{f"train.{name}": f"is deprecated in Megatron-Bridge; set validation.{name}" for name in IN_VALIDATION},
+    "train.train_samples": "is not counted here; set train.train_iters, train.epochs or train.tokens",
+    "train.rampup_batch_size": "is not supported; all steps have train.global_batch_size",
+    "train.exit_signal_handler": "is always on: SIGTERM and SIGUSR1 save the run",
+    "train.exit_signal_handler_for_dataloader": "is always on: the loader's workers ignore signals",
+    "checkpoint.save": "is in the folder of the run; set out=DIR",
+    "checkpoint.load": "is in the folder of the run; set out=DIR, and weights=DIR for the weights to start from",
+    "checkpoint.pretrained_checkpoint": "is set by weights=DIR",
+    "checkpoint.finetune": "would start at step 0 again; weights=DIR and another out=DIR start a new run",
+    "checkpoint.custom_manager_class": "is that of this package, whose checkpoints survive a kill",
+    "logger.tensorboard_dir": "is in the folder of the run; set out=DIR",
+    "tokenizer.vocab_size": "follows from the model",
+    "dist.distributed_backend": "follows from the device: nccl with CUDA, gloo on a CPU",
 }
+PATHS = ("path", "valid_path", "test_path", "processor_path", "image_folder", "folder")
+NARROWED = {
+    **{f"model.{kind}_model_parallel_size": "size" for kind in ("tensor", "pipeline", "expert")},
+    "model.context_parallel_size": "size",
+    "model.expert_tensor_parallel_size": "size",
+    "model.seq_length": "size",
+    "dataset.seq_length": "size",
+    **{f"train.{name}": "size" for name in ("train_iters", "global_batch_size", "micro_batch_size")},
+    "checkpoint.save_interval": "size",
+    "validation.eval_interval": "size",
+    "logger.log_interval": "size",
+    "optimizer.lr": "rate",
+    "optimizer.min_lr": "rate",
+    "optimizer.weight_decay": "rate",
+    "optimizer.clip_grad": "rate",
+    "model.hidden_dropout": "share",
+    "model.attention_dropout": "share",
+    "scheduler.lr_warmup_fraction": "share",
+    "dataset.max_skipped": "share",
+    **{f"dataset.{name}": "path" for name in PATHS},
+    **{
+        f"optimizer_config_override_provider.{field.name}": "positive"
+        for field in dataclasses.fields(LearningRateFactors)
+    },
+}
+"""Settings that take less than the type of their field: the type in place of it (`values.TYPES`)."""
+NEEDED = ("optimizer.lr", "train.train_iters", "train.global_batch_size", "train.micro_batch_size")
+"""Settings that a run has, though their fields may be None."""
 FIXED = "is fixed by gpt-oss"
 SET_BY_MEGATRON = "is set by Megatron-Bridge itself"
 
@@ -110,6 +150,8 @@ def _entry(section: str, cls: type, field: dataclasses.Field) -> dict[str, Any]:
         fixed = f"{FIXED}: {getattr(default, '__name__', default)}"
         return {"refused": fixed if cls is GPTOSSVisionProvider else SET_BY_MEGATRON}
     entry = _described(HELD.get(key) or _hint(cls, field.name), field)
+    if key in NARROWED:
+        entry = {"types": [NARROWED[key]]} | ({"none": True} if entry.get("none") and key not in NEEDED else {})
     return entry | {"architecture": True} if section == "model" and field.name in _architecture() else entry
 
 

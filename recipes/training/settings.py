@@ -1,4 +1,4 @@
-"""A configuration as a YAML file of settings, which `@FILE` reads: every setting that is not its class's default."""
+"""A configuration as a YAML file of settings, which `@FILE` reads."""
 
 from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge importable, and the model known to it
 
@@ -6,7 +6,7 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,19 +18,24 @@ from . import schema
 MISSING = dataclasses.MISSING
 
 
-def settings_of(config: ConfigContainer) -> dict[str, Any]:
+def settings_of(config: ConfigContainer, also: Collection[str] = ()) -> dict[str, Any]:
     """The settings, by key, whose values are not the defaults of their classes, as plain values of YAML.
 
-    Those that belong to the weights are left out: a recipe fixes them, or the weights do.
+    The architecture is left out: a recipe fixes it, or the weights do.
+
+    Args:
+        config: a recipe's, with or without the user's settings.
+        also: settings that are in the file whatever their value: those of the recipe, and those that the user has set.
     """
     found = {}
     for key, field in schema.load().fields.items():
         section, _, name = key.partition(".")
         holder = getattr(config, section, None) if name else config
-        if field.refused or field.architecture or key in schema.OWN or not dataclasses.is_dataclass(holder):
+        is_left_out = field.refused or key in schema.OWN or (field.architecture and key not in also)
+        if is_left_out or not dataclasses.is_dataclass(holder):
             continue
         value, default = getattr(holder, name or section, MISSING), _default(holder, name or section)
-        if value is not MISSING and not dataclasses.is_dataclass(value) and value != default:
+        if value is not MISSING and not dataclasses.is_dataclass(value) and (value != default or key in also):
             found[key] = _plain(value)
     return found
 
@@ -49,7 +54,7 @@ def text_of(settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
 
 def _line(name: str, key: str, settings: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     if key not in settings:
-        return f"# {name} is the default, in the recipe {_written(recipe[key])}"
+        return f"# {name} is not set, in the recipe {_written(recipe[key])}"  # a section that has become None
     line = f"{name}: {_written(settings[key])}"
     if key not in recipe:
         return f"{line}  # not in the recipe"

@@ -67,7 +67,7 @@ def value_of(field: Field, file: str) -> Node:
         root = _compose(text, file)
         with _refusing_loops(file):
             return scalar("") if root is None else _node(root, file)
-    return text if "str" in field.types else scalar(text)
+    return text if {"str", "path"} & {*field.types} else scalar(text)
 
 
 def _text(file: str) -> str:

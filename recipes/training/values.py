@@ -197,6 +197,12 @@ def _to_str(field: Field, node: Node) -> str:
     return node.text if isinstance(node, Scalar) else node
 
 
+def _to_path(field: Field, node: Node) -> str:
+    if isinstance(node, Scalar | str) and not _text(node):
+        raise WrongTypeError("nothing follows the `=`")
+    return _to_str(field, node)
+
+
 def _to_dtype(field: Field, node: Node) -> str:
     name = _text(node).lower().removeprefix("torch.")
     if name not in DTYPES:
@@ -233,6 +239,18 @@ def _to_size(field: Field, node: Node) -> int:
 
 def _to_positive(field: Field, node: Node) -> float:
     if (number := _to_float(field, node)) <= 0:
+        raise WrongTypeError
+    return number
+
+
+def _to_rate(field: Field, node: Node) -> float:
+    if (number := _to_float(field, node)) < 0:
+        raise WrongTypeError
+    return number
+
+
+def _to_share(field: Field, node: Node) -> float:
+    if (number := _to_float(field, node)) > 1 or number < 0:
         raise WrongTypeError
     return number
 
@@ -289,6 +307,7 @@ TYPES = {
     "int": Type("a whole number", "100", _to_int),
     "float": Type("a finite number", "1e-4", _to_float),
     "str": Type("text", "text", _to_str),
+    "path": Type("a path", "DIR", _to_path),
     "dtype": Type("bfloat16, float16 or float32", "bfloat16", _to_dtype),
     "choice": Type("one of its values", "", _to_choice),
     "any": Type("any value", "1", _to_any),
@@ -296,6 +315,8 @@ TYPES = {
     "group": Type("a mapping of its settings", "{a: 1}", _never),  # whose settings are converted one by one
     "size": Type("a whole number from 1 up", "8", _to_size),
     "positive": Type("a number above 0", "2", _to_positive),
+    "rate": Type("a number from 0 up", "0.1", _to_rate),
+    "share": Type("a number from 0 to 1", "0.1", _to_share),
     "count": Type("a number above 0 with or without K, M, B or T", "2B", _to_count),
     "duration": Type("a time with units d, h, m, s", "4h", _to_duration),
 }

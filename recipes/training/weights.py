@@ -4,6 +4,7 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 
 # isort: split
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,30 @@ def start_from(config: ConfigContainer, weights: Path) -> None:
     folder = folder_of_files(place / KEPT_IN for place in (weights, weights.parent, *sorted(weights.glob("iter_*"))))
     if folder is None:
         raise UserError(f"{weights} keeps no config of its model; import it again by `gpt-oss-vision convert import`")
-    architecture = _architecture(folder)
+    take_architecture(config, _architecture(folder), str(weights))
+    if config.dataset.processor_path is None:
+        config.dataset.processor_path = str(folder)
+
+
+def take_architecture(config: ConfigContainer, architecture: Mapping[str, Any], where: str) -> None:
+    """Replace the architecture of a recipe, in place.
+
+    Args:
+        config: of the recipe.
+        architecture: fields of the provider.
+        where: it is from, for messages.
+
+    Raises:
+        UserError: it is of another size than the recipe's model.
+    """
     for name in SIZES:
         mine = getattr(config.model, name)
         if architecture[name] != mine:
             raise UserError(
-                f"{weights} has {name}={architecture[name]}, the recipe's model {mine}; take the recipe of that size"
+                f"{where} has {name}={architecture[name]}, the recipe's model {mine}; take the recipe of that size"
             )
     for name, value in architecture.items():
         setattr(config.model, name, value)
-    if config.dataset.processor_path is None:
-        config.dataset.processor_path = str(folder)
 
 
 def _check_checkpoint(weights: Path) -> None:

@@ -96,6 +96,49 @@ def test_a_recipe_is_shown_as_settings_that_give_it_again(name: str, tmp_path: P
     assert second.read_text() == first.read_text()
 
 
+DEFAULTS_OF_CLASSES = ("optimizer.adam_beta2=0.999", "ddp.overlap_grad_reduce=false", "train.manual_gc=false")
+"""Which differ from the recipe's."""
+
+
+@pytest.mark.usefixtures("_warm")
+def test_settings_that_are_defaults_of_their_classes_come_back_too(tmp_path: Path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    others = ("model.num_moe_experts=4", "model.use_vision=false", "time=4h", "mixed_precision=null")
+    assert forked.run("recipes", "gpt_oss_vision_tiny_pretrain", *DEFAULTS_OF_CLASSES, *others, output=first) == 0
+    settings = yaml.safe_load(first.read_text())
+    assert settings["optimizer"]["adam_beta2"] == 0.999 and settings["model"]["num_moe_experts"] == 4
+    assert (settings["ddp"]["overlap_grad_reduce"], settings["train"]["manual_gc"]) == (False, False)
+    assert (settings["model"]["use_vision"], settings["time"]) == (False, "4h")
+    assert forked.run("recipes", "gpt_oss_vision_tiny_pretrain", f"@{first}", output=second) == 0
+    assert second.read_text() == first.read_text()
+
+
+@pytest.mark.usefixtures("_warm")
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (("train.epochs=2",), "train.epochs=2 is a number of steps only with the data"),
+        (("ddp.grad_reduce_in_fp32=false",), "it becomes True; set mixed_precision.grad_reduce_in_fp32"),
+        (("model.fp8=e4m3",), "model.fp8=e4m3 has no effect, as it becomes None; set mixed_precision.fp8"),
+        (("model.bf16=false",), "model.bf16=False has no effect, as it becomes True; set mixed_precision.bf16"),
+        (("ddp.average_in_collective=true",), "contradicts model.calculate_per_token_loss=true"),
+        (("optimizer.min_lr=1",), "optimizer.min_lr=1, at which the schedule ends, is above optimizer.lr=1e-05"),
+        (("optimizer.optimizer=sgd",), "optimizer.optimizer=sgd needs ddp.use_distributed_optimizer=false"),
+    ],
+)
+def test_a_setting_that_would_have_no_effect_is_refused(settings: tuple[str, ...], sentence: str, tmp_path: Path):
+    output = tmp_path / "output"
+    assert forked.run("recipes", "gpt_oss_vision_20b_sft", *settings, output=output) in (1, 2)
+    assert sentence in output.read_text()
+
+
+@pytest.mark.usefixtures("_warm")
+def test_another_learning_rate_ends_at_the_share_of_the_recipe(tmp_path: Path):
+    output = tmp_path / "output"
+    assert forked.run("recipes", "gpt_oss_vision_tiny_sft", "optimizer.lr=0.006", output=output) == 0
+    assert "min_lr: 6.0e-05  # in the recipe 3.0e-05" in output.read_text()
+
+
 @pytest.mark.usefixtures("_warm")
 def test_a_recipe_says_what_it_costs(tmp_path: Path):
     output = tmp_path / "output"

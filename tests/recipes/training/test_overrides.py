@@ -28,7 +28,8 @@ from gpt_oss_vision.recipes.training.overrides import (
     refuse_other_stages,
 )
 
-TEXT, COUNT, NUMBER, SWITCH = "checkpoint.save", "train.train_iters", "optimizer.lr", "ddp.use_distributed_optimizer"
+TEXT, COUNT, NUMBER = "logger.wandb_entity", "train.exit_interval", "optimizer.decoupled_lr"
+SWITCH, STEPS, CHOICE = "ddp.use_distributed_optimizer", "train.train_iters", "model.moe_token_drop_policy"
 LIST, MAPPING = "profiling.profile_ranks", "env_vars"
 
 
@@ -137,6 +138,8 @@ def test_a_value_is_read(argument: str, expected: Any, monkeypatch: pytest.Monke
     assert (found, type(found)) == (expected, type(expected))
 
 
+TAKES_SIZE = f"it takes a whole number from 1 up, such as {STEPS}=8"
+EMPTY = "it takes a path, such as {}=DIR; nothing follows the `=`"
 TAKES_COUNT = f"it takes a whole number or null, such as {COUNT}=100"
 TAKES_NUMBER = f"it takes a finite number or null, such as {NUMBER}=1e-4"
 TAKES_SWITCH = f"it takes true or false, such as {SWITCH}=true"
@@ -151,6 +154,11 @@ WRITTEN = "a setting is written with `=`, without dashes and spaces"
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
+        *((f"{STEPS}={text}", f"{STEPS}={text}: {TAKES_SIZE}") for text in ("abc", "3.7", "", "null", "0", "-5")),
+        *((f"{key}=", f"{key}=: {EMPTY.format(key)}") for key in ("out", "weights")),
+        ("optimizer.lr=-1", "optimizer.lr=-1: it takes a number from 0 up, such as optimizer.lr=0.1"),
+        ("optimizer.lr=null", "optimizer.lr=null: it takes a number from 0 up, such as optimizer.lr=0.1"),
+        ("--dryrun", "--dryrun: the option is --dry-run"),
         (f"{COUNT}=abc", f"{COUNT}=abc: {TAKES_COUNT}"),
         (f"{COUNT}=3.7", f"{COUNT}=3.7: {TAKES_COUNT}"),
         (f"{COUNT}=", f"{COUNT}=: {TAKES_COUNT}"),
@@ -169,14 +177,8 @@ WRITTEN = "a setting is written with `=`, without dashes and spaces"
         (f"{SWITCH}=on", f"{SWITCH}=on: {TAKES_SWITCH}"),
         (f"{SWITCH}=1", f"{SWITCH}=1: {TAKES_SWITCH}"),
         (f"{SWITCH}=null", f"{SWITCH}=null: {TAKES_SWITCH}"),
-        (
-            "dist.distributed_backend=null",
-            ("dist.distributed_backend=null: it takes one of nccl, gloo, such as dist.distributed_backend=nccl"),
-        ),
-        (
-            "dist.distributed_backend=mpi",
-            ("dist.distributed_backend=mpi: it takes one of nccl, gloo, such as dist.distributed_backend=nccl"),
-        ),
+        (f"{CHOICE}=null", f"{CHOICE}=null: it takes one of probs, position, such as {CHOICE}=probs"),
+        (f"{CHOICE}=mpi", f"{CHOICE}=mpi: it takes one of probs, position, such as {CHOICE}=probs"),
         (
             "train.exit_signal=SIGTREM",
             (
@@ -203,7 +205,7 @@ WRITTEN = "a setting is written with `=`, without dashes and spaces"
                 "braces in quotes that the shell leaves in place (\"'[a]'\")"
             ),
         ),
-        ("out=null", "out=null: it takes text, such as out=text; for the word itself write \"'null'\""),
+        ("out=null", "out=null: it takes a path, such as out=DIR; for the word itself write \"'null'\""),
         (
             f"{TEXT}=$OUT/a",
             (
@@ -281,6 +283,30 @@ def test_what_is_wrong_is_said_with_what_is_right(argument: str, message: str, m
 
 
 @pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("data.path=", "path=: it takes a path or null"),
+        ("model.hidden_dropout=2", "model.hidden_dropout=2: it takes a number from 0 to 1"),
+        ("checkpoint.save_interval=-3", "checkpoint.save_interval=-3: it takes a whole number from 1 up or null"),
+        ("logger.log_interval=0", "logger.log_interval=0: it takes a whole number from 1 up"),
+        ("model.tensor_model_parallel_size=0", "it takes a whole number from 1 up"),
+        ("optimizer_config_override_provider.vision_model=0", "it takes a number above 0"),
+        ("checkpoint.load=/x", "checkpoint.load is in the folder of the run; set out=DIR, and weights=DIR"),
+        ("checkpoint.save=/x", "checkpoint.save is in the folder of the run; set out=DIR"),
+        ("checkpoint.pretrained_checkpoint=/x", "checkpoint.pretrained_checkpoint is set by weights=DIR"),
+        ("checkpoint.finetune=true", "checkpoint.finetune would start at step 0 again"),
+        ("logger.tensorboard_dir=/x", "logger.tensorboard_dir is in the folder of the run"),
+        ("train.rampup_batch_size=[1,2,3]", "train.rampup_batch_size is not supported"),
+        ("train.train_samples=10", "train.train_samples is not counted here; set train.train_iters"),
+        ("tokenizer.vocab_size=5", "tokenizer.vocab_size follows from the model"),
+        ("dist.distributed_backend=nccl", "dist.distributed_backend follows from the device"),
+    ],
+)
+def test_a_setting_without_effect_or_outside_its_range_is_refused(argument: str, message: str):
+    assert message in refusal(argument)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--lr", "3"], f"--lr 3: {WRITTEN}: optimizer.lr=3"),
@@ -292,7 +318,7 @@ def test_what_is_wrong_is_said_with_what_is_right(argument: str, message: str, m
             ["train.tokens=2B", "train.epochs=2"],
             ("train.tokens=2B and train.epochs=2 both say how long the run is; give one"),
         ),
-        (["train.tokens=2B", f"{COUNT}=2"], f"train.tokens=2B and {COUNT}=2 both say how long the run is; give one"),
+        (["train.tokens=2B", f"{STEPS}=2"], f"train.tokens=2B and {STEPS}=2 both say how long the run is; give one"),
         (["peft=null", "peft.dim=8"], "peft=null and peft.dim=8 contradict each other; give one"),
         (
             ["train.trainiters=5", f"{NUMBER}=fast", f"{COUNT}=3"],
@@ -309,7 +335,6 @@ def test_arguments_that_do_not_go_together_are_refused(arguments: list[str], mes
 
 def test_the_same_value_twice_is_one_override():
     assert value(f"{NUMBER}=1", f"{NUMBER}=1.0") == 1.0
-    assert [override.key for override in parse(["train.tokens=2B", f"{COUNT}=null"])] == ["train.tokens", COUNT]
 
 
 def test_a_mapping_is_set_item_by_item():
@@ -383,7 +408,7 @@ SETTINGS = """
 data: {path: a.jsonl}
 train:
   train_iters: 10
-  train_samples: null
+  exit_interval: null
 optimizer:
   lr: 1e-4
 peft: {dim: 8}
@@ -403,7 +428,7 @@ def test_settings_may_be_in_a_yaml_file(tmp_path: Path):
     assert {(override.stage, override.key): override.value for override in parse([f"@{file}"])} == {
         (None, "dataset.path"): "a.jsonl",
         (None, "train.train_iters"): 10,
-        (None, "train.train_samples"): None,
+        (None, "train.exit_interval"): None,
         (None, "optimizer.lr"): 1e-4,
         (None, "peft.dim"): 8,
         (None, "env_vars.A"): "1",
@@ -430,13 +455,13 @@ def test_arguments_win_over_files(tmp_path: Path):
     [
         (
             "train:\n  train_itres: 3\n",
-            ("line 2: train.train_itres is no setting; the nearest are train.train_iters, train.train_samples"),
+            ("line 2: train.train_itres is no setting; the nearest is train.train_iters"),
         ),
-        ("optimizer:\n  lr: fast\n", f"line 2: {NUMBER}=fast: {TAKES_NUMBER}"),
+        ("optimizer:\n  decoupled_lr: fast\n", f"line 2: {NUMBER}=fast: {TAKES_NUMBER}"),
         ("ddp:\n  use_distributed_optimizer: yes\n", f"line 2: {SWITCH}=yes: {TAKES_SWITCH}"),
         (
             "checkpoint: 3\n",
-            ("line 1: checkpoint=3: checkpoint is a section; set one of its settings, such as checkpoint.save"),
+            "line 1: checkpoint=3: checkpoint is a section; set one of its settings, such as checkpoint.save_interval",
         ),
         ("model:\n  params_dtype: !torch bfloat16\n", "line 2: the tag !torch is not read; write a plain value"),
         ("- a\n", "line 1: a mapping of settings is expected here, such as `lr: 1e-4`"),

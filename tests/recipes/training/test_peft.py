@@ -113,3 +113,10 @@ def test_full_weights_that_are_no_group_of_theirs_are_refused(group: str):
     groups = ", ".join(PARAM_GROUPS[:-1])
     with pytest.raises(UserError, match=rf"peft.full_weights has {group}; it takes {groups}\."):
         lora.freeze_model(torch.nn.Linear(1, 1))
+
+
+def test_a_target_that_matches_no_module_is_refused():
+    lora = GPTOSSVisionLoRA(target_modules=["linear_proj", "linear_qvk"], dim=1)
+    model = torch.nn.ModuleDict({"linear_proj": torch.nn.Linear(1, 1), "linear_qkv": torch.nn.Linear(1, 1)})
+    with pytest.raises(UserError, match=r"peft.target_modules has linear_qvk, which no module of the model is called"):
+        lora(model)

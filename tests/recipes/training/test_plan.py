@@ -175,6 +175,12 @@ REFUSED = {
         (TINY, "logger.mlflow_experiment=x", "logger.mlflow_run_name=y"),
         "logger.mlflow_experiment needs the package mlflow, which is not installed",
     ),
+    "validation data that are not there": (
+        (TINY, "data.valid_path=/none.jsonl"),
+        "No such file or directory: /none.jsonl",
+    ),
+    "a processor that is not there": ((TINY, "data.processor_path=/none"), "dataset.processor_path=/none is no folder"),
+    "a file in place of the folder": ((TINY, "out=DIGITS/few.jsonl/run"), "few.jsonl is a file"),
     "too little disk": ((TINY, "train.train_iters=1000000", "checkpoint.most_recent_k=-1"), "do not fit the"),
 }
 
@@ -185,6 +191,27 @@ def test_what_a_run_would_fail_for_fails_the_dry_run(line: tuple[str, ...], said
     code, printed = dry_run(name, *(setting.replace("DIGITS", str(digits)) for setting in settings))
     assert code in (1, 2)
     assert said in printed
+
+
+def test_later_stages_have_the_processor_of_the_weights(start: Path, dry_run, digits: Path):
+    stages = "gpt_oss_vision_tiny_align,gpt_oss_vision_tiny_sft"
+    line = ("data.processor_path=null", f"weights={start}/megatron_start", "train.train_iters=3")
+    code, said = dry_run(stages, *line)
+    assert code == 0, said
+    assert said.count("data          4 rows with 3 images") == 2
+    assert f"starts        from {start}/megatron_start" in said
+    assert "/run/align/checkpoints" in said
+
+
+def test_the_checkpoints_of_all_stages_share_the_disk(monkeypatch: pytest.MonkeyPatch, dry_run):
+    from gpt_oss_vision.recipes.training import plan
+
+    free = 3 * 2**20  # one stage has 2.0 MiB of weights and states
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": free}))
+    stages = "gpt_oss_vision_tiny_pretrain,gpt_oss_vision_tiny_sft"
+    code, said = dry_run(stages, "train.train_iters=3")
+    assert code == 1
+    assert "1 checkpoints of 0.0 GiB and 1 checkpoints of 0.0 GiB do not fit the 0.0 GiB that are free" in said
 
 
 def test_weights_and_biases_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch):

@@ -130,6 +130,34 @@ def test_a_finished_run_says_so(arguments, tmp_path: Path):
     assert "sft is finished: 2 steps are in" in output.read_text()
     assert "train longer with train.train_iters=N" in output.read_text()
     assert len(steps_of(out)) == 2
+    assert "other settings" not in output.read_text()
+    changed = arguments(out, "train.train_iters=1", "optimizer.lr=1e-5")
+    assert forked.run(*changed, "--dry-run", output=output) == 0
+    assert "starts        after step 2; optimizer.lr was 0.003 and is 1e-05" in output.read_text()
+    assert forked.run(*changed, output=output) == 0
+    assert "those of now have no effect: optimizer.lr was 0.003 and is 1e-05" in output.read_text()
+    for option in ((), ("--dry-run",)):
+        assert forked.run(*arguments(out, "train.train_iters=1", "rng.seed=7"), *option, output=output) == 1
+        assert "cannot be continued, as rng.seed was 1 and is 7" in output.read_text()
+    assert len(steps_of(out)) == 2
+
+
+def test_weights_that_a_run_has_not_started_from_are_named(arguments, weights: Path, tmp_path: Path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    assert forked.run(*arguments(out, "train.train_iters=1"), output=output) == 0
+    assert forked.run(*arguments(out, "train.train_iters=2", f"weights={weights}"), output=output) == 0
+    assert f"weights={weights} are not read, as the run continues its own; it started from random" in output.read_text()
+
+
+def test_a_run_goes_on_from_a_step_that_is_named(arguments, tmp_path: Path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    assert forked.run(*arguments(out, "train.train_iters=4"), output=output) == 0
+    assert forked.run(*arguments(out, "train.train_iters=4", "checkpoint.ckpt_step=3"), output=output) == 0
+    assert "Training sft to step 4, after step 3" in output.read_text()
+    assert [entry["step"] for entry in steps_of(out)] == [1, 2, 3, 4, 4]
+    assert losses(out)
+    assert forked.run(*arguments(out, "train.train_iters=4", "checkpoint.ckpt_step=2"), output=output) == 1
+    assert "checkpoint.ckpt_step=2:" in output.read_text() and "has no complete checkpoint" in output.read_text()
 
 
 def test_a_folder_in_use_is_refused(arguments, tmp_path: Path):

@@ -33,10 +33,10 @@ def test_every_type_can_be_read():
 @pytest.mark.parametrize(
     ("key", "types", "none"),
     [
-        ("train.train_iters", ("int",), True),
-        ("optimizer.lr", ("float",), True),
+        ("train.train_iters", ("size",), False),
+        ("optimizer.lr", ("rate",), False),
         ("ddp.use_distributed_optimizer", ("bool",), False),
-        ("checkpoint.save", ("str",), True),
+        ("logger.wandb_entity", ("str",), True),
         ("model.params_dtype", ("dtype",), False),
         ("model.pipeline_model_parallel_layout", ("list[any]", "str"), True),
         ("model.window_size", ("tuple[int]",), True),
