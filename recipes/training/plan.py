@@ -199,7 +199,7 @@ def validate(config: ConfigContainer, hardware: Hardware, given: Collection[str]
     is_elsewhere = hardware.gpu is not None and not cpu.cuda_is_real()
     if not is_elsewhere:
         cpu.adapt_config_for_cpu(checked)
-    asked = {name: value for name in given if (value := _value_of(checked, name)) is not None}
+    asked = {name: value for name in given if isinstance(value := _value_of(checked, name), PLAIN)}
     with planned_for_gpu() if is_elsewhere else nullcontext(), _world_of(hardware.ranks):
         try:
             runtime_config_update(checked)
@@ -211,11 +211,13 @@ def validate(config: ConfigContainer, hardware: Hardware, given: Collection[str]
     return checked
 
 
+PLAIN = (bool, int, float, str, torch.dtype)
+"""Types of values that are compared; a text may be the short form of an object, such as a pipeline layout."""
+
+
 def _value_of(config: ConfigContainer, name: str) -> Any:
-    """The value of a setting with a plain one, else None."""
     section, _, field = name.partition(".")
-    value = getattr(getattr(config, section, None), field, None) if field else None
-    return value if isinstance(value, bool | int | float | str | torch.dtype) else None
+    return getattr(getattr(config, section, None), field, None) if field else None
 
 
 def _check_effect(asked: Mapping[str, Any], config: ConfigContainer) -> None:
@@ -225,7 +227,8 @@ def _check_effect(asked: Mapping[str, Any], config: ConfigContainer) -> None:
         UserError: another setting has replaced it.
     """
     for name, value in asked.items():
-        if (now := _value_of(config, name)) == value:
+        now = _value_of(config, name)
+        if now == value or not (now is None or isinstance(now, PLAIN)):
             continue
         field = name.rpartition(".")[2]
         of_precision = hasattr(config.mixed_precision, field)
@@ -355,6 +358,7 @@ def cost_without_data(config: ConfigContainer, hardware: Hardware, given: Collec
     if config.dataset.sources is None:
         config.dataset.path = config.dataset.path or "not named"
     config.dataset.processor_path = config.dataset.processor_path or "not named"
+    config.checkpoint.save = config.checkpoint.save or "."  # which asynchronous saving needs
     if config.peft is not None:  # Megatron-Bridge wants a folder that exists
         config.checkpoint.pretrained_checkpoint = "."
     return cost(validate(config, hardware, given), hardware)

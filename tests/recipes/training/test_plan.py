@@ -193,6 +193,12 @@ def test_what_a_run_would_fail_for_fails_the_dry_run(line: tuple[str, ...], said
     assert said in printed
 
 
+def test_a_text_that_becomes_an_object_has_its_effect(dry_run):
+    layout = "model.pipeline_model_parallel_layout='Et|tttL'"
+    code, said = dry_run(TINY, layout, "model.pipeline_model_parallel_size=2", "gpus=2", "train.micro_batch_size=16")
+    assert code == 0, said
+
+
 def test_later_stages_have_the_processor_of_the_weights(start: Path, dry_run, digits: Path):
     stages = "gpt_oss_vision_tiny_align,gpt_oss_vision_tiny_sft"
     line = ("data.processor_path=null", f"weights={start}/megatron_start", "train.train_iters=3")
