@@ -12,7 +12,7 @@ from .findings import Findings, examine
 from .order import Order
 from .pictures import UNREADABLE, UnusableRow
 from .rows import Skipped
-from .samples import Sample, encode_row
+from .samples import Sample, encode_row, encode_rows
 from .sources.base import Joined, Source
 from .sources.opening import open_source
 from .tokens import ALL, Learned
@@ -75,9 +75,7 @@ class ChatDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])
         try:
-            sample = encode_row(self.source.row(row), self.processor, self.learned_parts)
-            if len(sample["input_ids"]) != self.lengths[index]:
-                raise UnusableRow(f"it has {len(sample['input_ids'])} tokens and had {self.lengths[index]}")
+            return self._checked(encode_row(self.source.row(row), self.processor, self.learned_parts), index)
         except UNREADABLE as error:
             # Another row in its place would differ between ranks that share this one.
             file, line = self.source.place(row)
@@ -85,6 +83,24 @@ class ChatDataset(Dataset[Sample]):
                 f"{file}, {Skipped(row, file, line, '').place}, had passed the check and can't be used now ({error}). "
                 "Of images the check reads the headers; with data.decode_images=true also the pixels."
             ) from error
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Several samples, for loaders and packs: quicker than one after the other (`encode_rows`)."""
+        try:
+            rows = [self.source.row(int(self.rows[index])) for index in indices]
+            samples = encode_rows(rows, self.processor, self.learned_parts)
+            return [self._checked(sample, index) for sample, index in zip(samples, indices, strict=True)]
+        except UNREADABLE:
+            return [self[index] for index in indices]  # which names the row
+
+    def _checked(self, sample: Sample, index: int) -> Sample:
+        """The sample with its source.
+
+        Raises:
+            UnusableRow: it has another length than when it was checked.
+        """
+        if len(sample["input_ids"]) != self.lengths[index]:
+            raise UnusableRow(f"it has {len(sample['input_ids'])} tokens and had {self.lengths[index]}")
         sample["source_ids"].fill_(int(self.source_of[index]))
         return sample
 
@@ -97,7 +113,7 @@ class ShuffledEpochs(Dataset[Sample]):
     `num_samples`: Megatron's sampler refuses to start when nothing is left, as when a finished run is resumed.
     """
 
-    def __init__(self, dataset: Dataset[Sample], order: Order, num_samples: int) -> None:
+    def __init__(self, dataset: ChatDataset, order: Order, num_samples: int) -> None:
         self.dataset = dataset
         self.order = order
         self._length = (num_samples // len(order) + 1) * len(order)
@@ -107,9 +123,16 @@ class ShuffledEpochs(Dataset[Sample]):
         return self._length
 
     def __getitem__(self, index: int) -> Sample:
+        return self.dataset[self._place(index)]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Several samples, as PyTorch's loaders ask for them."""
+        return self.dataset.__getitems__([self._place(index) for index in indices])
+
+    def _place(self, index: int) -> int:
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
         epoch, position = divmod(index, len(self.order))
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = epoch, self.order.epoch(epoch)
-        return self.dataset[int(self._epoch[1][position])]
+        return int(self._epoch[1][position])

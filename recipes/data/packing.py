@@ -229,4 +229,4 @@ class PackedEpochs(Dataset[list[Sample]]):
         if not 0 <= index < self._length:
             raise IndexError(f"pack {index} of {self._length}")
         epoch, pack = self.order.locate(index)
-        return [self.dataset[int(sample)] for sample in self.order.epoch(epoch)[pack]]
+        return self.dataset.__getitems__(self.order.epoch(epoch)[pack].tolist())

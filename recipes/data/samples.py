@@ -4,7 +4,7 @@ Labels cover the assistant's text in a chat, and all of a plain text. Shapes: b 
 channels, h x w pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -59,17 +59,32 @@ class PackedBatch(Batch):
 
 def encode_row(row: Row, processor: GPTOSSVisionProcessor, learned_parts: Learned = ALL) -> Sample:
     """Tokens, shifted labels and pixels of one row."""
-    if row.tokens is not None:
-        input_ids, pixels = torch.as_tensor(row.tokens, dtype=torch.long), None
-        learned = torch.ones_like(input_ids, dtype=torch.bool)
-    else:
-        # As the processor itself, which takes several times as long: it tokenises each placeholder.
-        short, _ = short_ids([render(row, processor)], [row], processor)
-        repeats = np.where(short == processor.image_token_id, processor.num_image_tokens, 1)
-        input_ids = torch.from_numpy(short.repeat(repeats))
-        learned = torch.from_numpy(loss_mask_of(short, processor, learned_parts).repeat(repeats))
+    return next(encode_rows([row], processor, learned_parts))
+
+
+def encode_rows(
+    rows: Sequence[Row], processor: GPTOSSVisionProcessor, learned_parts: Learned = ALL
+) -> Iterator[Sample]:
+    """As `encode_row`, of several. All texts come before the images, which displace them from the caches of the CPU."""
+    # As the processor itself, which takes several times as long: it tokenises each placeholder.
+    with_text = [row for row in rows if row.tokens is None]
+    short, lengths = short_ids([render(row, processor) for row in with_text], with_text, processor)
+    learned = loss_mask_of(short, processor, learned_parts, lengths)
+    ends = np.cumsum(lengths)[:-1]
+    texts = zip(np.split(short, ends), np.split(learned, ends), strict=True)
+    for row in rows:
+        if row.tokens is not None:
+            input_ids = torch.as_tensor(row.tokens, dtype=torch.long)
+            yield _sample(input_ids, torch.ones_like(input_ids, dtype=torch.bool), None)
+            continue
+        ids, mask = next(texts)
+        repeats = np.where(ids == processor.image_token_id, processor.num_image_tokens, 1)
         images = [picture.decoded() for picture in row.images]
         pixels = _stacked(processor.image_processor(images)["pixel_values"]) if images else None
+        yield _sample(torch.from_numpy(ids.repeat(repeats)), torch.from_numpy(mask.repeat(repeats)), pixels)
+
+
+def _sample(input_ids: torch.Tensor, learned: torch.Tensor, pixels: torch.Tensor | None) -> Sample:
     # The logits at t predict token t + 1, so the labels move one to the left; the last position predicts nothing.
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     labels[:-1] = torch.where(learned[1:], input_ids[1:], IGNORE_INDEX)

@@ -25,6 +25,7 @@ from gpt_oss_vision.recipes.data.rows import Row, Skipped, render
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate, encode_row
 from gpt_oss_vision.recipes.data.sources.opening import open_source
 from gpt_oss_vision.recipes.data.tokens import Learned, count_tokens, loss_mask_of, short_ids
+from records import write_lines
 
 SEQ_LENGTH = 64
 
@@ -545,3 +546,19 @@ def test_the_digits_are_all_usable(tmp_path, processor):
     split = write_digits(tmp_path / "digits", seed=0)
     dataset = ChatDataset(split.train_path, processor, SEQ_LENGTH, max_skipped=0.0)
     assert len(dataset) == split.train_with_image + split.train_text_only
+
+
+def test_several_samples_are_those_that_come_one_by_one(folder, processor):
+    rows = [{"text": f"A cat {number}.", "images": ["red.png"] * (number % 3)} for number in range(7)]
+    rows.append({"messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]})
+    write_lines(folder / "data.jsonl", rows)
+    dataset = ChatDataset(folder / "data.jsonl", processor, seq_length=200)
+    order = [7, 3, 3, 0, 5]
+    for sample, index in zip(dataset.__getitems__(order), order, strict=True):
+        alone = dataset[index]
+        assert sample.keys() == alone.keys()
+        for name, value in alone.items():
+            assert (value is None and sample[name] is None) or torch.equal(sample[name], value), name
+    (folder / "red.png").unlink()
+    with pytest.raises(UserError, match=r"line 6, had passed the check and can't be used now .*red\.png"):
+        dataset.__getitems__([0, 3, 5])
