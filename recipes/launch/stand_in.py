@@ -70,8 +70,11 @@ def _signal(tasks: list[subprocess.Popen], number: signal.Signals) -> None:
 
 
 def signal_tree(root: int, number: signal.Signals) -> None:
-    """Send a signal to a process and its descendants, as SLURM does to all that a task has started."""
-    for process in tree_of({root}):
+    """Send a signal to a process and its descendants, as SLURM does to all that a task has started.
+
+    The process itself comes first: a script that sees its child end could go on before it is killed.
+    """
+    for process in sorted(tree_of({root}), key=lambda process: process != root):
         with suppress(ProcessLookupError):
             os.kill(process, number)
 
