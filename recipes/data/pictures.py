@@ -87,16 +87,16 @@ class Picture:
         """What the processor opens: the path of a file, or the decoded image."""
         if self.path is not None and self.size is None:
             return self.path
-        image = Image.open(BytesIO(self.read()))
-        image.load()
-        return image
+        return _loaded(self.read())
 
     def decoded(self) -> np.ndarray | str | Image.Image:
         """As `source`; of most JPEG files the pixels, ``[height, width, 3]``, which torchvision decodes faster."""
-        if self.path is not None and self.size is None and not self.path.lower().endswith((".jpg", ".jpeg")):
-            return self.source()
-        pixels = _pixels_of_jpeg(self.read())
-        return self.source() if pixels is None else pixels
+        file = self.path if self.size is None else None
+        if file is not None and not file.lower().endswith((".jpg", ".jpeg")):
+            return file
+        content = self.read()
+        pixels = _pixels_of_jpeg(content)
+        return (file or _loaded(content)) if pixels is None else pixels
 
     def check(self, processor: GPTOSSVisionProcessor, decode: bool) -> tuple[int, int, str]:
         """Read the header, or with `decode` all of it; return width, height and mode.
@@ -176,6 +176,13 @@ class Pictures:
                 f"image {address:.80} is on a network; download it, or allow the host by data.allowed_hosts=[{host}]"
             )
         return Picture(address, address=address, hosts=self.hosts)
+
+
+def _loaded(content: bytes) -> Image.Image:
+    """An image file, decoded by PIL."""
+    image = Image.open(BytesIO(content))
+    image.load()
+    return image
 
 
 def _pixels_of_jpeg(content: bytes) -> np.ndarray | None:

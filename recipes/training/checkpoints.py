@@ -273,7 +273,8 @@ def start_of(checkpoint: CheckpointConfig) -> tuple[int, Path] | None:
     folder, step = Path(checkpoint.save), checkpoint.ckpt_step
     if step is None:
         return newest_complete(folder)
-    if not (place := folder / f"iter_{step:07d}").joinpath("run_config.yaml").is_file():
+    place, is_unfinished = folder / f"iter_{step:07d}", (folder / IN_PROGRESS.format(step=step)).exists()
+    if is_unfinished or not (place / "run_config.yaml").is_file():
         raise UserError(f"checkpoint.ckpt_step={step}: {folder} has no complete checkpoint of that step")
     return step, place
 

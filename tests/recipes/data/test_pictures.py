@@ -161,6 +161,11 @@ def test_a_jpeg_has_the_pixels_of_pil(folder, processor, kind, place):
     np.testing.assert_array_equal(*pixels)
 
 
+def test_an_image_on_a_host_is_fetched_once(folder, address, server):
+    assert find(folder, f"{address}/red.png", "127.0.0.1").decoded().size == (12, 9)
+    assert server.read == ["127.0.0.1"]
+
+
 def test_a_jpeg_that_is_cut_off_is_named(folder, processor):
     jpeg(folder, "cut.jpg", size=(500, 400))
     content = (folder / "cut.jpg").read_bytes()

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from gpt_oss_vision.bridge.mcore import cpu, upstream
+from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.base import CheckpointConfig
 from gpt_oss_vision.recipes.data.digits import DigitsSplit, write_digits
 from gpt_oss_vision.recipes.quickstart.run import training_config
 from gpt_oss_vision.recipes.quickstart.settings import Settings
-from gpt_oss_vision.recipes.training.checkpoints import check_start, resume
+from gpt_oss_vision.recipes.training.checkpoints import check_start, resume, start_of
 from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
 from gpt_oss_vision.recipes.training.train import train
 from layouts import Layout
@@ -407,3 +408,13 @@ def test_a_folder_without_our_files_is_left_to_megatron_bridge(tmp_path: Path):
     checkpoint = CheckpointConfig(load=str(tmp_path))
     resume(checkpoint)
     assert checkpoint.load == str(tmp_path)
+
+
+def test_a_step_whose_checkpoint_is_not_complete_is_refused(tmp_path: Path):
+    checkpoint = CheckpointConfig(save=str(tmp_path), ckpt_step=2)
+    (tmp_path / "iter_0000002").mkdir()
+    (tmp_path / "iter_0000002/run_config.yaml").touch()
+    assert start_of(checkpoint) == (2, tmp_path / "iter_0000002")
+    (tmp_path / "saving_2").touch()
+    with pytest.raises(UserError, match=r"checkpoint.ckpt_step=2: .* has no complete checkpoint of that step"):
+        start_of(checkpoint)
