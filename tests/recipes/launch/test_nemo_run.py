@@ -46,7 +46,8 @@ def python(code: str, *arguments: str, folder: Path) -> subprocess.CompletedProc
 @pytest.mark.skipif(bool(slurm.missing(accounting=True)), reason=f"not installed: {slurm.missing(accounting=True)}")
 def test_slurm_runs_the_script_and_its_status_comes_back(tmp_path: Path):
     (tmp_path / "site.yaml").write_text("account: team\npartition: normal\ntime: 0:10:00\nseconds_to_save: 120\n")
-    (tmp_path / "python").write_text('#!/bin/sh\nfor word in "$@"; do printf "[%s]" "$word"; done\n')
+    # One write per task: both tasks write to one log.
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$(printf "[%s]" "$@")"\n')
     (tmp_path / "python").chmod(0o755)
     with slurm.Cluster(tmp_path / "cluster", accounting=True) as cluster:
         done = python(SUBMIT, str(tmp_path), folder=tmp_path)
@@ -59,12 +60,13 @@ def test_slurm_runs_the_script_and_its_status_comes_back(tmp_path: Path):
     assert "#SBATCH --signal=TERM@90" in text  # by Megatron-Bridge's plug-in
     assert text.rindex("--wait=0") > text.rindex("--wait=60")
     (log,) = tmp_path.glob("home/experiments/submitted/*/train/log-*.out")
-    words = re.findall(r"\[(.*?)\]", log.read_text())
-    assert words[: len(words) // 2] == [
+    commands = [re.findall(r"\[(.*?)\]", line) for line in log.read_text().splitlines() if line.startswith("[")]
+    expected = [
         *("-m", "gpt_oss_vision.cli", "train", "gpt_oss_vision_tiny_sft", "env_vars.A=two 'words' a$ b"),
         *(f"data.path={tmp_path}/rows.jsonl", f"out={tmp_path}/runs/gpt_oss_vision_tiny_sft"),
         *("train.exit_signal_handler=True", "train.exit_signal_handler_for_dataloader=False"),
     ]
+    assert commands == [expected, expected]
 
 
 def test_changes_that_are_not_committed_are_named(tmp_path: Path):
