@@ -3,6 +3,7 @@
 
 import base64
 import os
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class GPTOSSVisionImageProcessor(PilBackend):
     Takes paths, URLs, base64 strings, PIL images, NumPy arrays and tensors, one or lists of them, of any size and mode:
     EXIF rotation is applied, the first frame of an animation is used, transparency is composited on white. Of arrays
     and tensors, 16 bits without a sign are scaled to 8, a boolean is black or white, other integers are 0…255. Floats
-    are not converted; set `do_rescale=False` if they are 0…1 already. `None` in a list is no image.
+    are not converted; set `do_rescale=False` if they are 0…1 already. `None` in a list is no image. Paths, and what an
+    iterator yields, are opened one after the other, so that one image is in memory at its full size.
 
     Args:
         size (`dict`, *optional*, defaults to `{"height": 224, "width": 224}`): The tower's image size.
@@ -100,8 +102,11 @@ class GPTOSSVisionImageProcessor(PilBackend):
             f"got {type(image_url_or_urls).__name__}."
         )
 
-    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[ImageInput]:
-        return flat(self.fetch_images(images))
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> Iterator[np.ndarray]:
+        # One after the other: what is decoded is resized while it is in the caches, and only one is in memory.
+        given = images if isinstance(images, Iterator) else flat(images)
+        fetched = (image for each in given for image in flat(self.fetch_images([each])))
+        return (self.process_image(image, **kwargs) for image in fetched)
 
     def process_image(self, image: ImageInput, num_channels: int = 3, **kwargs: Any) -> np.ndarray:
         """One image of any kind to an array `(num_channels, height, width)`, 8-bit unless given as floats."""
@@ -151,7 +156,7 @@ class GPTOSSVisionImageProcessor(PilBackend):
 
 def flat(images: Any) -> list[Any]:
     """The images of a nested list, or the only one, as a list."""
-    return [image for nested in images for image in flat(nested)] if isinstance(images, list) else [images]
+    return [image for nested in images for image in flat(nested)] if isinstance(images, (list, tuple)) else [images]
 
 
 def _separate(image: Any) -> Any:

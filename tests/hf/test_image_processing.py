@@ -230,6 +230,33 @@ def test_lists_of_every_nesting_are_flattened(processor):
         assert torch.equal(pixels(processor, nested), expected)
 
 
+@pytest.mark.parametrize("kind", ["iterator", "paths"])
+def test_images_are_opened_one_after_the_other(processor, tmp_path, monkeypatch, kind):
+    given = [np.random.default_rng(side).integers(0, 255, (side, side, 3), dtype=np.uint8) for side in (9, 10, 11)]
+    expected = pixels(processor, given)
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, array in zip(paths, given, strict=True):
+        Image.fromarray(array).save(path)
+    events = []
+    process = processor.process_image
+
+    def opened():
+        for number, path in enumerate(paths):
+            events.append(f"open {number}")
+            yield np.asarray(Image.open(path))
+
+    def open_path(name):
+        events.append(f"open {Path(name).stem}")
+        return Image.open(name)
+
+    monkeypatch.setattr("gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision._open", open_path)
+    monkeypatch.setattr(
+        processor, "process_image", lambda *args, **kwargs: events.append("process") or process(*args, **kwargs)
+    )
+    assert torch.equal(pixels(processor, opened() if kind == "iterator" else paths), expected)
+    assert events == [event for number in range(3) for event in (f"open {number}", "process")]
+
+
 def test_floats_are_taken_as_they_are(processor):
     array = np.asarray(picture(SIDE, SIDE), dtype=np.float32).transpose(2, 0, 1) / 255
     torch.testing.assert_close(
