@@ -52,11 +52,11 @@ def weighted_loss(
 def weight_scale(config: ConfigContainer) -> float:
     """The largest power of two for which the weights of a global batch do not exceed `LARGEST_COUNT`.
 
-    With "sample" the weights of a sample sum to 1, so the sum is a whole number and needs no scale. With "square_root"
-    they sum to √n, and those of a row of s tokens in k samples to at most √(k·s).
+    Fractions of a weight are counted too: with context parallelism a rank has a part of each sample. The weights of a
+    sample sum to 1 with "sample" and to √n with "square_root", so those of a row of s tokens in k samples to at most k
+    and √(k·s).
     """
-    if config.dataset.loss_weights == "sample":
-        return 1.0
     length = config.model.seq_length
     samples = length / 2 if config.dataset.packing else 1  # a sample has a token that is learned, and one before it
-    return 2.0 ** math.floor(math.log2(LARGEST_COUNT / (config.train.global_batch_size * math.sqrt(samples * length))))
+    weights = samples if config.dataset.loss_weights == "sample" else math.sqrt(samples * length)
+    return 2.0 ** math.floor(math.log2(LARGEST_COUNT / (config.train.global_batch_size * weights)))

@@ -27,6 +27,7 @@ from gpt_oss_vision.recipes.data.digits import write_digits
 from gpt_oss_vision.recipes.data.megatron import ChatDatasetProvider
 from gpt_oss_vision.recipes.data.order import Order
 from gpt_oss_vision.recipes.data.packing import PackedOrder
+from gpt_oss_vision.recipes.data.samples import EXPONENTS
 from gpt_oss_vision.recipes.data.tiny import tiny_config
 from gpt_oss_vision.recipes.inference.generate import load
 from gpt_oss_vision.recipes.quickstart.run import training_config
@@ -92,11 +93,15 @@ def configured(out: Path, data: Path, settings: Settings, *, packing: bool, **da
     return config
 
 
-def run(out: Path, data: Path, sizes: dict[str, int], packing: bool, loss_weights: str = "token") -> Watch:
+def run(
+    out: Path, data: Path, sizes: dict[str, int], packing: bool, loss_weights: str = "token", context_parallel: int = 1
+) -> Watch:
     """Two steps, each of them an epoch."""
     settings = Settings(steps=2, seq_length=SEQ_LENGTH, **sizes)
     watch = Watch()
-    train(configured(out, data, settings, packing=packing, loss_weights=loss_weights), callbacks=[watch])
+    config = configured(out, data, settings, packing=packing, loss_weights=loss_weights)
+    config.model.context_parallel_size = context_parallel
+    train(config, callbacks=[watch])
     return watch
 
 
@@ -148,44 +153,52 @@ def by_transformers(out: Path, data: Path, exponent: float) -> tuple[float, floa
 
 
 @pytest.mark.parametrize(
-    ("loss_weights", "exponent", "packing", "sizes"),
+    ("loss_weights", "exponent", "packing", "sizes", "context_parallel"),
     [
-        ("sample", 1.0, True, {"expert_parallel": 2}),
-        ("square_root", 0.5, True, {}),
-        ("square_root", 0.5, False, {"pipeline_parallel": 2}),
+        ("sample", 1.0, True, {"expert_parallel": 2}, 1),
+        # A rank has a part of each sample.
+        ("sample", 1.0, False, {}, 2),
+        ("square_root", 0.5, False, {}, 2),
+        ("square_root", 0.5, True, {}, 1),
+        ("square_root", 0.5, False, {"pipeline_parallel": 2}, 1),
     ],
 )
 def test_the_loss_is_the_weighted_mean(
-    loss_weights: str, exponent: float, packing: bool, sizes: dict, data: Path, out: Path
+    loss_weights: str, exponent: float, packing: bool, sizes: dict, context_parallel: int, data: Path, out: Path
 ):
-    found = cpu.run_ranks(Settings(**sizes).ranks, run, out, data, sizes, packing, loss_weights)[-1]
+    ranks = Settings(**sizes).ranks * context_parallel
+    found = cpu.run_ranks(ranks, run, out, data, sizes, packing, loss_weights, context_parallel)[-1]
     loss, norm = by_transformers(out, data, exponent)
     assert found.losses[0] == pytest.approx(loss, rel=1e-5)
     assert found.norms[0] == pytest.approx(norm, rel=1e-5)
     assert loss != pytest.approx(by_transformers(out, data, 0.0)[0], rel=1e-4)
 
 
-def sums_of_weights(packing: bool) -> tuple[float, int, float]:
+def sums_of_weights(packing: bool, loss_weights: str) -> tuple[float, int, float]:
     """Of the 512 microbatches of a step: exactly, as Megatron counts it, and the scale of that count."""
     config = gpt_oss_vision_20b_sft_8gpu_h100_bf16_config()
     config.train.global_batch_size, config.model.seq_length = 512, 8192
-    config.dataset.packing, config.dataset.loss_weights = packing, "square_root"
+    config.dataset.packing, config.dataset.loss_weights = packing, loss_weights
     scale, random = weight_scale(config), np.random.default_rng(0)
     exact, counted = 0.0, 0
     for _ in range(512):
         counts = random.integers(5, 400, 16 if packing else 1)
-        mask = torch.cat([torch.full((count,), count**-0.5) for count in counts.tolist()])
+        exponent = EXPONENTS[loss_weights]
+        mask = torch.cat([torch.full((count,), count**-exponent) for count in counts.tolist()])
         loss_function = partial(masked_next_token_loss, mask, check_for_nan_in_loss=False)
         loss, weight, report = weighted_loss(loss_function, scale, torch.ones(1, len(mask)))
-        expected = float(np.sqrt(counts).sum())
+        expected = float((counts ** (1.0 - exponent)).sum())
         assert [float(loss) / scale, *report["lm loss"].tolist()] == pytest.approx([expected] * 3, rel=1e-6)
         exact, counted = exact + expected, counted + int(weight)
     return exact, counted, scale
 
 
+@pytest.mark.parametrize("loss_weights", ["sample", "square_root"])
 @pytest.mark.parametrize("packing", [True, False])
-def test_rounding_the_weights_of_microbatches_changes_their_sum_by_less_than_a_millionth(packing: bool):
-    ((exact, counted, scale),) = cpu.run_ranks(1, sums_of_weights, packing)
+def test_rounding_the_weights_of_microbatches_changes_their_sum_by_less_than_a_millionth(
+    packing: bool, loss_weights: str
+):
+    ((exact, counted, scale),) = cpu.run_ranks(1, sums_of_weights, packing, loss_weights)
     assert counted < 2**31
     assert counted / scale == pytest.approx(exact, rel=1e-6)
 
