@@ -1,6 +1,7 @@
 """A `Row` to tensors: tokens, labels, loss mask and pixels; and samples to padded batches, for both training loops.
 
-Labels cover the assistant's text in a chat, and all of a plain text. Shapes: b rows, s tokens, n images of c
+Labels cover the assistant's text in a chat, and all of a plain text; they are the next token, but `<|return|>` where an
+answer of an earlier turn has `<|end|>`. Shapes: b rows, s tokens, n images of c
 channels, h x w pixels.
 """
 
@@ -14,7 +15,7 @@ import torch
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .rows import Row, render
-from .tokens import ALL, Learned, loss_mask_of, short_ids
+from .tokens import ALL, Learned, loss_mask_of, short_ids, targets_of
 
 IGNORE_INDEX = -100
 
@@ -72,23 +73,27 @@ def encode_rows(
     short, lengths = short_ids([render(row, processor) for row in with_text], with_text, processor)
     learned = loss_mask_of(short, processor, learned_parts, lengths)
     ends = np.cumsum(lengths)[:-1]
-    texts = zip(np.split(short, ends), np.split(learned, ends), strict=True)
+    texts = zip(
+        *(np.split(each, ends) for each in (short, targets_of(short, processor, lengths), learned)), strict=True
+    )
     pixels = _pixels_of(rows, processor)
     for row in rows:
         if row.tokens is not None:
             input_ids = torch.as_tensor(row.tokens, dtype=torch.long)
-            yield _sample(input_ids, torch.ones_like(input_ids, dtype=torch.bool), None)
+            yield _sample(input_ids, input_ids, torch.ones_like(input_ids, dtype=torch.bool), None)
             continue
-        ids, mask = next(texts)
-        repeats = np.where(ids == processor.image_token_id, processor.num_image_tokens, 1)
+        parts = next(texts)
+        repeats = np.where(parts[0] == processor.image_token_id, processor.num_image_tokens, 1)
         images = [*islice(pixels, len(row.images))]
-        yield _sample(torch.from_numpy(ids.repeat(repeats)), torch.from_numpy(mask.repeat(repeats)), _stacked(images))
+        yield _sample(*(torch.from_numpy(part.repeat(repeats)) for part in parts), _stacked(images))
 
 
-def _sample(input_ids: torch.Tensor, learned: torch.Tensor, pixels: torch.Tensor | None) -> Sample:
+def _sample(
+    input_ids: torch.Tensor, targets: torch.Tensor, learned: torch.Tensor, pixels: torch.Tensor | None
+) -> Sample:
     # The logits at t predict token t + 1, so the labels move one to the left; the last position predicts nothing.
     labels = torch.full_like(input_ids, IGNORE_INDEX)
-    labels[:-1] = torch.where(learned[1:], input_ids[1:], IGNORE_INDEX)
+    labels[:-1] = torch.where(learned[1:], targets[1:], IGNORE_INDEX)
     return Sample(
         input_ids=input_ids,
         labels=labels,

@@ -81,8 +81,9 @@ def loss_mask_of(
     """Which tokens, [s], the model is trained to write, as booleans.
 
     In a chat: the tokens that it generates when it answers, from behind `<|start|>assistant` to the turn's `<|end|>`,
-    `<|return|>` or `<|call|>`, so the channel header too; and `<|start|>assistant` between a thought and the answer,
-    where generation doesn't stop. In a text without turns: all tokens. Image placeholders are never learned.
+    `<|return|>` or `<|call|>`, so the channel header too; and `<|start|>assistant` behind a message of the assistant at
+    whose end generation doesn't stop, such as a thought. In a text without turns: all tokens. Image placeholders are
+    never learned.
 
     Read from the token ids, which works for plain texts in harmony too; for chats it is the mask of the chat template's
     generation blocks.
@@ -100,10 +101,32 @@ def loss_mask_of(
     header = 1 + len(_words(processor.tokenizer)[0])
     kept = messages.learned(learned_parts)
     places = zip(messages.starts[kept], messages.lasts[kept], firsts[messages.rows[kept]], strict=True)
+    stops = {int(last) for last in messages.lasts[messages.at_which_generation_stops()]}
     for start, last, first in ((int(a), int(b), int(c)) for a, b, c in places):
-        goes_on = start > first and learned[start - 1]
+        goes_on = start > first and learned[start - 1] and start - 1 not in stops
         learned[start if goes_on else start + header : last + 1] = True
     return learned & (input_ids != processor.image_token_id)
+
+
+def targets_of(
+    input_ids: np.ndarray, processor: GPTOSSVisionProcessor, lengths: np.ndarray | None = None
+) -> np.ndarray:
+    """The token to predict at the place before each token, ``[s]``: that token, or `<|return|>` for an answer's `<|end|>`.
+
+    gpt-oss's chat format ends the answers of earlier turns with `<|end|>`. When they were generated they ended with
+    `<|return|>`, at which generation stops; at `<|end|>`, which ends a thought, it goes on.
+
+    Args:
+        input_ids: of a row, or of several, joined.
+        processor: of the model.
+        lengths: the tokens of each row; None for one row.
+    """
+    messages = _Messages(input_ids, np.array([len(input_ids)]) if lengths is None else lengths, processor.tokenizer)
+    end, return_ = processor.tokenizer.convert_tokens_to_ids(["<|end|>", "<|return|>"])
+    lasts = messages.lasts[messages.answers()]
+    targets = input_ids.copy()
+    targets[lasts[input_ids[lasts] == end]] = return_
+    return targets
 
 
 class _Messages:
@@ -124,6 +147,7 @@ class _Messages:
         self._ends = ends[self.rows]
         self.lasts = np.minimum(_next(np.flatnonzero(codes == END), self.starts), self._ends - 1)
         self._channels = _next(np.flatnonzero(codes == CHANNEL), self.starts)
+        self._of_assistant = self._holds(_words(tokenizer)[0], self.starts + 1)
 
     def rows_with_turns(self) -> np.ndarray:
         """Which rows are chats, ``[rows]``."""
@@ -131,13 +155,18 @@ class _Messages:
 
     def learned(self, parts: Learned) -> np.ndarray:
         """Which messages are learned, ``[messages]``."""
-        assistant, final = _words(self._tokenizer)
-        kept = answers = self._holds(assistant, self.starts + 1)
-        if parts.turns == "last":
-            kept = kept & self._in_last_turn(answers)
-        if parts.channels == "final":
-            kept = kept & ((self._channels >= self.lasts) | self._holds(final, self._channels + 1))
-        return kept
+        kept = self.answers() if parts.channels == "final" else self._of_assistant
+        return kept & self._in_last_turn(self._of_assistant) if parts.turns == "last" else kept
+
+    def answers(self) -> np.ndarray:
+        """Which messages are the assistant's in the final channel, or in none, ``[messages]``."""
+        final = (self._channels >= self.lasts) | self._holds(_words(self._tokenizer)[1], self._channels + 1)
+        return self._of_assistant & final
+
+    def at_which_generation_stops(self) -> np.ndarray:
+        """Which messages are answers or calls, ``[messages]``."""
+        call = self._tokenizer.convert_tokens_to_ids("<|call|>")
+        return self.answers() | (self._ids[self.lasts] == call)
 
     def _in_last_turn(self, answers: np.ndarray) -> np.ndarray:
         """Whether each message is behind the last one of someone else that an answer follows."""

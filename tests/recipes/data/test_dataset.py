@@ -90,7 +90,30 @@ def test_the_answer_with_its_header_and_its_end_is_learned_and_nothing_else(fold
 def test_every_assistant_turn_is_learned(folder, processor):
     sample = encode(chat("one?", "two", "three?", "four"), folder, processor)
     assert learned_text(sample, processor) == (
-        "<|channel|>final<|message|>two<|end|><|channel|>final<|message|>four<|return|>"
+        "<|channel|>final<|message|>two<|return|><|channel|>final<|message|>four<|return|>"
+    )
+
+
+def test_an_answer_of_an_earlier_turn_is_learned_to_stop(folder, processor):
+    """Its input has the chat format's `<|end|>`, at which generation does not stop."""
+    sample = encode(chat("one?", "two", "three?", "four", thinking="one"), folder, processor)
+    end, stop = processor.tokenizer.convert_tokens_to_ids(["<|end|>", "<|return|>"])
+    ends = (sample["input_ids"] == end).nonzero()[:, 0].tolist()
+    labels = [int(sample["labels"][place - 1]) for place in ends]
+    assert [label for label in labels if label != IGNORE_INDEX] == [stop, end]  # the answer, and the thought
+
+
+def test_the_start_of_a_message_is_learned_where_generation_goes_on(folder, processor):
+    row = chat("one?", "two", "three?", "", "four", "", "five")
+    row["messages"][3] |= {"content": "a cat", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    row["messages"][4] = {"role": "assistant", "content": "four"}
+    row["messages"][5] = {"role": "assistant", "content": "cat"}
+    del row["messages"][6:]
+    assert learned_text(encode(row, folder, processor), processor) == (
+        "<|channel|>final<|message|>two<|return|>"
+        "<|channel|>commentary<|message|>a cat<|end|><|start|>assistant"
+        " to=functions.look<|channel|>commentary json<|message|>{}<|call|>"
+        "<|channel|>final<|message|>four<|return|><|channel|>final<|message|>cat<|return|>"
     )
 
 
@@ -103,7 +126,7 @@ def test_the_turn_between_a_thought_and_its_answer_is_learned(folder, processor)
 
 THOUGHT = "<|channel|>analysis<|message|>one<|end|>"
 CALL = ' to=functions.look<|channel|>commentary json<|message|>{"at": "cat"}<|call|>'
-ANSWERS = "<|channel|>final<|message|>two<|end|>", "<|channel|>final<|message|>four<|return|>"
+ANSWERS = "<|channel|>final<|message|>two<|return|>", "<|channel|>final<|message|>four<|return|>"
 
 
 @pytest.mark.parametrize(
