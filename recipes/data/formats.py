@@ -5,8 +5,9 @@ A chat is in "messages", "conversations" or "conversation", with "role" and "con
 places are marks (`<image>`) or bare parts ({"type": "image"}); without either they stand in front of the first message
 of the user. A text is in "text", and its images in "image" or "images".
 
-A key whose value is null counts as absent. Other keys are ignored, except those that look like media, and those that
-look like a misspelt key of ours: a model would be trained on less than it was given.
+A key whose value is null counts as absent. Other keys are ignored, except those that look like media, those that look
+like a misspelt key of ours, and those of an answer or an instruction that is nowhere in the row: a model would learn
+less than it was given, or what it should not say.
 """
 
 import json
@@ -19,6 +20,7 @@ from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG
 from .json_values import parse_json
 from .pictures import Picture, Pictures, UnusableRow, from_base64
 from .rows import Row
+from .tools import call_of, definitions_of, name_results
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
     "human": "user",
@@ -45,12 +47,24 @@ REFERENCES = ("image", "path", "url", "base64", "source", "image_url")
 """Keys of a part that hold its image."""
 ENDINGS = tuple(
     f".{ending}"
-    for kind in ("jpg jpeg png webp gif bmp tif tiff avif heic", "mp4 webm avi mov mkv", "wav mp3 flac ogg m4a")
+    for kind in (
+        "jpg jpeg jpe jfif png webp gif bmp tif tiff avif heic svg",
+        "mp4 webm avi mov mkv mpg mpeg wmv m4v",
+        "wav mp3 flac ogg opus aac m4a",
+    )
     for ending in kind.split()
 )
 """Of names of media."""
 EMBEDDED = ("data:image/", "data:video/", "data:audio/", "/9j/", "iVBORw0KGgo")
 """How media begin that are written as texts; the last two are JPEG and PNG in base64."""
+TOLD = ("answer", "answers", "completion", "instruction", "label", "output", "prompt", "question", "response", "target")
+"""Keys whose texts belong to a row, and may be there again for themselves."""
+TOLD_BEFORE = ("system_message", "system_prompt")
+"""Those of a system message."""
+PREFERENCES = ("chosen", "rejected", "kto_tag")
+"""Keys of rows that say which answers are better: others must not be learned."""
+ABOUT_PARTS = {"annotations", "cache_control", "detail", "format", "id", "media_type", "mime_type"}
+"""Keys of parts that are not read, and hold no text for the model."""
 SIMILAR = 0.8
 """From which similarity a key is taken for a misspelt one."""
 
@@ -76,6 +90,7 @@ def parse_record(record: Any, pictures: Pictures, *, for_training: bool = True) 
     images = [pictures.find(image) for image in _listed(record)]
     row = _parsed_row(record, images, pictures, for_training)
     _refuse_named_media(record, beside_images=bool(row.images))
+    _refuse_untold(record, row)
     return row
 
 
@@ -89,8 +104,11 @@ def _parsed_row(record: Mapping[str, Any], images: list[Picture], pictures: Pict
             shape, messages = _shape(name, record), _messages(record[name], name)
         case several:
             raise UnusableRow(f"several chats, in {' and '.join(map(json.dumps, several))}")
-    if "system" in record:
-        messages.insert(0, {"role": "system", "content": _text_of(record["system"], "system")})
+    if "system" in record and (system := _text_of(record["system"], "system")).strip():
+        if messages[0]["role"] == "system":
+            raise UnusableRow('a system message, and "system"')
+        messages.insert(0, {"role": "system", "content": system})
+    name_results(messages)
     messages, placed = _place_images([_with_parts(message) for message in messages], images, pictures)
     if for_training:
         _refuse_without_answer(messages)
@@ -141,8 +159,6 @@ def _left_out(record: Mapping[str, Any], name: str) -> Iterator[str]:
     if name == "texts":
         others = (key for turn in record[name] for key in turn if key not in ("user", "assistant"))
         yield from (f"{key} of turns" for key in dict.fromkeys(others))
-    elif name != "text" and any(message.get("tool_call_id") is not None for message in record[name]):
-        yield "tool_call_id of messages"
 
 
 def _refuse_named_media(record: Mapping[str, Any], *, beside_images: bool) -> None:
@@ -170,8 +186,45 @@ def _has_bytes(value: Any) -> bool:
     return isinstance(value, bytes) or (isinstance(value, list | tuple) and any(map(_has_bytes, value)))
 
 
+def _refuse_untold(record: Mapping[str, Any], row: Row) -> None:
+    """Refuse a row with an answer, an instruction or a system prompt under a key that is not read, unless it is told.
+
+    Raises:
+        UnusableRow: it has one.
+    """
+    others = [key for key in record if key not in KEYS and not _is_empty_text(record[key])]
+    if preferences := [key for key in others if key in PREFERENCES]:
+        raise UnusableRow(f"{', '.join(map(json.dumps, preferences))} is not read: rows of preferences are not learned")
+    if row.messages is not None and isinstance(record.get("label"), bool):
+        raise UnusableRow('"label" is not read: rows of preferences are not learned')
+    untold = [key for key in others if key in (*TOLD, *TOLD_BEFORE)]
+    if not untold:
+        return
+    parts = [part for message in row.messages or () for part in message["content"] if part["type"] == "text"]
+    told = "\n".join([row.text or "", *(part["text"] for part in parts)])
+    for key in untold:
+        texts = [text.replace(IMAGE_TAG, "").strip() for text in _texts_in(record[key])]
+        if texts and not any(text in told for text in texts):
+            raise UnusableRow(f"{json.dumps(key)} is not read, and its text is not in the row")
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for held in value.values() for text in _texts_in(held))
+    elif isinstance(value, list | tuple):
+        yield from (text for held in value for text in _texts_in(held))
+
+
+def _is_empty_text(value: Any) -> bool:
+    return isinstance(value, str | Sequence | Mapping) and not value
+
+
 def _names_media(value: Any) -> bool:
     if isinstance(value, str):
+        if value.startswith(("http://", "https://")):
+            value = value.partition("#")[0].partition("?")[0]
         return value[-5:].lower().endswith(ENDINGS) or value.startswith(EMBEDDED)
     if isinstance(value, dict):
         return any(map(_names_media, value.values()))
@@ -197,9 +250,10 @@ def _listed(record: Mapping[str, Any]) -> list[Any]:
     Raises:
         UnusableRow: both keys are used, or one of them holds something else.
     """
-    if "image" in record and "images" in record and record["images"] != []:
+    given = [record[key] for key in ("image", "images") if not _is_empty_text(record.get(key, ()))]
+    if len(given) > 1:
         raise UnusableRow('images in "image" and in "images"')
-    images = record.get("image", record.get("images", []))
+    images = given[0] if given else []
     if not isinstance(images, list | tuple):
         images = [images]
     if any(image is None for image in images):
@@ -227,6 +281,9 @@ def _turns(texts: Any) -> Iterator[dict[str, Any]]:
                 raise UnusableRow(f'a turn of "texts" without "{role}"')
             yield {"role": role, "content": turn[role]}
         _refuse_media_beside(turn, ("user", "assistant"), 'a turn of "texts"')
+        for key in ("system", *TOLD, *TOLD_BEFORE, *PREFERENCES):
+            if not _is_empty_text(turn.get(key, "")):
+                raise UnusableRow(f'a turn of "texts" has {json.dumps(key)}, which is not read')
 
 
 def _messages(messages: Any, name: str) -> list[dict[str, Any]]:
@@ -237,7 +294,11 @@ def _messages(messages: Any, name: str) -> list[dict[str, Any]]:
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message with our keys and roles."""
-    message = {RENAMED.get(key, key): value for key, value in message.items() if value is not None}
+    given = {key: value for key, value in message.items() if value is not None}
+    message = {RENAMED.get(key, key): value for key, value in given.items()}
+    for key, value in given.items():
+        if key in RENAMED and given.get(RENAMED[key], value) != value:
+            raise UnusableRow(f"a message has {RENAMED[key]} and {key}")
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise UnusableRow(f"unknown role {role!r:.40}")
@@ -246,25 +307,16 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
         raise UnusableRow(f"a message has {', '.join(sorted(unknown))}, and only {known} are read")
     if not all(isinstance(message.get(key, ""), str) for key in ("thinking", "name")):
         raise UnusableRow('"thinking" and "name" must be texts')
-    message.pop("tool_call_id", None)  # a result follows its call
     message["role"] = ROLES[role]
     if role == "function_call":
-        message["tool_calls"] = [_call(_parsed(message.pop("content", None), "a function_call"))]
+        if message.get("tool_calls"):
+            raise UnusableRow("a function_call with tool_calls")
+        message["tool_calls"] = [call_of(_parsed(message.pop("content", None), "a function_call"))]
     elif calls := message.pop("tool_calls", None):
         if message["role"] != "assistant" or not isinstance(calls, list | tuple):
             raise UnusableRow("tool_calls are a list, of an assistant's message")
-        message["tool_calls"] = [_call(call) for call in calls]
+        message["tool_calls"] = [call_of(call) for call in calls]
     return message
-
-
-def _call(call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UnusableRow(f"a call of a tool without a name: {call!r:.80}")
-    arguments = function.get("arguments", {})
-    if not isinstance(arguments, str | dict):
-        raise UnusableRow(f"the arguments of a call are neither an object nor a text: {arguments!r:.40}")
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _tools(record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> list[Any] | None:
@@ -272,8 +324,7 @@ def _tools(record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> 
     tools = _parsed(record["tools"], '"tools"') if "tools" in record else None
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UnusableRow('"tools" is not a list of objects')
+    tools = definitions_of(tools)
     if messages[0]["role"] != "system":
         raise UnusableRow('"tools" without a system message, for which the chat template would write today\'s date')
     return tools
@@ -313,7 +364,19 @@ def _part(part: Any) -> dict[str, Any]:
         _refuse_media_beside(part, REFERENCES if found["type"] == "image" else (), "a part")
         if found["type"] == "image" and len(own := [key for key in REFERENCES if key in part]) > 1:
             raise UnusableRow(f"an image part has {' and '.join(map(json.dumps, own))}")
+        _refuse_text_beside(part, REFERENCES if found["type"] == "image" else ("text",), f"a part of {found['type']}")
     return found
+
+
+def _refuse_text_beside(part: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+    """Refuse a text under a key of a part that is not read.
+
+    Raises:
+        UnusableRow: there is one.
+    """
+    for key, value in part.items():
+        if key not in (*known, "type", *ABOUT_PARTS) and isinstance(value, str) and value:
+            raise UnusableRow(f"{what} has {json.dumps(key)}, which is not read")
 
 
 def _read_part(part: Any) -> dict[str, Any]:
@@ -337,7 +400,7 @@ def _read_part(part: Any) -> dict[str, Any]:
         case {"type": "image", "image": image} | {"type": "image", "path": image} | {"type": "image", "url": image}:
             return {"type": "image", "image": image}
         case {"type": "image"} if part.keys() <= {"type", "text", "index"}:
-            return {"type": "image"}
+            return {key: part[key] for key in ("type", "index") if key in part}
     raise UnusableRow(f"neither a text part nor an image part of a format that is read: {part!r:.80}")
 
 
@@ -362,7 +425,9 @@ def _place_images(
     """
     parts = [part for message in messages for part in message["content"]]
     own = sum("image" in part for part in parts)
-    bare = sum(part == {"type": "image"} for part in parts)
+    bare = [part.pop("index", None) for part in parts if part["type"] == "image" and "image" not in part]
+    if any(index is not None for index in bare) and bare != [*range(len(bare))]:
+        raise UnusableRow(f"image parts with the indices {bare}, and images are read in their order")
     marks = sum(part["text"].count(IMAGE_TAG) for part in parts if part["type"] == "text") if images else 0
     if own and images:
         raise UnusableRow(f'{own} images in parts of messages, and {len(images)} in "images"')
@@ -371,9 +436,9 @@ def _place_images(
         if first is None:
             raise UnusableRow(f"{len(images)} images, and no message of the user")
         first["content"] = [{"type": "image"}] * len(images) + first["content"]
-    elif bare + marks != len(images):
+    elif (places := len(bare) + marks) != len(images):
         raise UnusableRow(
-            f"{bare + marks} places for images ({marks} times {IMAGE_TAG}, {bare} parts), and {len(images)} images"
+            f"{places} places for images ({marks} times {IMAGE_TAG}, {len(bare)} parts), and {len(images)} images"
         )
     rest, placed = iter(images), []
     for message in messages:

@@ -1,10 +1,12 @@
 """A `Row`, what is left out and why, and the check whether a row can be trained on."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
 
 from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG, GPTOSSVisionProcessor
 from ...bridge.hf.tokenization_gpt_oss_vision import CHAT_TEMPLATE
@@ -92,13 +94,20 @@ def _opened(part: dict[str, Any], images: Any) -> dict[str, Any]:
 
 
 def render(row: Row, processor: GPTOSSVisionProcessor) -> str:
-    """The text of a row, with the mark of the processor for each image."""
+    """The text of a row, with the mark of the processor for each image.
+
+    Raises:
+        UnusableRow: the chat template refuses it.
+    """
     if row.text is not None:
         return row.text
     assert row.messages is not None
     if row.tools is None and processor.chat_template == CHAT_TEMPLATE and all(map(_is_plain, row.messages)):
         return _render_plain(row.messages)
-    return processor.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
+    try:
+        return processor.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise UnusableRow(f"the chat template refuses it: {error}") from error
 
 
 def _is_plain(message: dict[str, Any]) -> bool:
@@ -124,7 +133,7 @@ def check_text(row: Row, processor: GPTOSSVisionProcessor) -> str:
             images, or a text that is not Unicode.
     """
     if row.messages is not None:
-        refuse_control_tokens(row.messages, processor)
+        refuse_control_tokens(row.messages, processor, row.tools)
     elif not (row.text or "").replace(IMAGE_TAG, "").replace(processor.image_token, "").strip():
         raise UnusableRow("an empty text")
     text = render(row, processor)
@@ -144,13 +153,17 @@ def check_text(row: Row, processor: GPTOSSVisionProcessor) -> str:
     return text
 
 
-def refuse_control_tokens(messages: Sequence[dict[str, Any]], processor: GPTOSSVisionProcessor) -> None:
-    """Refuse control tokens inside messages: they would become turns, channels or images that nobody meant.
+def refuse_control_tokens(
+    messages: Sequence[dict[str, Any]], processor: GPTOSSVisionProcessor, tools: Sequence[Any] | None = None
+) -> None:
+    """Refuse control tokens in messages and definitions of tools: they would be turns, channels or images nobody meant.
 
     Raises:
         UnusableRow: there is one.
     """
-    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+    # Parts are joined: a token may be in several.
+    texts = ["".join(part.get("text", "\0") for part in message["content"]) for message in messages]
+    texts += [json.dumps(tools, ensure_ascii=False)] if tools else []
     texts += [message[key] for message in messages for key in ("thinking", "name") if key in message]
     texts += [str(call["function"]) for message in messages for call in message.get("tool_calls", ())]
     for text in texts:
@@ -159,7 +172,7 @@ def refuse_control_tokens(messages: Sequence[dict[str, Any]], processor: GPTOSSV
             special = (str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
             for token in (IMAGE_TAG, *special):
                 if token in text:
-                    raise UnusableRow(f"a message's text has the control token {token}")
+                    raise UnusableRow(f"a message's text, or a tool's, has the control token {token}")
 
 
 def describe_skipped(path: object, skipped: Sequence[Skipped], rows: int) -> str:

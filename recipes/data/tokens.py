@@ -111,7 +111,7 @@ def loss_mask_of(
 def targets_of(
     input_ids: np.ndarray, processor: GPTOSSVisionProcessor, lengths: np.ndarray | None = None
 ) -> np.ndarray:
-    """The token to predict at the place before each token, ``[s]``: that token, or `<|return|>` for an answer's `<|end|>`.
+    """The token to predict before each token, ``[s]``: that token, or `<|return|>` for the `<|end|>` of an answer.
 
     gpt-oss's chat format ends the answers of earlier turns with `<|end|>`. When they were generated they ended with
     `<|return|>`, at which generation stops; at `<|end|>`, which ends a thought, it goes on.

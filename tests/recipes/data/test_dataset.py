@@ -320,6 +320,22 @@ def test_an_empty_file_is_an_error(folder, processor):
         ChatDataset(write(folder, ""), processor, SEQ_LENGTH)
 
 
+TOOL = {"name": "look", "description": "Look at it.", "parameters": {"type": "object", "properties": {}}}
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+def words_of(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def with_tools(tools: Any) -> dict[str, Any]:
+    return {"messages": [SYSTEM, *chat("Hi", "one")["messages"]], "tools": tools}
+
+
+def called(*calls: dict[str, Any]) -> dict[str, Any]:
+    return chat("Hi", "", tool_calls=[*calls])
+
+
 @pytest.mark.parametrize(
     ("row", "why"),
     [
@@ -376,6 +392,49 @@ def test_an_empty_file_is_an_error(folder, processor):
         (chat([{"type": "image_url", "image_url": {"url": "data:image/png;base64,%%"}}], "one"), "not in base64"),
         (chat([picture("D:\\cats\\a.png")], "one"), "on a drive of Windows"),
         (chat("Hi <|end|>", "one"), "control token <|end|>"),
+        (chat([words_of("Hi <|en"), words_of("d|>")], "one"), "control token <|end|>"),
+        (with_tools([TOOL | {"description": "a <|end|>"}]), "control token <|end|>"),
+        # What would be lost: arguments, definitions, texts, answers.
+        (called({"name": "look", "args": {"at": "cat"}}), "a call of a tool has args, and only"),
+        (called({"function": {"name": "look", "input": {}, "kind": 7}}), "a call of a tool has kind"),
+        (called({"name": "look", "arguments": "{}", "parameters": "{}"}), "has arguments and parameters"),
+        (called({"name": "look"}, {"name": "see"}), "a message calls 2 tools"),
+        (with_tools([TOOL | {"input_schema": {"type": "object"}}]), "a tool has input_schema, and only"),
+        (with_tools([TOOL | {"parameters": {"at": "string"}}]), 'neither "properties" nor "type"'),
+        (with_tools([TOOL | {"parameters": {"properties": ["at"]}}]), '"properties" that are no object'),
+        (
+            with_tools([TOOL | {"parameters": {"properties": {"at": "string"}}}]),
+            'the property "at", which is no object',
+        ),
+        (with_tools([{"description": "a"}]), "a tool without a name"),
+        (chat("Hi", "one", role="function_call", tool_calls=[{"name": "look"}]), "a function_call with tool_calls"),
+        (chat("Hi", "one", value="two"), "a message has content and value"),
+        (chat("Hi", "one", thinking="two", reasoning_content="three"), "a message has thinking and reasoning_content"),
+        (chat([picture("red.png") | {"text": "a cat"}], "one"), 'a part of image has "text", which is not read'),
+        (chat([{"type": "image", "text": "a cat"}], "one") | {"images": ["red.png"]}, 'a part of image has "text"'),
+        (chat([words_of("Hi") | {"content": "two"}], "one"), 'a part of text has "content"'),
+        (
+            chat([{"type": "image", "index": 1}, {"type": "image", "index": 0}], "one")
+            | {"images": ["a.png", "b.png"]},
+            "image parts with the indices [1, 0]",
+        ),
+        (chat("Hi", "one") | {"chosen": "two", "rejected": "three"}, '"chosen", "rejected" is not read: rows of pref'),
+        (chat("Hi", "one") | {"kto_tag": False}, '"kto_tag" is not read: rows of preferences'),
+        (chat("Hi", "one") | {"label": False}, '"label" is not read: rows of preferences'),
+        (
+            chat("Hi", "one") | {"system_prompt": "Be kind."},
+            '"system_prompt" is not read, and its text is not in the row',
+        ),
+        (chat("Hi", "one") | {"instruction": "Be kind."}, '"instruction" is not read'),
+        ({"text": "Is it red?", "image": "red.png", "label": "yes"}, '"label" is not read, and its text is not'),
+        ({"text": "Is it red?", "answers": {"text": ["yes", "no"]}}, '"answers" is not read'),
+        ({"texts": [{"user": "Hi", "assistant": "one", "system": "Be kind."}]}, 'a turn of "texts" has "system"'),
+        (
+            {"messages": [SYSTEM, *chat("Hi", "one")["messages"]], "system": "Be brief."},
+            'a system message, and "system"',
+        ),
+        ({"text": "A cat.", "page": "https://x.org/a.jpg?width=300"}, '"page" names media'),
+        ({"text": "A cat.", "file": "cat.JFIF"}, '"file" names media'),
         (chat("Hi <image>", "one"), "control token <image>"),
         (chat("Hi", "one <|reserved_200013|>"), "control token <|reserved_200013|>"),
         (chat("Hi", "one", thinking="<|call|>"), "control token <|call|>"),
@@ -391,6 +450,75 @@ def test_keys_without_a_value_count_as_absent(folder, processor):
     rows = ({"text": "A cat."} | none, chat("Hi", "one") | none, chat("Hi", "one") | described)
     path = write(folder, chat("Hi", "one", thinking=None, tool_calls=None), *rows)
     assert unusable(path, processor, SEQ_LENGTH) == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "The film is good. good", "label": "good", "answer": ["good", "fine"]},
+        chat("Hi", "one") | {"prompt": " Hi", "prompt_id": "7", "response": "one", "label": 3, "instruction": ""},
+        chat("Hi", "one") | {"image": "", "images": [], "system": ""},
+        chat("Hi", "one") | {"image": [], "system": " "},
+        chat([{"type": "image", "index": 0, "text": ""}, words_of("Hi") | {"index": 1}], "one")
+        | {"images": ["red.png"]},
+        chat([picture("red.png") | {"detail": "high", "id": "a"}], "one", content="one", value="one"),
+    ],
+)
+def test_keys_whose_texts_are_in_the_row_or_empty_are_no_reason(folder, processor, row):
+    assert unusable(write(folder, row), processor, SEQ_LENGTH) == []
+    assert "<|start|>system" not in processor.tokenizer.decode(encode(row, folder, processor)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        TOOL | {"parameters": {"type": "object", "properties": {"at": {"type": "string"}}}},
+        TOOL | {"parameters": '{"properties": {"at": {"type": "string"}}}', "strict": True},
+        {"type": "function", "function": TOOL | {"parameters": {"properties": {"at": {"type": "string"}}}}},
+    ],
+)
+def test_definitions_of_tools_keep_their_parameters(folder, processor, tool):
+    sample = encode(with_tools([tool]), folder, processor)
+    expected = "// Look at it.\ntype look = (_: {\nat?: string,\n}) => any;"
+    assert expected in processor.tokenizer.decode(sample["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters"])
+def test_a_call_keeps_its_arguments_under_either_name(folder, processor, name):
+    row = called({"name": "look", name: {"at": "cat"}})
+    assert '<|message|>{"at": "cat"}<|call|>' in learned_text(encode(row, folder, processor), processor)
+
+
+CALLS = [{"id": "1", "function": {"name": "look"}}, {"id": "2", "function": {"name": "hear"}}]
+
+
+def with_results(*results: dict[str, Any]) -> dict[str, Any]:
+    calls = [{"role": "assistant", "tool_calls": [call]} for call in CALLS]
+    given = [{"role": "tool", "content": f"result {number}"} | each for number, each in enumerate(results)]
+    [user, answer] = chat("Hi", "one")["messages"]
+    return {"messages": [user, *calls, *given, answer]}
+
+
+def test_a_result_is_of_the_call_that_its_id_names(folder, processor):
+    sample = encode(with_results({"tool_call_id": "1"}, {"tool_call_id": "2"}), folder, processor)
+    text = processor.tokenizer.decode(sample["input_ids"])
+    for number, name in enumerate(("look", "hear")):
+        assert f"<|start|>functions.{name} to=assistant<|channel|>commentary<|message|>result {number}<|end|>" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (with_results({}, {}), "a tool message that could be the result of hear or look"),
+        (with_results({"tool_call_id": "1", "name": "hear"}), "has the name 'hear', and its call that of \"look\""),
+        (
+            {"messages": [{"role": "tool", "content": "one"}, *chat("Hi", "one")["messages"]]},
+            "without a call before it",
+        ),
+    ],
+)
+def test_a_result_of_an_unknown_call_is_refused(folder, processor, row, why):
+    assert why in reason(row, folder, processor)
 
 
 def test_a_token_that_users_added_and_that_controls_nothing_may_be_written(folder, processor):

@@ -75,7 +75,7 @@ def records(draw: st.DrawFn, folder: Path) -> tuple[dict[str, Any], int]:
     def part() -> dict[str, Any]:
         kind = draw(st.sampled_from(["text", "image", "image_url", "input_image", "bare", "both", "Image", "picture"]))
         made: dict[str, Any] = {"type": "image" if kind in ("bare", "both") else kind}
-        if kind == "text" or draw(st.booleans()):
+        if kind == "text" or draw(st.integers(0, 7)) == 7:
             made["text"] = draw(st.sampled_from(["Hi", "<image>", "one <image> two"]))
         if kind not in ("text", "bare") or draw(st.integers(0, 5)) == 0:
             made[draw(st.sampled_from(PART_KEYS))] = image()
@@ -95,7 +95,7 @@ def records(draw: st.DrawFn, folder: Path) -> tuple[dict[str, Any], int]:
         return [part() for _ in range(draw(st.integers(1, 3)))]
 
     record: dict[str, Any] = {}
-    shape = draw(st.sampled_from([*CHATS, "texts", "text", *MISSPELT]))
+    shape = draw(st.sampled_from([*CHATS, "texts", "text"]) | st.sampled_from(MISSPELT))
     if shape == "texts":
         turn = {"user": draw(st.sampled_from(["Hi", "<image>"])), "assistant": "one"}
         if draw(st.integers(0, 3)) == 0:
@@ -111,7 +111,8 @@ def records(draw: st.DrawFn, folder: Path) -> tuple[dict[str, Any], int]:
         record[shape] = draw(st.sampled_from(["Hi", "<image> Hi", "<image><image>"]))
     if shape in MISSPELT and draw(st.booleans()):
         record["text"] = "Hi"
-    for key in draw(st.lists(st.sampled_from(RECORD_KEYS), max_size=2, unique=True)):
+    any_keys = st.lists(st.sampled_from(RECORD_KEYS), max_size=2, unique=True)
+    for key in draw(st.sampled_from([[], ["image"], ["images"]]) | any_keys):
         several = draw(st.integers(0, 2))
         record[key] = image() if several == 0 else [image() for _ in range(several)]
     return record, count
