@@ -4,7 +4,6 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 
 # isort: split
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from megatron.bridge.utils.common_utils import get_rank_safe
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
+from ...terminal import say
 from .dataset import ChatDataset, ShuffledEpochs
 from .digits import write_digits
 from .findings import Findings, examine
@@ -33,8 +33,6 @@ from .sources.base import Source
 from .sources.opening import open_source
 from .tiny import write_processor
 from .tokens import Learned
-
-logger = logging.getLogger(__name__)
 
 PIECES, PIECE_SIZE = 64, 2**16
 """Of a fingerprint."""
@@ -134,7 +132,7 @@ class ChatDatasetProvider(DatasetProvider):
     """JSONL chat files (see `rows.py`) for training, validation and test.
 
     Rows that can't be used are found before the first step, each rank checking its share, and left out on all ranks;
-    rank 0 logs them. More than `max_skipped` (a fraction) stop the run. `decode_images` checks pixels and not only
+    rank 0 prints the first of them. More than `max_skipped` (a fraction) stop the run. `decode_images` checks pixels and not only
     headers, which takes as long as decoding every image once.
 
     Every epoch has its own order, by `seed`; all samples are the same in every parallel layout and after a resume.
@@ -307,7 +305,7 @@ class ChatDatasetProvider(DatasetProvider):
         dataset = self._open(parts, processor)
         if dataset.skipped and _rank() == 0:
             rows = len(dataset) + len(dataset.skipped)
-            logger.warning("Skipped: %s", describe_skipped(dataset.source.title, dataset.skipped, rows))
+            say(f"Skipped: {describe_skipped(dataset.source.title, dataset.skipped, rows)}")
         order = self._order(parts, dataset)
         if self.packing:
             return PackedBatches(dataset, self._packed(order, dataset), num_samples, self.loss_weights)

@@ -139,9 +139,10 @@ def test_a_finished_run_can_be_resumed(fields):
     assert len(rows_of(loader(train_set(fields, num_samples=12), consumed=12))) > 0
 
 
-def test_rows_that_cannot_be_used_are_logged(fields, caplog):
+def test_rows_that_cannot_be_used_are_named(fields, capsys):
     train_set(fields)
-    assert "1 of 7 rows can't be used (14.3%): line 4: malformed JSON" in caplog.text
+    said = capsys.readouterr().out
+    assert said.startswith(f"Skipped: {fields['path']}: 1 of 7 rows can't be used (14.3%): line 4: malformed JSON")
 
 
 def test_all_ranks_leave_out_the_same_rows(fields):
