@@ -154,6 +154,8 @@ class ChatDatasetProvider(DatasetProvider):
     test_path: str | None = None
     fingerprint: str | None = None
     """Of the training data: that of another run cannot continue a checkpoint. Set by the command `train`."""
+    usable_rows: list[str] | None = None
+    """Of each source of the training data (`ChatDataset.usable_rows`), once they are built."""
     seed: int = 1234
     max_skipped: float = 0.01
     decode_images: bool = False
@@ -168,6 +170,7 @@ class ChatDatasetProvider(DatasetProvider):
     """Which parts of chats are learned (`samples.Learned`)."""
     dataloader_type: Literal["single"] | None = "single"
     most_images = None  # of a row or a pack of the training data, once they are built; no field
+    rows_before = None  # `usable_rows` of the checkpoint from which a run is continued; no field
 
     def finalize(self) -> None:
         """Refuse a dataset without data or processor, and the loaders that would change what is trained on.
@@ -203,6 +206,9 @@ class ChatDatasetProvider(DatasetProvider):
         processor = self.processor()
         training = self._split(self.parts(), context.train_samples, processor)
         self.most_images = None if training is None else training.most_images()
+        if training is not None:
+            self._refuse_other_rows(training.dataset)
+            self.usable_rows = training.dataset.usable_rows()
         return (
             training,
             self._split(self._part_of(self.valid_path), context.valid_samples, processor),
@@ -235,7 +241,28 @@ class ChatDatasetProvider(DatasetProvider):
 
     def training_data(self) -> ChatDataset:
         """The training data, not shuffled. Called on every rank: the ranks share the check."""
-        return self._open(self.parts(), self.processor())
+        dataset = self._open(self.parts(), self.processor())
+        self._refuse_other_rows(dataset)
+        return dataset
+
+    def _refuse_other_rows(self, dataset: ChatDataset) -> None:
+        """Refuse to continue a run with other usable rows: the order of all samples would be another.
+
+        Raises:
+            UserError: with the source, and how many rows were usable.
+        """
+        for part, before, now in zip(self.parts(), self.rows_before or [], dataset.usable_rows(), strict=False):
+            if before != now:
+                counts = [int(each.split()[0]) for each in (before, now)]
+                other = (
+                    f"{counts[1]:,} are" if counts[0] != counts[1] else "as many are, but others or of other lengths"
+                )
+                raise UserError(
+                    f"{counts[0]:,} rows of {part.title} were usable when the checkpoint was saved, and now {other}, so "
+                    "the run would go on in another order of samples; make the same rows usable (images and "
+                    "dataset.image_folder, dataset.allowed_hosts, dataset.decode_images, FILE.lock), or start another "
+                    "run from its weights with weights=DIR and another out=DIR"
+                )
 
     def count_with_images(self) -> Counts:
         """Count the training data, by this process alone, which parses all."""

@@ -27,7 +27,7 @@ from ...terminal import say
 from ..data.megatron import on_rank_0
 from . import outcome, ranks
 from .changes import ARCHITECTURE
-from .checkpoints import changes_since, start_of
+from .checkpoints import changes_since, compare_rows_with, start_of
 from .derive import derive
 from .failures import first_failure
 from .heartbeat import Heartbeat
@@ -158,6 +158,7 @@ def _would_start(config: ConfigContainer, stage: Stage, weights: Path | None) ->
     if done is None:
         return _start(None, weights)
     config.dataset.fingerprint = config.dataset.fingerprint_of_data()
+    compare_rows_with(done[1], config.dataset)
     found = changes_since(done[1], validate(config, stage.hardware, stage.given))
     return "; ".join([_start(done, weights), *map(str, found)])
 
