@@ -4,9 +4,11 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 
 # isort: split
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,8 +134,8 @@ class ChatDatasetProvider(DatasetProvider):
     """JSONL chat files (see `rows.py`) for training, validation and test.
 
     Rows that can't be used are found before the first step, each rank checking its share, and left out on all ranks;
-    rank 0 prints the first of them. More than `max_skipped` (a fraction) stop the run. `decode_images` checks pixels and not only
-    headers, which takes as long as decoding every image once.
+    rank 0 prints the first of them. More than `max_skipped` (a fraction) stop the run. `decode_images` checks pixels
+    and not only headers, which takes as long as decoding every image once.
 
     Every epoch has its own order, by `seed`; all samples are the same in every parallel layout and after a resume.
     Batches are `seq_length` long, which must be the model's. `processor_path` is a folder or a name on the Hub. In a
@@ -251,17 +253,15 @@ class ChatDatasetProvider(DatasetProvider):
         Raises:
             UserError: with the source, and how many rows were usable.
         """
-        for part, before, now in zip(self.parts(), self.rows_before or [], dataset.usable_rows(), strict=False):
-            if before != now:
-                counts = [int(each.split()[0]) for each in (before, now)]
-                other = (
-                    f"{counts[1]:,} are" if counts[0] != counts[1] else "as many are, but others or of other lengths"
-                )
+        for part, saved, found in zip(self.parts(), self.rows_before or [], dataset.usable_rows(), strict=False):
+            if saved != found:
+                before, now = (int(each.split()[0]) for each in (saved, found))
+                are = f"{now:,} are" if before != now else "as many are, but others or of other lengths"
                 raise UserError(
-                    f"{counts[0]:,} rows of {part.title} were usable when the checkpoint was saved, and now {other}, so "
-                    "the run would go on in another order of samples; make the same rows usable (images and "
-                    "dataset.image_folder, dataset.allowed_hosts, dataset.decode_images, FILE.lock), or start another "
-                    "run from its weights with weights=DIR and another out=DIR"
+                    f"{before:,} rows of {part.title} were usable when the checkpoint was saved, and now {are}: the "
+                    "run would go on in another order of samples; make the same rows usable (images, "
+                    "dataset.image_folder, dataset.allowed_hosts, dataset.decode_images, FILE.lock), or start another run from its weights "
+                    "with weights=DIR and another out=DIR"
                 )
 
     def count_with_images(self) -> Counts:
@@ -284,15 +284,18 @@ class ChatDatasetProvider(DatasetProvider):
         parts = {"validation": self._part_of(self.valid_path), "test": self._part_of(self.test_path)}
         return {name: len(self._open(found, self.processor())) for name, found in parts.items() if found}
 
-    def batch_rows(self, epochs: float) -> float:
-        """Samples, or packs, in some epochs of the training data. Called on every rank: the ranks share the check.
+    def batch_rows(self, epochs: float) -> int:
+        """Samples, or packs, in some epochs of the training data, rounded up.
+
+        Called on every rank: the ranks share the check.
 
         Raises:
             UserError: the data cannot be used, or too many rows cannot.
         """
         dataset = self.training_data()
         order = self._order(self.parts(), dataset)
-        return self._packed(order, dataset).packs_before(epochs) if self.packing else epochs * len(order)
+        exact = Fraction(str(epochs))
+        return math.ceil(self._packed(order, dataset).packs_before(exact) if self.packing else exact * len(order))
 
     def describe_change(self, saved: Mapping[str, Any], place: int) -> list[str]:
         """What other sources, weights or repeats mean for a run that is continued, a sentence for each source.

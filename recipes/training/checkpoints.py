@@ -291,6 +291,11 @@ def start_of(checkpoint: CheckpointConfig) -> tuple[int, Path] | None:
     return step, place
 
 
+def consumed_by(folder: Path) -> int:
+    """Samples, or packs, that the steps up to a checkpoint have consumed; `folder` is that of the iteration."""
+    return int(torch.load(folder / "train_state.pt", weights_only=True)["consumed_train_samples"])
+
+
 def _by_step(paths: Iterable[Path], pattern: str) -> dict[int, Path]:
     """Paths whose names match, by the step that the pattern's group finds."""
     return {int(found[1]): path for path in paths if (found := re.fullmatch(pattern, path.name))}

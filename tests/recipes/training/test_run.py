@@ -151,6 +151,28 @@ def test_weights_that_a_run_has_not_started_from_are_named(arguments, weights: P
     assert f"weights={weights} are not read, as the run continues its own; it started from random" in output.read_text()
 
 
+LENGTHS = {"epochs": "train.epochs=2", "tokens": f"train.tokens={2 * 60 * 32}"}
+
+
+@pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
+def test_a_length_in_epochs_or_tokens_counts_what_was_read_with_another_batch(length: str, arguments, tmp_path: Path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    small = ("train.micro_batch_size=10", "train.global_batch_size=10")
+    assert forked.run(*arguments(out, "train.train_iters=6", *small), output=output) == 0  # 60 rows, an epoch
+    large = [
+        setting
+        for setting in arguments(out, length, "train.micro_batch_size=10", "train.global_batch_size=20")
+        if not setting.startswith("train.train_iters")
+    ]
+    assert forked.run(*large, "--dry-run", output=output) == 0
+    assert "steps         9 of 20 rows" in output.read_text()
+    assert forked.run(*large, output=output) == 0
+    assert [*losses(out)] == [*range(1, 10)]
+    output.unlink()
+    assert forked.run(*large, output=output) == 0
+    assert "sft is finished: 9 steps are in" in output.read_text()
+
+
 def test_a_run_goes_on_from_a_step_that_is_named(arguments, tmp_path: Path):
     out, output = tmp_path / "run", tmp_path / "output"
     assert forked.run(*arguments(out, "train.train_iters=4"), output=output) == 0
