@@ -96,6 +96,7 @@ class Counts:
         images: of an epoch.
         most_images: of a row of a batch, which is a sample or a pack.
         packs: of an epoch; None without packing.
+        of_sources: samples of an epoch by the name of their source.
     """
 
     rows: int
@@ -103,6 +104,7 @@ class Counts:
     images: int
     most_images: int
     packs: PackStatistics | None
+    of_sources: dict[str, int]
 
     @property
     def images_per_row(self) -> float:
@@ -178,10 +180,12 @@ class ChatDatasetProvider(DatasetProvider):
         """Refuse a dataset without data or processor, and the loaders that would change what is trained on.
 
         Raises:
-            UserError: a path is not set, or `dataloader_type` is not "single".
+            UserError: a path is not set, the seed is below 0, or `dataloader_type` is not "single".
         """
         super().finalize()
         self._check_paths()
+        if self.seed < 0:
+            raise UserError(f"dataset.seed={self.seed} is below 0")
         if self.dataloader_type != "single":
             # 'cyclic' orders by a seed of its own and by the number of data-parallel ranks; 'batch' cuts a global batch
             # into micro-batches and gives each of them the images of all.
@@ -260,8 +264,8 @@ class ChatDatasetProvider(DatasetProvider):
                 raise UserError(
                     f"{before:,} rows of {part.title} were usable when the checkpoint was saved, and now {are}: the "
                     "run would go on in another order of samples; make the same rows usable (images, "
-                    "dataset.image_folder, dataset.allowed_hosts, dataset.decode_images, FILE.lock), or start another run from its weights "
-                    "with weights=DIR and another out=DIR"
+                    "dataset.image_folder, dataset.allowed_hosts, dataset.decode_images, FILE.lock), or start another "
+                    "run from its weights with weights=DIR and another out=DIR"
                 )
 
     def count_with_images(self) -> Counts:
@@ -277,6 +281,7 @@ class ChatDatasetProvider(DatasetProvider):
             images=round(in_epoch),
             most_images=int(dataset.image_counts.max()) if packs is None else packs.most_images,
             packs=packs,
+            of_sources={part.title: count for part, count in zip(self.parts(), order.per_epoch, strict=True)},
         )
 
     def count_held_out(self) -> dict[str, int]:

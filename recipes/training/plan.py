@@ -137,6 +137,7 @@ class Plan:
     skipped: int
     images: int
     packs: PackStatistics | None
+    of_sources: dict[str, int]
     checkpoint_size: float
     checkpoints: int
     free_disk: float
@@ -155,6 +156,8 @@ class Plan:
             "data",
             f"{self.rows:,} rows with {self.images:,} images, {self.skipped:,} rows are skipped; {epochs:.2f} epochs",
         )
+        if len(self.of_sources) > 1:
+            yield "an epoch", ", ".join(f"{rows:,} rows of {title}" for title, rows in self.of_sources.items())
         if self.held_out:
             yield "held out", ", ".join(f"{rows:,} rows for {what}" for what, rows in self.held_out.items())
         if self.packs is not None:
@@ -316,6 +319,7 @@ def plan(config: ConfigContainer, hardware: Hardware, folder: Path, given: Colle
         skipped=counts.skipped,
         images=counts.images,
         packs=counts.packs,
+        of_sources=counts.of_sources,
         checkpoint_size=_checkpoint_size(checked),
         checkpoints=_checkpoints(checked),
         free_disk=shutil.disk_usage(_existing(folder)).free,
