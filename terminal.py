@@ -91,8 +91,10 @@ _consoles: list[Console] = []
 
 
 def say(sentence: str) -> None:
-    """Print a sentence for the user, also inside `quiet`."""
-    (_consoles[-1] if _consoles else Console(soft_wrap=True, highlight=False)).print(sentence, markup=False)
+    """Print a sentence for the user; inside `quiet` it is written to the terminal and to the log."""
+    print(sentence, flush=True)
+    if _consoles:
+        _consoles[-1].print(sentence, markup=False)
 
 
 def terminal_descriptor() -> int:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def test_output_of_libraries_goes_to_the_log_and_ours_to_the_terminal(tmp_path: 
     assert os.read(reader, 1000) == b"shown\n"
     os.close(reader)
     assert (tmp_path / "log").read_text() == "written below python\nfrom a worker\n"
+
+
+def test_a_sentence_is_in_the_log_and_on_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture):
+    program = f"""
+from pathlib import Path
+from gpt_oss_vision.terminal import quiet, say
+say("before")
+with quiet(Path({str(tmp_path / "log")!r})):
+    say("inside [1]")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert capfd.readouterr().out == "before\ninside [1]\n"
+    assert (tmp_path / "log").read_text() == "inside [1]\n"
 
 
 def shown_in_a_log(monkeypatch: pytest.MonkeyPatch, total: int, *, in_bytes: bool = False) -> tuple[Progress, StringIO]:

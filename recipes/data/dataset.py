@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from torch.utils.data import Dataset
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
@@ -71,6 +72,15 @@ class ChatDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def usable_rows(self) -> list[str]:
+        """Of each source how many rows are usable, and a hash of their numbers and lengths."""
+        ends = np.cumsum(self.samples_of)
+        pieces = zip(np.split(self.rows, ends[:-1]), np.split(self.lengths, ends[:-1]), strict=True)
+        return [
+            f"{len(rows)} {xxhash.xxh3_64_hexdigest(np.stack([rows, lengths]).astype(np.int64).tobytes())}"
+            for rows, lengths in pieces
+        ]
 
     def __getitem__(self, index: int) -> Sample:
         row = int(self.rows[index])

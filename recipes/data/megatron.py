@@ -4,10 +4,11 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 
 # isort: split
 
-import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from megatron.bridge.utils.common_utils import get_rank_safe
 
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
+from ...terminal import say
 from .dataset import ChatDataset, ShuffledEpochs
 from .digits import write_digits
 from .findings import Findings, examine
@@ -33,8 +35,6 @@ from .sources.base import Source
 from .sources.opening import open_source
 from .tiny import write_processor
 from .tokens import Learned
-
-logger = logging.getLogger(__name__)
 
 PIECES, PIECE_SIZE = 64, 2**16
 """Of a fingerprint."""
@@ -96,6 +96,7 @@ class Counts:
         images: of an epoch.
         most_images: of a row of a batch, which is a sample or a pack.
         packs: of an epoch; None without packing.
+        of_sources: samples of an epoch by the name of their source.
     """
 
     rows: int
@@ -103,6 +104,7 @@ class Counts:
     images: int
     most_images: int
     packs: PackStatistics | None
+    of_sources: dict[str, int]
 
     @property
     def images_per_row(self) -> float:
@@ -134,8 +136,8 @@ class ChatDatasetProvider(DatasetProvider):
     """JSONL chat files (see `rows.py`) for training, validation and test.
 
     Rows that can't be used are found before the first step, each rank checking its share, and left out on all ranks;
-    rank 0 logs them. More than `max_skipped` (a fraction) stop the run. `decode_images` checks pixels and not only
-    headers, which takes as long as decoding every image once.
+    rank 0 prints the first of them. More than `max_skipped` (a fraction) stop the run. `decode_images` checks pixels
+    and not only headers, which takes as long as decoding every image once.
 
     Every epoch has its own order, by `seed`; all samples are the same in every parallel layout and after a resume.
     Batches are `seq_length` long, which must be the model's. `processor_path` is a folder or a name on the Hub. In a
@@ -156,6 +158,8 @@ class ChatDatasetProvider(DatasetProvider):
     test_path: str | None = None
     fingerprint: str | None = None
     """Of the training data: that of another run cannot continue a checkpoint. Set by the command `train`."""
+    usable_rows: list[str] | None = None
+    """Of each source of the training data (`ChatDataset.usable_rows`), once they are built."""
     seed: int = 1234
     max_skipped: float = 0.01
     decode_images: bool = False
@@ -170,15 +174,18 @@ class ChatDatasetProvider(DatasetProvider):
     """Which parts of chats are learned (`samples.Learned`)."""
     dataloader_type: Literal["single"] | None = "single"
     most_images = None  # of a row or a pack of the training data, once they are built; no field
+    rows_before = None  # `usable_rows` of the checkpoint from which a run is continued; no field
 
     def finalize(self) -> None:
         """Refuse a dataset without data or processor, and the loaders that would change what is trained on.
 
         Raises:
-            UserError: a path is not set, or `dataloader_type` is not "single".
+            UserError: a path is not set, the seed is below 0, or `dataloader_type` is not "single".
         """
         super().finalize()
         self._check_paths()
+        if self.seed < 0:
+            raise UserError(f"dataset.seed={self.seed} is below 0")
         if self.dataloader_type != "single":
             # 'cyclic' orders by a seed of its own and by the number of data-parallel ranks; 'batch' cuts a global batch
             # into micro-batches and gives each of them the images of all.
@@ -205,6 +212,9 @@ class ChatDatasetProvider(DatasetProvider):
         processor = self.processor()
         training = self._split(self.parts(), context.train_samples, processor)
         self.most_images = None if training is None else training.most_images()
+        if training is not None:
+            self._refuse_other_rows(training.dataset)
+            self.usable_rows = training.dataset.usable_rows()
         return (
             training,
             self._split(self._part_of(self.valid_path), context.valid_samples, processor),
@@ -237,7 +247,26 @@ class ChatDatasetProvider(DatasetProvider):
 
     def training_data(self) -> ChatDataset:
         """The training data, not shuffled. Called on every rank: the ranks share the check."""
-        return self._open(self.parts(), self.processor())
+        dataset = self._open(self.parts(), self.processor())
+        self._refuse_other_rows(dataset)
+        return dataset
+
+    def _refuse_other_rows(self, dataset: ChatDataset) -> None:
+        """Refuse to continue a run with other usable rows: the order of all samples would be another.
+
+        Raises:
+            UserError: with the source, and how many rows were usable.
+        """
+        for part, saved, found in zip(self.parts(), self.rows_before or [], dataset.usable_rows(), strict=False):
+            if saved != found:
+                before, now = (int(each.split()[0]) for each in (saved, found))
+                are = f"{now:,} are" if before != now else "as many are, but others or of other lengths"
+                raise UserError(
+                    f"{before:,} rows of {part.title} were usable when the checkpoint was saved, and now {are}: the "
+                    "run would go on in another order of samples; make the same rows usable (images, "
+                    "dataset.image_folder, dataset.allowed_hosts, dataset.decode_images, FILE.lock), or start another "
+                    "run from its weights with weights=DIR and another out=DIR"
+                )
 
     def count_with_images(self) -> Counts:
         """Count the training data, by this process alone, which parses all."""
@@ -252,6 +281,7 @@ class ChatDatasetProvider(DatasetProvider):
             images=round(in_epoch),
             most_images=int(dataset.image_counts.max()) if packs is None else packs.most_images,
             packs=packs,
+            of_sources={part.title: count for part, count in zip(self.parts(), order.per_epoch, strict=True)},
         )
 
     def count_held_out(self) -> dict[str, int]:
@@ -259,15 +289,18 @@ class ChatDatasetProvider(DatasetProvider):
         parts = {"validation": self._part_of(self.valid_path), "test": self._part_of(self.test_path)}
         return {name: len(self._open(found, self.processor())) for name, found in parts.items() if found}
 
-    def batch_rows(self, epochs: float) -> float:
-        """Samples, or packs, in some epochs of the training data. Called on every rank: the ranks share the check.
+    def batch_rows(self, epochs: float) -> int:
+        """Samples, or packs, in some epochs of the training data, rounded up.
+
+        Called on every rank: the ranks share the check.
 
         Raises:
             UserError: the data cannot be used, or too many rows cannot.
         """
         dataset = self.training_data()
         order = self._order(self.parts(), dataset)
-        return self._packed(order, dataset).packs_before(epochs) if self.packing else epochs * len(order)
+        exact = Fraction(str(epochs))
+        return math.ceil(self._packed(order, dataset).packs_before(exact) if self.packing else exact * len(order))
 
     def describe_change(self, saved: Mapping[str, Any], place: int) -> list[str]:
         """What other sources, weights or repeats mean for a run that is continued, a sentence for each source.
@@ -307,7 +340,7 @@ class ChatDatasetProvider(DatasetProvider):
         dataset = self._open(parts, processor)
         if dataset.skipped and _rank() == 0:
             rows = len(dataset) + len(dataset.skipped)
-            logger.warning("Skipped: %s", describe_skipped(dataset.source.title, dataset.skipped, rows))
+            say(f"Skipped: {describe_skipped(dataset.source.title, dataset.skipped, rows)}")
         order = self._order(parts, dataset)
         if self.packing:
             return PackedBatches(dataset, self._packed(order, dataset), num_samples, self.loss_weights)

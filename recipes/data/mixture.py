@@ -1,5 +1,6 @@
 """Sources of a run and their shares: what `data.sources` may hold, and how many samples of each an epoch has."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -8,6 +9,9 @@ from typing import Any
 
 from ...bridge.mcore.batch_statistics import MAX_SOURCES
 from ...errors import UserError
+
+MAX_SAMPLES = 2**31
+"""Of an epoch, whose order is held in memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +63,7 @@ def source_titles(sources: Sequence[Any]) -> list[str]:
 
 
 def per_epoch(parts: Sequence[Part], rows: Sequence[int]) -> list[int]:
-    """Samples of each source in an epoch.
+    """Samples of each source in an epoch, rounded to whole samples.
 
     Sources with `repeat`, 1 unless set, are read so often; a source with `weight` w has the share w of all samples.
     Where all have weights, these are shares of their sum, and an epoch is just long enough that each row is read.
@@ -69,25 +73,54 @@ def per_epoch(parts: Sequence[Part], rows: Sequence[int]) -> list[int]:
         rows: usable rows of each.
 
     Raises:
-        UserError: weights leave nothing for the sources that are repeated.
+        UserError: weights leave nothing for the sources that are repeated, a source would have no sample, or an epoch
+            more than `MAX_SAMPLES`.
     """
     weights = [None if part.weight is None else Fraction(str(part.weight)) for part in parts]
     total = sum(weight for weight in weights if weight is not None)
-    repeats = [Fraction(str(part.repeat or 1)) * count for part, count in zip(parts, rows, strict=True)]
+    repeats = [
+        count * (1 if part.repeat is None else Fraction(str(part.repeat)))
+        for part, count in zip(parts, rows, strict=True)
+    ]
     repeated = sum(count for count, weight in zip(repeats, weights, strict=True) if weight is None)
     if all(weight is not None for weight in weights):
         if not total:
             raise UserError("the weights of data.sources are all 0")
         shares = [weight / total for weight in weights if weight is not None]
         length = max(Fraction(count) / share for count, share in zip(rows, shares, strict=True) if share)
-        return [round(length * share) for share in shares]
-    if total >= 1:
+        counts = [round(length * share) for share in shares]
+    else:
+        if total >= 1:
+            raise UserError(
+                f"the weights of data.sources are shares of all samples; their sum {float(total):g} leaves nothing for "
+                "the sources without a weight"
+            )
+        length = repeated / (1 - total)
+        shares = zip(repeats, weights, strict=True)
+        counts = [round(count if weight is None else length * weight) for count, weight in shares]
+    _check_counts(parts, rows, counts)
+    return counts
+
+
+def _check_counts(parts: Sequence[Part], rows: Sequence[int], counts: Sequence[int]) -> None:
+    for part, there, count in zip(parts, rows, counts, strict=True):
+        if not count and part.weight is None:
+            raise UserError(
+                f"{part.title} would have no sample in any epoch: repeat={part.repeat} of its {there:,} rows is "
+                f"rounded to 0; set a repeat of at least {1 / there:.3g}, or leave it out of data.sources"
+            )
+        if not count and part.weight:
+            raise UserError(
+                f"{part.title} would have no sample in any epoch: weight={part.weight} of the {sum(counts):,} samples "
+                f"of an epoch is rounded to 0; set a weight of at least {1 / sum(counts):.3g}, or leave it out of "
+                "data.sources"
+            )
+    if sum(counts) > MAX_SAMPLES:
+        each = ", ".join(f"{count:,} of {part.title}" for part, count in zip(parts, counts, strict=True))
         raise UserError(
-            f"the weights of data.sources are shares of all samples; their sum {float(total):g} leaves nothing for the "
-            "sources without a weight"
+            f"an epoch would have {sum(counts):,} samples ({each}), and at most {MAX_SAMPLES:,} are possible; set "
+            "weights or repeats that differ less"
         )
-    length = repeated / (1 - total)
-    return [round(count if weight is None else length * weight) for count, weight in zip(repeats, weights, strict=True)]
 
 
 def _part(source: Any) -> Part:
@@ -100,7 +133,8 @@ def _part(source: Any) -> Part:
         raise UserError(f"{', '.join(sorted(unknown))} of a source is not known; it takes {', '.join(names)}")
     for name in ("weight", "repeat"):
         value = source.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value < math.inf):
             raise UserError(f"{name} of {source['path']} is {value!r}, and must be a number of at least 0")
     if source.get("repeat") == 0:
         raise UserError(f"repeat of {source['path']} is 0; leave it out of data.sources")

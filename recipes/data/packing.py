@@ -7,6 +7,7 @@ best fit decreasing.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -122,7 +123,7 @@ class PackedOrder:
             epoch += 1
         return epoch, place - self.packs_before(epoch)
 
-    def packs_before(self, epochs: float) -> float:
+    def packs_before(self, epochs: float | Fraction) -> float | Fraction:
         """Packs of the first epochs; of a fraction of an epoch, that fraction of its packs."""
         whole = int(epochs)
         while len(self._ends) < whole:

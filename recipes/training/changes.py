@@ -28,6 +28,7 @@ FREE_SECTIONS = (
 FREE = (
     *("dataset.num_workers", "dataset.persistent_workers", "dataset.pin_memory", "dataset.data_sharding"),
     *("dataset.valid_path", "dataset.test_path", "dataset.dataloader_load", "dataset.dataloader_save"),
+    "dataset.usable_rows",  # compared when the data are read
     *("model.derived", "model.timers", "model.config_logger_dir", "optimizer.timers", "optimizer.config_logger_dir"),
     *("train.manual_gc", "train.manual_gc_interval", "train.manual_gc_eval", "train.empty_unused_memory_level"),
     *("scheduler.lr_decay_steps", "scheduler.lr_warmup_steps", "scheduler.wd_incr_steps", "scheduler.wsd_decay_steps"),

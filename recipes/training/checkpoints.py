@@ -81,12 +81,12 @@ class CrashSafeCheckpoints(DefaultCheckpointManager):
         folder = self._iteration_folder()
         if folder is None or not self.checkpoint_config.load_optim or self.checkpoint_config.finetune:
             return super().load(ctx)
-        saved = read_run_config(str(Path(folder, "run_config.yaml")))
+        assert ctx.state.cfg is not None
+        saved = compare_rows_with(Path(folder), ctx.state.cfg.dataset)
         if (found := changes_since(Path(folder), ctx.state.cfg)) and get_rank_safe() == 0:
             say(f"Continuing with other settings: {'; '.join(map(str, found))}")
         with _learning_rates_of(saved, ctx.optimizer, ctx.state.cfg):
             loaded = super().load(ctx)
-        assert ctx.state.cfg is not None
         _say_what_is_read(saved["dataset"], ctx.state.cfg.dataset, ctx.state.train_state.consumed_train_samples)
         if ctx.opt_param_scheduler is not None:
             ctx.opt_param_scheduler.step(increment=0)  # the learning rates of the next step, by this run's settings
@@ -167,6 +167,18 @@ def changes_since(folder: Path, config: Any) -> list[Change]:
             "checkpoint.pretrained_checkpoint in place of checkpoint.load)"
         )
     return found
+
+
+def compare_rows_with(folder: Path, dataset: Any) -> dict[str, Any]:
+    """Let a dataset refuse other usable rows than those of a checkpoint; return the checkpoint's configuration.
+
+    Args:
+        folder: of the iteration. Checkpoints that were saved without usable rows are compared with nothing.
+        dataset: of the run that continues it.
+    """
+    saved = read_run_config(str(folder / "run_config.yaml"))
+    dataset.rows_before = saved["dataset"].get("usable_rows")
+    return saved
 
 
 def _say_what_is_read(saved: dict[str, Any], dataset: Any, place: int) -> None:
@@ -277,6 +289,11 @@ def start_of(checkpoint: CheckpointConfig) -> tuple[int, Path] | None:
     if is_unfinished or not (place / "run_config.yaml").is_file():
         raise UserError(f"checkpoint.ckpt_step={step}: {folder} has no complete checkpoint of that step")
     return step, place
+
+
+def consumed_by(folder: Path) -> int:
+    """Samples, or packs, that the steps up to a checkpoint have consumed; `folder` is that of the iteration."""
+    return int(torch.load(folder / "train_state.pt", weights_only=True)["consumed_train_samples"])
 
 
 def _by_step(paths: Iterable[Path], pattern: str) -> dict[int, Path]:

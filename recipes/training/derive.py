@@ -135,18 +135,3 @@ def check_packing(config: ConfigContainer) -> None:
             "dataset.packing does not support model.moe_router_load_balancing_type=seq_aux_loss, which would balance "
             "each pack in place of each sample; use aux_loss or modality_aux_loss"
         )
-
-
-def steps_of(config: ConfigContainer, *, tokens: int | None, rows: float | None) -> int:
-    """Optimizer steps for a number of tokens or of rows, rounded up.
-
-    Args:
-        config: has the batch size and the sequence length.
-        tokens: positions in all, padding included.
-        rows: of all batches.
-    """
-    batch: Any = config.train.global_batch_size
-    if tokens is not None:
-        return math.ceil(tokens / (batch * config.model.seq_length))
-    assert rows is not None
-    return math.ceil(rows / batch)

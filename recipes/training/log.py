@@ -70,6 +70,8 @@ class TrainingLog(Callback):
     steps: int = 0
     """Steps since the last log."""
     steps_without_image: int = 0
+    evaluated: int | None = None
+    """The last step after which the validation data were evaluated."""
     unwritten: list[dict[str, Any]] = field(default_factory=list)
     """Steps that are not in the file yet."""
 
@@ -120,12 +122,26 @@ class TrainingLog(Callback):
         self._write({})
 
     def on_eval_end(self, context: CallbackContext) -> None:
-        """Write the loss of the validation data."""
+        """Write the loss of the validation data, unless that of this step is written.
+
+        Megatron-Bridge evaluates at the end of training again.
+        """
+        step = int(context.state.train_state.step)
+        if step != self.evaluated:
+            self._write_held_out(context, "validation")
+        self.evaluated = step
+
+    def on_test_end(self, context: CallbackContext) -> None:
+        """Write the loss of the test data."""
+        self._write_held_out(context, "test")
+
+    def _write_held_out(self, context: CallbackContext, kind: str) -> None:
         if context.total_loss_dict and (loss := context.total_loss_dict.get("lm loss")) is not None:
-            self.unwritten.append({"step": int(context.state.train_state.step), "validation_loss": float(loss)})
+            step = int(context.state.train_state.step)
+            self.unwritten.append({"step": step, f"{kind}_loss": float(loss)})
             self._write({})
             if self.folder is not None and is_last_rank():
-                say(f"step {context.state.train_state.step}: loss of the validation data {float(loss):.4f}")
+                say(f"step {step}: loss of the {kind} data {float(loss):.4f}")
 
     def _count(self, context: CallbackContext, step: int) -> None:
         images = sum(statistics.pop_images() for statistics in statistics_of(context.model))

@@ -18,12 +18,14 @@ class Metrics:
         folder: of the run.
         steps: by step, the values that were logged.
         validation: by step, the loss of the validation data.
+        test: by step, the loss of the test data.
         unreadable: lines that a killed run has left incomplete.
     """
 
     folder: Path
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     validation: dict[int, float | None] = field(default_factory=dict)
+    test: dict[int, float | None] = field(default_factory=dict)
     unreadable: int = 0
     _read: int = 0
 
@@ -70,5 +72,7 @@ class Metrics:
         step = values.pop("step")
         if "validation_loss" in values:
             self.validation[step] = values["validation_loss"]
+        elif "test_loss" in values:
+            self.test[step] = values["test_loss"]
         else:
             self.steps[step] = values

@@ -5,6 +5,7 @@ from ...bridge import plugin  # noqa: F401 - first: it makes Megatron-Bridge imp
 # isort: split
 
 import copy
+import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,7 +26,6 @@ from ...bridge.mcore.memory import GIB, MemoryEstimate, memory_per_rank, paramet
 from ...errors import UserError
 from ..data.megatron import Counts
 from ..data.packing import PackStatistics
-from .derive import steps_of
 from .uncounted import uncounted
 
 TRACKERS = {
@@ -137,6 +137,7 @@ class Plan:
     skipped: int
     images: int
     packs: PackStatistics | None
+    of_sources: dict[str, int]
     checkpoint_size: float
     checkpoints: int
     free_disk: float
@@ -155,6 +156,8 @@ class Plan:
             "data",
             f"{self.rows:,} rows with {self.images:,} images, {self.skipped:,} rows are skipped; {epochs:.2f} epochs",
         )
+        if len(self.of_sources) > 1:
+            yield "an epoch", ", ".join(f"{rows:,} rows of {title}" for title, rows in self.of_sources.items())
         if self.held_out:
             yield "held out", ", ".join(f"{rows:,} rows for {what}" for what, rows in self.held_out.items())
         if self.packs is not None:
@@ -316,6 +319,7 @@ def plan(config: ConfigContainer, hardware: Hardware, folder: Path, given: Colle
         skipped=counts.skipped,
         images=counts.images,
         packs=counts.packs,
+        of_sources=counts.of_sources,
         checkpoint_size=_checkpoint_size(checked),
         checkpoints=_checkpoints(checked),
         free_disk=shutil.disk_usage(_existing(folder)).free,
@@ -398,12 +402,22 @@ def most_images(config: ConfigContainer) -> int:
     return fitting if limit is None else min(limit, fitting)
 
 
-def complete_steps(config: ConfigContainer, tokens: int | None, epochs: float | None) -> None:
-    """Set the number of steps from a number of tokens or of epochs, in place; with neither it stays."""
+def complete_steps(
+    config: ConfigContainer, tokens: int | None, epochs: float | None, done: int = 0, consumed: int = 0
+) -> None:
+    """Set the number of steps from a number of tokens, padding included, or of epochs, in place; with neither it stays.
+
+    Args:
+        config: has the batch size and the sequence length.
+        tokens: length of the run, or None.
+        epochs: length of the run, or None.
+        done: steps of the checkpoint from which it continues.
+        consumed: samples, or packs, of these steps, which may have had another batch size.
+    """
     if tokens is None and epochs is None:
         return
-    rows = config.dataset.batch_rows(epochs) if epochs is not None else None
-    config.train.train_iters = steps_of(config, tokens=tokens, rows=rows)
+    rows = math.ceil(tokens / config.model.seq_length) if epochs is None else config.dataset.batch_rows(epochs)
+    config.train.train_iters = done + math.ceil(max(0, rows - consumed) / config.train.global_batch_size)
 
 
 @contextmanager

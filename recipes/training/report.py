@@ -197,14 +197,15 @@ def _template() -> jinja2.Template:
 
 def _summary(run: Run, metrics: Metrics, sessions: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """Name, value and unit or explanation of the numbers at the top."""
-    loss, validation = metrics.series("loss"), sorted(metrics.validation.items())
+    loss = metrics.series("loss")
     seconds, ranks = metrics.seconds(), len(run.peaks)
     yield "Steps", f"{run.step:,}", f"of {run.steps:,}"
     yield "Tokens", f"{run.tokens:,}", "padding included"
     if loss:
         yield "Training loss", f"{loss[-1][1]:.4f}", f"nats per token, at step {loss[-1][0]:,}"
-    if validation and validation[-1][1] is not None:
-        yield "Validation loss", f"{validation[-1][1]:.4f}", f"nats per token, at step {validation[-1][0]:,}"
+    for name, losses in (("Validation loss", metrics.validation), ("Test loss", metrics.test)):
+        if losses and (last := losses[max(losses)]) is not None:
+            yield name, f"{last:.4f}", f"nats per token, at step {max(losses):,}"
     if seconds:
         yield "Time of training", _duration(seconds), "without evaluation and pauses"
         yield (

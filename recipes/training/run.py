@@ -27,7 +27,7 @@ from ...terminal import say
 from ..data.megatron import on_rank_0
 from . import outcome, ranks
 from .changes import ARCHITECTURE
-from .checkpoints import changes_since, start_of
+from .checkpoints import changes_since, compare_rows_with, consumed_by, start_of
 from .derive import derive
 from .failures import first_failure
 from .heartbeat import Heartbeat
@@ -158,6 +158,7 @@ def _would_start(config: ConfigContainer, stage: Stage, weights: Path | None) ->
     if done is None:
         return _start(None, weights)
     config.dataset.fingerprint = config.dataset.fingerprint_of_data()
+    compare_rows_with(done[1], config.dataset)
     found = changes_since(done[1], validate(config, stage.hardware, stage.given))
     return "; ".join([_start(done, weights), *map(str, found)])
 
@@ -201,7 +202,9 @@ def complete(config: ConfigContainer, stage: Stage, folder: Path, digits: Path, 
         config.dataset.folder = str(digits)
     derive(config, stage.given, stage.recipe_settings)
     config.dataset.prepare()
-    complete_steps(config, stage.tokens, stage.epochs)
+    done = start_of(config.checkpoint)
+    before = (0, 0) if done is None else (done[0], consumed_by(done[1]))
+    complete_steps(config, stage.tokens, stage.epochs, *before)
 
 
 def _check_weights(stage: Stage, weights: Path | None) -> None:

@@ -43,6 +43,7 @@ REFUSED = {
     "train.num_epochs": "counts only Megatron-Bridge's text data; set train.epochs",
     **{f"train.{name}": f"is deprecated in Megatron-Bridge; set validation.{name}" for name in IN_VALIDATION},
     "train.train_samples": "is not counted here; set train.train_iters, train.epochs or train.tokens",
+    "dataset.usable_rows": "is counted by the run",
     "train.rampup_batch_size": "is not supported; all steps have train.global_batch_size",
     "train.exit_signal_handler": "is always on: SIGTERM and SIGUSR1 save the run",
     "train.exit_signal_handler_for_dataloader": "is always on: the loader's workers ignore signals",

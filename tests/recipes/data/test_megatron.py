@@ -56,7 +56,7 @@ def fields(folder, processor) -> dict[str, Any]:
         "path": str(folder / "train.jsonl"),
         "processor_path": str(folder / "processor"),
         "seq_length": SEQ_LENGTH,
-        "max_skipped": 0.5,
+        "max_skipped": 0.6,
         "num_workers": 0,
         "pin_memory": False,
     }
@@ -139,9 +139,10 @@ def test_a_finished_run_can_be_resumed(fields):
     assert len(rows_of(loader(train_set(fields, num_samples=12), consumed=12))) > 0
 
 
-def test_rows_that_cannot_be_used_are_logged(fields, caplog):
+def test_rows_that_cannot_be_used_are_named(fields, capsys):
     train_set(fields)
-    assert "1 of 7 rows can't be used (14.3%): line 4: malformed JSON" in caplog.text
+    said = capsys.readouterr().out
+    assert said.startswith(f"Skipped: {fields['path']}: 1 of 7 rows can't be used (14.3%): line 4: malformed JSON")
 
 
 def test_all_ranks_leave_out_the_same_rows(fields):
@@ -205,6 +206,27 @@ def test_other_weights_say_which_samples_are_read_again_or_left_out(mixed, packi
         assert said[0] == "the next 10 samples of train.jsonl are left out"
         assert said[1] == "the last 10 samples of texts.jsonl are read again"
     assert provider.describe_change({"sources": mixed["sources"]}, 40) == []
+
+
+@pytest.mark.parametrize("source", [0, 1])
+def test_other_usable_rows_than_those_of_the_checkpoint_are_refused(mixed, folder, source):
+    provider = ChatDatasetProvider(**mixed)
+    context = DatasetBuildContext(train_samples=4, valid_samples=0, test_samples=0)
+    provider.build_datasets(context)
+    before = provider.usable_rows
+    assert [each.split()[0] for each in before] == ["6", "2"]
+    provider.rows_before = before[:1]  # the other source is new
+    provider.build_datasets(context)
+    provider.rows_before = before
+    if source:
+        (folder / "texts.jsonl").write_text('{"text": "one two"}\n{"text": "two"}\n')
+        said = "2 rows of texts.jsonl were usable .*, and now as many are, but others or of other lengths"
+    else:
+        (folder / "red.png").unlink()
+        said = "6 rows of train.jsonl were usable when the checkpoint was saved, and now 3 are"
+    for read in (provider.training_data, lambda: provider.build_datasets(context)):
+        with pytest.raises(UserError, match=said):
+            read()
 
 
 def test_training_takes_up_a_lock_and_does_not_check_again(fields, processor):

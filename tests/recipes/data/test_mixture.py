@@ -58,6 +58,9 @@ def test_shares_are_as_said_to_a_sample(sources):
         ([{"path": "a", "weight": True}], "must be a number"),
         ([{"path": "a", "repeat": -1}], "repeat of a is -1"),
         ([{"path": "a", "repeat": 0}], "leave it out"),
+        ([{"path": "a", "weight": float("nan")}], "weight of a is nan, and must be a number of at least 0"),
+        ([{"path": "a", "weight": float("inf")}], "weight of a is inf"),
+        ([{"path": "a", "repeat": float("nan")}], "repeat of a is nan"),
         ([{"path": "a", "weight": 1, "repeat": 1}], "both a weight and a repeat"),
         (["x/a.json", "y/a.json"], "two of data.sources are called a.json"),
     ],
@@ -72,3 +75,40 @@ def test_weights_must_leave_something_for_the_others():
         counts((100, {"weight": 1.0}), (20, {}))
     with pytest.raises(UserError, match="all 0"):
         counts((100, {"weight": 0}))
+
+
+NONE = {
+    "half a row": (
+        [(1, {"repeat": 0.5}), (100, {})],
+        r"0 would have no sample in any epoch: repeat=0.5 of its 1 rows is rounded to 0; set a repeat of at least 1,",
+    ),
+    "less than half a row, alone": ([(1, {"repeat": 0.4})], "repeat=0.4 of its 1 rows"),
+    "a small weight": (
+        [(40, {"weight": 0.0001}), (40, {})],
+        r"weight=0.0001 of the 40 samples of an epoch is rounded to 0; set a weight of at least 0.025,",
+    ),
+}
+
+
+@pytest.mark.parametrize(("sources", "why"), NONE.values(), ids=NONE)
+def test_a_source_without_a_sample_in_an_epoch_is_refused(sources: list[tuple[int, dict[str, Any]]], why: str):
+    with pytest.raises(UserError, match=why):
+        counts(*sources)
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.001, 1)), min_size=1, max_size=4), st.integers(1, 50))
+def test_what_the_refusal_says_is_enough(sources: list[tuple[int, float]], rows: int):
+    """Each source is given the repeat that the sentence names, until none is refused."""
+    given = [(count, {"repeat": repeat}) for count, repeat in sources]
+    for _ in sources:
+        try:
+            assert min(counts(*given, (rows, {}))) > 0
+        except UserError as error:
+            number, said = int(str(error).split()[0]), str(error).partition("at least ")[2].partition(",")[0]
+            given[number] = (given[number][0], {"repeat": float(said)})
+    assert min(counts(*given, (rows, {}))) > 0
+
+
+def test_an_epoch_that_would_not_fit_the_memory_is_refused():
+    with pytest.raises(UserError, match=r"would have 100,000,000,100 samples \(100,000,000,000 of 0, 100 of 1\)"):
+        counts((1, {"weight": 1}), (100, {"weight": 1e-9}))

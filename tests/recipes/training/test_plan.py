@@ -140,7 +140,18 @@ def test_a_dry_run_counts_packs(dry_run):
     assert "image tokens  18 per step" in said
 
 
+def test_a_dry_run_counts_the_rows_of_each_source_in_an_epoch(dry_run, digits: Path):
+    (digits / "text.jsonl").write_text('{"text": "one two"}\n' * 7)
+    code, said = dry_run(
+        TINY, "data.path=null", f"data.sources=[{digits}/few.jsonl,{{path: {digits}/text.jsonl, repeat: 0.5}}]"
+    )
+    assert code == 0, said
+    assert "data          8 rows with 3 images" in said
+    assert "an epoch      4 rows of few.jsonl, 4 rows of text.jsonl" in said
+
+
 REFUSED = {
+    "a seed of the data": ((TINY, "data.seed=-1"), "dataset.seed=-1 is below 0"),
     "packs of more than a row": ((TINY, "data.packing=true"), "dataset.packing needs train.micro_batch_size=1"),
     "a row with more images than a pack": ((*PACKED, "data.images_per_pack=0"), "images_per_pack=0 is below 1"),
     "data that is not there": ((TINY, "data.path=none.jsonl"), "No such file or directory: none.jsonl"),

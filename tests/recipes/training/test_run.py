@@ -1,6 +1,8 @@
 """The command `train`: a run that is killed or asked to end goes on by the same command, as if it had not ended."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +151,28 @@ def test_weights_that_a_run_has_not_started_from_are_named(arguments, weights: P
     assert f"weights={weights} are not read, as the run continues its own; it started from random" in output.read_text()
 
 
+LENGTHS = {"epochs": "train.epochs=2", "tokens": f"train.tokens={2 * 60 * 32}"}
+
+
+@pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
+def test_a_length_in_epochs_or_tokens_counts_what_was_read_with_another_batch(length: str, arguments, tmp_path: Path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    small = ("train.micro_batch_size=10", "train.global_batch_size=10")
+    assert forked.run(*arguments(out, "train.train_iters=6", *small), output=output) == 0  # 60 rows, an epoch
+    large = [
+        setting
+        for setting in arguments(out, length, "train.micro_batch_size=10", "train.global_batch_size=20")
+        if not setting.startswith("train.train_iters")
+    ]
+    assert forked.run(*large, "--dry-run", output=output) == 0
+    assert "steps         9 of 20 rows" in output.read_text()
+    assert forked.run(*large, output=output) == 0
+    assert [*losses(out)] == [*range(1, 10)]
+    output.unlink()
+    assert forked.run(*large, output=output) == 0
+    assert "sft is finished: 9 steps are in" in output.read_text()
+
+
 def test_a_run_goes_on_from_a_step_that_is_named(arguments, tmp_path: Path):
     out, output = tmp_path / "run", tmp_path / "output"
     assert forked.run(*arguments(out, "train.train_iters=4"), output=output) == 0
@@ -158,6 +182,27 @@ def test_a_run_goes_on_from_a_step_that_is_named(arguments, tmp_path: Path):
     assert losses(out)
     assert forked.run(*arguments(out, "train.train_iters=4", "checkpoint.ckpt_step=2"), output=output) == 1
     assert "checkpoint.ckpt_step=2:" in output.read_text() and "has no complete checkpoint" in output.read_text()
+
+
+def test_a_run_is_not_continued_with_other_usable_rows(arguments, digits: Path, tmp_path: Path):
+    out, output = tmp_path / "run", tmp_path / "output"
+    folder = shutil.copytree(digits, tmp_path / "digits")
+    data = (f"data.path={folder}/few.jsonl", "data.max_skipped=0.1")
+    image = folder / re.findall(r'images/[^"]+', (folder / "few.jsonl").read_text())[0]
+    assert forked.run(*arguments(out, *data, "train.train_iters=2"), output=output) == 0
+    image.rename(folder / "elsewhere.png")
+    again = arguments(out, *data, "train.train_iters=3")
+    for option in ((), ("--dry-run",)):
+        output.unlink()
+        assert forked.run(*again, *option, output=output) == 1
+        assert "60 rows of few.jsonl were usable when the checkpoint was saved, and now 59 are" in output.read_text()
+    (folder / "elsewhere.png").rename(image)
+    assert forked.run(*again, output=output) == 0
+    assert [*losses(out)] == [1, 2, 3]
+    image.rename(folder / "elsewhere.png")
+    config = out / "checkpoints/iter_0000003/run_config.yaml"  # as it was before usable rows were saved
+    config.write_text(re.sub(r"\n  usable_rows:\n  - .*", "", config.read_text()))
+    assert forked.run(*arguments(out, *data, "train.train_iters=4"), output=output) == 0
 
 
 def test_a_folder_in_use_is_refused(arguments, tmp_path: Path):

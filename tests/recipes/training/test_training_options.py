@@ -1,5 +1,6 @@
 """The log and the options of a run, in Megatron-Bridge's own training loop."""
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from gpt_oss_vision.recipes.quickstart.run import training_config
 from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training import log
 from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
+from gpt_oss_vision.recipes.training.metrics import Metrics
 from gpt_oss_vision.recipes.training.train import train
 
 
@@ -191,6 +193,32 @@ def test_every_line_of_the_log_has_its_speed_without_evaluations(out: Path, capf
     speeds = re.findall(r"tokens per second per GPU: ([\d.]+)", capfd.readouterr().out)
     tokens = lengths_of(out, settings).sum(1)
     assert [float(speed) for speed in speeds] == pytest.approx([tokens[:2].mean(), tokens[2:].mean()], rel=1e-3)
+
+
+def run_with_held_out_data(out: Path, settings: Settings, folder: Path) -> None:
+    """Two steps with an evaluation after the second, which Megatron-Bridge repeats at the end, and a test."""
+    config = training_config(out, write_digits(out / "digits", settings.seed), settings)
+    config.checkpoint.save = None
+    config.dataset.valid_path = config.dataset.test_path = config.dataset.path
+    config.validation.eval_interval, config.validation.eval_iters = 2, 1
+    train(config, log=folder)
+
+
+def test_the_losses_of_validation_and_test_data_are_written_once(out: Path, tmp_path: Path, capfd):
+    (tmp_path / "log").mkdir()
+    cpu.run_ranks(1, run_with_held_out_data, out, Settings(steps=2, batch_size=8), tmp_path / "log")
+    lines = [json.loads(line) for line in (tmp_path / "log/metrics.jsonl").read_text().splitlines()]
+    held_out = [line for line in lines if "loss" not in line]
+    assert [[*line] for line in held_out] == [["step", "validation_loss"], ["step", "test_loss"]]
+    assert [line["step"] for line in held_out] == [2, 2]
+    said = re.findall(r"^step 2: loss of the (\w+) data ([\d.]+)$", capfd.readouterr().out, re.MULTILINE)
+    assert said == [
+        (name, f"{line[f'{name}_loss']:.4f}") for name, line in zip(("validation", "test"), held_out, strict=True)
+    ]
+    metrics = Metrics(tmp_path / "log")
+    metrics.update()
+    assert metrics.steps.keys() == {1, 2}
+    assert (metrics.validation, metrics.test) == ({2: held_out[0]["validation_loss"]}, {2: held_out[1]["test_loss"]})
 
 
 def layerless_run(out: Path, settings: Settings) -> None:
