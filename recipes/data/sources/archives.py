@@ -27,7 +27,10 @@ MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 """Key and extension, as webdataset and Energon split a name; members of other names belong to no sample."""
 SKIPPED = re.compile(r"__[^/]*__($|/)")
 """Members about the archive, which webdataset and Energon leave out."""
-IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "avif", "img"}
+IMAGES = {
+    *("jpg", "jpeg", "jpe", "jfif", "jp2", "png", "webp", "avif", "gif", "bmp", "dib", "tif", "tiff", "ico", "tga"),
+    *("pcx", "ppm", "pgm", "pbm", "pnm", "img"),
+}
 TEXTS = ("txt", "text", "caption")
 DESCRIBE = {
     "json",
