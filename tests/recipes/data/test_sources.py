@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import webdataset
 import zstandard
@@ -368,6 +370,37 @@ def test_a_parquet_that_is_cut_off_is_named(folder):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"data.parquet is cut off or damaged"):
         open_source(path)
+
+
+def test_a_parquet_that_is_damaged_within_is_named(folder):
+    path = folder / "data.parquet"
+    Dataset.from_list([{"text": f"{i} cats." * 20} for i in range(5000)]).to_parquet(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:3000] + b"\xff" * 6000 + content[9000:])
+    with pytest.raises(UserError, match=r"data.parquet is cut off or damaged"):
+        open_source(path)
+
+
+def test_a_column_that_datasets_does_not_read_is_no_damage(folder):
+    column = pyarrow.array([[("a", 1)]], type=pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["A cat."], "map": column}), folder / "data.parquet")
+    with pytest.raises(UserError, match=r"data.parquet cannot be read by `datasets` \(Arrow type map"):
+        open_source(folder / "data.parquet")
+
+
+def test_a_parquet_without_rows_is_a_source_without_rows(folder, processor):
+    Dataset.from_list([{"text": "A cat."}]).to_parquet(folder / "0.parquet")
+    empty = pyarrow.table({"text": pyarrow.array([], type=pyarrow.string())})
+    pyarrow.parquet.write_table(empty, folder / "1.parquet")
+    assert len(open_source(folder / "1.parquet")) == 0
+    assert len(samples_of(folder, processor)) == 1
+
+
+@pytest.mark.parametrize("name", ["n[1].parquet", "n*.parquet", "n?.parquet"])
+def test_a_parquet_whose_name_looks_like_a_pattern_is_read_itself(folder, name):
+    Dataset.from_list([{"text": "A dog."}]).to_parquet(folder / "n1.parquet")
+    Dataset.from_list([{"text": "A cat."}]).to_parquet(folder / name)
+    assert open_source(folder / name).row(0).text == "A cat."
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "tar", "parquet", "saved"])
