@@ -22,6 +22,7 @@ from ...errors import UserError
 from ...terminal import Progress
 from .lock import content_hash
 from .pictures import UNREADABLE, UnusableRow
+from .printable import printable, reason_of
 from .rows import Row, Skipped, describe_skipped
 from .sources.archives import IMAGES as EXTENSIONS
 from .sources.base import Joined, Source
@@ -73,7 +74,7 @@ def convert(
     shards = [range(start, min(start + rows_per_shard, len(source))) for start in starts]
     with _claimed(out, record):
         skipped = _write_shards(source, shards, out, to)
-    said = describe_skipped(source.title, skipped, len(source))
+    said = printable(describe_skipped(source.title, skipped, len(source)))
     if len(skipped) > max_skipped * len(source):
         raise UserError(f"{said} At most {max_skipped:.1%} may be left out.")
     written = len(source) - len(skipped)
@@ -162,7 +163,7 @@ def _records(source: Source, rows: range, folder: str, skipped: list[Skipped]) -
             if not folder:
                 _refuse_members(row, names)
         except UNREADABLE as error:  # UnusableRow is one of them
-            skipped.append(Skipped(number, *source.place(number), str(error)))
+            skipped.append(Skipped(number, *source.place(number), reason_of(error)))
             continue
         if row.tokens is not None:
             raise UserError(f"{source.title} holds tokens, which have no text to convert")
