@@ -81,6 +81,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], Sequence[dict[str, Any]]], str, dict[s
     ),
     "texts": (lambda folder: [{"txt": "It is a cat."}] * 2, "TextSample", {"text": "txt"}),
     "unmapped": (lambda folder: [image(folder) | {"txt": "It is a cat."}] * 2, "TextSample", {"text": "txt"}),
+    "beside": (
+        lambda folder: [image(folder) | {"jpg": b"1", "md": "It is a cat.", "txt": "Who?"}] * 2,
+        "CaptioningSample",
+        {"image": "png", "caption": "md"},
+    ),
     "interleaved": (
         lambda folder: [{"json": ["It is a cat.", " A dog."]}] * 2,
         "InterleavedSample",
@@ -216,6 +221,12 @@ def test_a_sample_whose_images_the_field_map_leaves_out_is_refused(prepared, pro
         break
     else:
         pytest.fail("no row was refused")
+
+
+def test_members_that_the_field_map_leaves_out_are_named(prepared):
+    row = open_source(prepared / "beside").row(0)
+    assert row.text.endswith("It is a cat.") and len(row.images) == 1
+    assert sorted(row.left_out) == ["jpg", "txt"]
 
 
 @pytest.mark.parametrize(
