@@ -21,6 +21,7 @@ from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProce
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.dataset import ChatDataset
 from gpt_oss_vision.recipes.data.findings import examine
+from gpt_oss_vision.recipes.data.sources import json_files
 from gpt_oss_vision.recipes.data.sources.opening import open_source
 from records import (
     CONVERSATIONS,
@@ -284,6 +285,26 @@ def test_a_parquet_that_has_changed_is_read_anew(folder, processor):
     for text in ("It is a cat.", "It is a dog."):
         Dataset.from_list([{"text": text}]).to_parquet(folder / "data.parquet")
         assert open_source(folder / "data.parquet").row(0).text == text
+
+
+@pytest.mark.parametrize("first", [2**23, 2**24 + 7, 100])
+def test_records_over_several_lines_may_be_longer_than_the_window(folder, processor, first):
+    rows = [{"text": "A cat.", "note": "a" * first}, {"text": "A dog.", "note": "b"}]
+    (folder / "data.json").write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    source = open_source(folder / "data.json")
+    assert (source.kind, len(source)) == ("JSON", 2)
+    write_lines(folder / "data.jsonl", rows)
+    source = open_source(folder / "data.jsonl")
+    assert (source.kind, len(source)) == ("JSON lines", 2)
+
+
+def test_a_record_over_several_lines_may_be_cut_by_the_window_anywhere(folder, monkeypatch):
+    record = {"text": "A cat \u00e9\ud83d\ude00.", "n": [True, None, -1.5e-7, float("-inf")], "deep": {"a": "b"}}
+    path = folder / "data.json"
+    path.write_text(json.dumps(record, indent=1) * 2)
+    for window in range(2, path.stat().st_size // 2):
+        monkeypatch.setattr(json_files, "WINDOW", window)
+        assert len(open_source(path)) == 2, window
 
 
 # --- folders and files of other kinds
