@@ -47,7 +47,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("--to", required=True, choices=("jsonl", "webdataset"), help="tar files, or folders with rows and images")
     add("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     add("--rows-per-shard", type=at_least(1), default=1000, metavar="N", help="rows of a shard (%(default)s)")
-    add("--image-folder", type=Path, metavar="DIR", help="where paths of images start (the folder of each file)")
+    _add_image_options(add)
     add("--max-skipped", type=at_least(0.0), default=0.01, metavar="F", help="share that may be left out (%(default)s)")
 
     add = add_command(commands, quickstart).add_argument
@@ -74,6 +74,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("--int8", action="store_true", help="hold the weights in 8 bits")
 
 
+def _add_image_options(add: Callable[..., Any]) -> None:
+    add("--image-folder", type=Path, metavar="DIR", help="where paths of images start (the folder of each file)")
+    add("--allowed-hosts", nargs="+", default=(), metavar="HOST", help="hosts that images may be fetched from (none)")
+
+
 def _add_data_command(actions: argparse._SubParsersAction, run: Callable[..., int]) -> Callable[..., Any]:
     """Add a command that reads rows; return what adds its own options."""
     add = add_command(actions, run).add_argument
@@ -81,7 +86,7 @@ def _add_data_command(actions: argparse._SubParsersAction, run: Callable[..., in
     add("--processor", type=Path, metavar="DIR", help="processor of the weights (that of the tiny model)")
     add("--recipe", metavar="RECIPE", help="count the steps that this recipe takes")
     add("--seq-length", type=at_least(1), metavar="N", help="longest row in tokens (that of the recipe, or 8192)")
-    add("--image-folder", type=Path, metavar="DIR", help="where paths of images start (the folder of each file)")
+    _add_image_options(add)
     add(
         "--learned-turns", choices=("all", "last"), default="all", help="as data.learned_turns of the run (%(default)s)"
     )
@@ -140,6 +145,7 @@ def check(
     recipe: str | None,
     seq_length: int | None,
     image_folder: Path | None,
+    allowed_hosts: Sequence[str],
     decode: bool,
     learned_turns: Literal["all", "last"],
     learned_channels: Literal["all", "final"],
@@ -150,14 +156,16 @@ def check(
     """Count rows, images and tokens of files, and name the rows that cannot be used.
 
     What was found is kept beside each file, as FILE.lock; a run takes it in place of checking again. The exit code is 1
-    where more than --max-skipped of the rows cannot be used.
+    where more than --max-skipped of the rows of a file cannot be used, or none can.
     """
     length, rows_per_step = _lengths_of(recipe, seq_length)
+    _check_image_folder(image_folder)
     if json is not None:
         from ..atomic import check_file
 
         check_file(json, "--json", overwrite=True)
     from .data.check import check_files, together
+    from .data.printable import printable
     from .data.tokens import Learned
 
     found = []
@@ -167,18 +175,19 @@ def check(
         length,
         rows_per_step=rows_per_step,
         image_folder=image_folder,
+        allowed_hosts=frozenset(allowed_hosts),
         decode_images=decode,
         learned_parts=Learned(learned_turns, learned_channels),
         writes_lock=not no_lock,
     ):
-        print(_table(str(each.source.title), each), flush=True)
+        print(_table(printable(each.source.title), each), flush=True)
         found.append(each)
     if json is not None:
         from ..atomic import atomic_file
 
         with atomic_file(json) as out:
             out.write(dumps(together(found), indent=2) + "\n")
-    return 1 if any(each.share_skipped > max_skipped for each in found) else 0
+    return 1 if any(each.share_skipped > max_skipped or not len(each.found.usable) for each in found) else 0
 
 
 def show(
@@ -187,6 +196,7 @@ def show(
     recipe: str | None,
     seq_length: int | None,
     image_folder: Path | None,
+    allowed_hosts: Sequence[str],
     learned_turns: Literal["all", "last"],
     learned_channels: Literal["all", "final"],
     out: Path | None,
@@ -202,6 +212,7 @@ def show(
     if text and (out is not None or overwrite):
         raise UsageError("--text prints the samples; --out and --overwrite go with the page")
     length, rows_per_step = _lengths_of(recipe, seq_length)
+    _check_image_folder(image_folder)
     if out is None:
         first = Path(file[0])
         out = Path(f"{first.name.translate(dict.fromkeys(map(ord, '*?[]'), '_')) or first.resolve().name}.html")
@@ -210,6 +221,7 @@ def show(
         from .pages.environment import is_page_of
 
         check_file(out, "--out", overwrite=overwrite or is_page_of(out, "data show"))
+    from .data.printable import printable
     from .data.show import show_files
     from .data.tokens import Learned
 
@@ -219,6 +231,7 @@ def show(
         length,
         rows_per_step=rows_per_step,
         image_folder=image_folder,
+        allowed_hosts=frozenset(allowed_hosts),
         learned_parts=Learned(learned_turns, learned_channels),
         strangest=rows,
     )
@@ -226,7 +239,7 @@ def show(
         from .data.show_text import print_text
 
         for source in sources:
-            print(_table(str(source.check.source.title), source.check), flush=True)
+            print(_table(printable(source.check.source.title), source.check), flush=True)
             print_text(source)
         return 0
     from ..atomic import atomic_file
@@ -245,6 +258,7 @@ def convert(
     out: Path,
     rows_per_shard: int,
     image_folder: Path | None,
+    allowed_hosts: Sequence[str],
     max_skipped: float,
 ) -> int:
     """Copy rows of any format, with their images, into shards.
@@ -255,7 +269,9 @@ def convert(
     from .data import convert as conversion
     from .data.sources.opening import open_source
 
-    sources = [open_source(each, image_folder=image_folder) for each in file]
+    _check_image_folder(image_folder)
+    hosts = frozenset(allowed_hosts)
+    sources = [open_source(each, image_folder=image_folder, allowed_hosts=hosts) for each in file]
     print(conversion.convert(sources, out, to, rows_per_shard=rows_per_shard, max_skipped=max_skipped))
     return 0
 
@@ -269,8 +285,19 @@ def _lengths_of(recipe: str | None, seq_length: int | None) -> tuple[int, int | 
     return length, chosen and chosen.tokens_per_step // chosen.seq_length
 
 
+def _check_image_folder(folder: Path | None) -> None:
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--image-folder {folder} is no folder")
+
+
 def _processor_of(folder: Path | None) -> Any:
-    """The processor of a folder, or that of the tiny model."""
+    """The processor of a folder, or that of the tiny model.
+
+    Raises:
+        UserError: it is no folder; transformers would look for it on the Hub.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--processor {folder} is no folder; name that of the weights, or of a saved processor")
     from ..bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
     from .data.tiny import tiny_processor
 

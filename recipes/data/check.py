@@ -18,9 +18,10 @@ from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from ...terminal import Progress
 from .findings import Findings, examine
-from .lock import lock_of, write_lock
+from .lock import check_place, lock_of, write_lock
 from .order import Order
 from .packing import PackedOrder, PackStatistics
+from .printable import printable
 from .rows import describe_skipped
 from .sources.base import Source
 from .sources.opening import open_source
@@ -28,6 +29,8 @@ from .tokens import ALL, Learned
 
 CHUNK = 2000
 """Rows that a process checks at once."""
+NAMED_KEYS = 10
+"""Keys that are not read and are printed."""
 
 SUMS = ("rows", "usable", "repeated", "images", "tokens", "learned_tokens")
 
@@ -61,7 +64,7 @@ class Check:
 
     @property
     def format(self) -> str:
-        """Kind of the files, and usable rows by format."""
+        """Kind of the files, and by format the rows that can be read, with those that are only too long."""
         shapes = ", ".join(f"{count:,} {shape}" for shape, count in self.found.shapes.most_common())
         return f"{self.source.kind}: {shapes or 'no row that can be used'}"
 
@@ -100,8 +103,18 @@ class Check:
             if self.rows_per_step is not None:
                 rows, packs = (math.ceil(count / self.rows_per_step) for count in (len(usable), self.packs.packs))
                 yield "steps", f"{rows:,} an epoch of {self.rows_per_step:,} rows, or {packs:,} of as many packs"
+        if found.left_out:
+            yield "not read", self._left_out()
         if found.skipped:
-            yield "skipped", describe_skipped(self.source.title, found.skipped, len(found))
+            yield "skipped", printable(describe_skipped(self.source.title, found.skipped, len(found)))
+
+    def _left_out(self) -> str:
+        """The most common keys that are not read, with their rows."""
+        (first, count), *others = self.found.left_out.most_common(NAMED_KEYS)
+        named = [f"{count:,} row{' has' if count == 1 else 's have'} `{first:.80}`"]
+        named += [f"{count:,} `{key:.80}`" for key, count in others]
+        more = len(self.found.left_out) - len(named)
+        return printable(", ".join(named) + (f", and {more:,} more keys" if more else ""))
 
     def as_json(self) -> dict[str, Any]:
         """The same for programs, with all rows that are left out."""
@@ -111,6 +124,7 @@ class Check:
             "files": [str(file) for file in self.source.files],
             "format": self.format,
             "rows_by_format": dict(found.shapes),
+            "left_out": dict(found.left_out),
             "rows": len(found),
             "usable": len(usable),
             "repeated": self.repeated,
@@ -151,11 +165,12 @@ def check_files(
     *,
     rows_per_step: int | None = None,
     image_folder: Path | None = None,
+    allowed_hosts: frozenset[str] = frozenset(),
     decode_images: bool = False,
     learned_parts: Learned = ALL,
     writes_lock: bool = True,
 ) -> Iterator[Check]:
-    """Check sources, and write a lock for each.
+    """Check sources, and write a lock for each. All are opened before the first is checked.
 
     Args:
         paths: as of `open_source`.
@@ -163,6 +178,7 @@ def check_files(
         seq_length: longest row in tokens.
         rows_per_step: of a recipe.
         image_folder: as of `open_source`.
+        allowed_hosts: as of `open_source`.
         decode_images: whether pixels are checked.
         learned_parts: of chats.
         writes_lock: whether locks are written.
@@ -172,8 +188,10 @@ def check_files(
         OSError: a source cannot be read, or its lock not be written.
     """
     console = Console(stderr=True, highlight=False)
-    for path in paths:
-        source = open_rows(path, image_folder, seq_length)
+    sources = [open_rows(path, image_folder, allowed_hosts, seq_length) for path in paths]
+    for path in paths if writes_lock else ():
+        check_place(lock_of(path))
+    for path, source in zip(paths, sources, strict=True):
         options = {"decode_images": decode_images, "learned_parts": learned_parts}
         found = check_source(source, processor, console=console, **options)
         if writes_lock:
@@ -181,13 +199,13 @@ def check_files(
         yield Check.of(source, found, seq_length, rows_per_step)
 
 
-def open_rows(path: str, image_folder: Path | None, seq_length: int) -> Source:
+def open_rows(path: str, image_folder: Path | None, allowed_hosts: frozenset[str], seq_length: int) -> Source:
     """Open a source, as `open_source`.
 
     Raises:
         UserError: it has no rows.
     """
-    source = open_source(path, image_folder=image_folder, seq_length=seq_length)
+    source = open_source(path, image_folder=image_folder, allowed_hosts=allowed_hosts, seq_length=seq_length)
     if not len(source):
         raise UserError(f"{source.title} has no rows.")
     return source

@@ -4,9 +4,12 @@ A shard is a tar file of WebDataset, or a folder with ``rows.jsonl`` and ``image
 is complete, so a conversion that was interrupted continues with those that are not there.
 """
 
+import fcntl
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +21,10 @@ from ...atomic import atomic_file, atomic_folder, remove
 from ...errors import UserError
 from ...terminal import Progress
 from .lock import content_hash
-from .pictures import UNREADABLE
+from .pictures import UNREADABLE, UnusableRow
+from .printable import printable, reason_of
 from .rows import Row, Skipped, describe_skipped
+from .sources.archives import IMAGES as EXTENSIONS
 from .sources.base import Joined, Source
 
 RECORD = ".conversion.json"
@@ -27,6 +32,9 @@ RECORD = ".conversion.json"
 
 IMAGES = "images/"
 """Folder of the images in a shard of JSON lines."""
+
+OTHER_NAMES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}
+"""Extensions of formats, by Pillow's name; that of the others is the name itself."""
 
 type Converted = tuple[str, dict[str, Any], dict[str, bytes]]
 """Key and record of a row, and the contents of its images by the names that the record has for them."""
@@ -56,26 +64,34 @@ def convert(
     source = Joined(sources)
     if not len(source):
         raise UserError(f"{source.title} has no rows.")
-    _claim(out, {"to": to, "rows_per_shard": rows_per_shard, "files": [_named(file) for file in source.files]})
+    record = {
+        "to": to,
+        "rows_per_shard": rows_per_shard,
+        "files": [_named(file) for file in source.files],
+        "image_folders": sorted(str(folder.resolve()) for folder in source.image_folders),
+    }
     starts = range(0, len(source), rows_per_shard)
     shards = [range(start, min(start + rows_per_shard, len(source))) for start in starts]
+    with _claimed(out, record):
+        skipped = _write_shards(source, shards, out, to)
+    said = printable(describe_skipped(source.title, skipped, len(source)))
+    if len(skipped) > max_skipped * len(source):
+        raise UserError(f"{said} At most {max_skipped:.1%} may be left out.")
+    written = len(source) - len(skipped)
+    there = f"{written:,} rows are in {out}, in {len(shards):,} shard{'s' if len(shards) > 1 else ''}."
+    return f"{there} {said}" if skipped else there
+
+
+def _write_shards(source: Source, shards: Sequence[range], out: Path, to: Format) -> list[Skipped]:
+    """Write the shards that are not there, or lack rows, which may be readable now; return the rows left out."""
     skipped: list[Skipped] = []
-    with Progress("Rows converted", len(source), Console(stderr=True, highlight=False)) as progress:
+    with Progress("Rows converted", sum(map(len, shards)), Console(stderr=True, highlight=False)) as progress:
         for number, rows in enumerate(shards):
             left_out = out / f".{number:05}.skipped.json"  # written last, so the shard is complete where it is
-            if left_out.exists():
-                skipped += [Skipped(*row) for row in json.loads(left_out.read_text())]
-            else:
+            if not left_out.exists() or json.loads(left_out.read_text()):
                 skipped += _write_shard(source, rows, out / f"{number:05}", to, left_out)
             progress.advance(len(rows))
-    if len(skipped) > max_skipped * len(source):
-        raise UserError(
-            f"{describe_skipped(source.title, skipped, len(source))} At most {max_skipped:.1%} may be left out."
-        )
-    said = (
-        f"{len(source) - len(skipped):,} rows are in {out}, in {len(shards):,} shard{'s' if len(shards) > 1 else ''}."
-    )
-    return f"{said} {describe_skipped(source.title, skipped, len(source))}" if skipped else said
+    return skipped
 
 
 def _write_shard(source: Source, rows: range, path: Path, to: Format, left_out: Path) -> list[Skipped]:
@@ -93,19 +109,39 @@ def _write_shard(source: Source, rows: range, path: Path, to: Format, left_out: 
     return skipped
 
 
-def _claim(out: Path, record: dict[str, Any]) -> None:
-    """Make the folder, or find that it is one of the same conversion.
+@contextmanager
+def _claimed(out: Path, record: dict[str, Any]) -> Iterator[None]:
+    """Make the folder, or find that it is one of the same conversion; and lock it against a second process.
 
     Raises:
-        UserError: it is not.
+        UserError: it is of something else, or another process converts into it.
     """
-    if out.exists():
-        held = json.loads((out / RECORD).read_text()) if (out / RECORD).is_file() else None
-        if held is None and any(out.iterdir()):
-            raise UserError(f"--out {out} is not empty, and was not made by `data convert`; name another folder")
-        if held not in (None, record):
-            raise UserError(f"--out {out} holds a conversion of other data or with other options; name another folder")
     out.mkdir(exist_ok=True)
+    lock = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another `data convert` writes into --out {out}; wait, or name another folder") from error
+        except OSError:
+            pass  # some network file systems cannot lock a folder
+        _claim(out, record)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _claim(out: Path, record: dict[str, Any]) -> None:
+    """Write what the folder is converted from, unless it holds something else.
+
+    Raises:
+        UserError: it does.
+    """
+    held = json.loads((out / RECORD).read_text()) if (out / RECORD).is_file() else None
+    if held is None and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty, and was not made by `data convert`; name another folder")
+    if held not in (None, record):
+        raise UserError(f"--out {out} holds a conversion of other data or with other options; name another folder")
     for partial in out.glob(".*.partial-*"):  # of a process that was killed
         remove(partial)
     with atomic_file(out / RECORD) as file:
@@ -124,8 +160,10 @@ def _records(source: Source, rows: range, folder: str, skipped: list[Skipped]) -
             row = source.row(number, for_training=False)
             contents = [picture.read() for picture in row.images]
             names = [f"{place}.{_extension(content)}" for place, content in enumerate(contents)]
+            if not folder:
+                _refuse_members(row, names)
         except UNREADABLE as error:  # UnusableRow is one of them
-            skipped.append(Skipped(number, *source.place(number), str(error)))
+            skipped.append(Skipped(number, *source.place(number), reason_of(error)))
             continue
         if row.tokens is not None:
             raise UserError(f"{source.title} holds tokens, which have no text to convert")
@@ -136,7 +174,21 @@ def _records(source: Source, rows: range, folder: str, skipped: list[Skipped]) -
 def _extension(content: bytes) -> str:
     """That of the format of an image file."""
     with Image.open(BytesIO(content)) as image:
-        return {"JPEG": "jpg", "TIFF": "tif"}.get(str(image.format), str(image.format).lower())
+        return OTHER_NAMES.get(str(image.format), str(image.format).lower())
+
+
+def _refuse_members(row: Row, names: Sequence[str]) -> None:
+    """Refuse images of formats that are not read as members of a tar file.
+
+    Raises:
+        UnusableRow: there is one.
+    """
+    for picture, name in zip(row.images, names, strict=True):
+        if (extension := name.rpartition(".")[2]) not in EXTENSIONS:
+            raise UnusableRow(
+                f"image {picture.name} is of the format {extension}, which is not read from tar files; "
+                "convert it, or use --to jsonl"
+            )
 
 
 def _record(row: Row, images: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The check of rows: which can be trained on, why the others cannot, and how many tokens and images each has."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import xxhash
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
 from .pictures import Picture, UnusableRow
+from .printable import printable, reason_of
 from .rows import Row, Skipped, check_text, describe_skipped
 from .sources.base import Source
 from .tokens import ALL, Learned, count_tokens
@@ -22,6 +23,8 @@ BATCH = 256
 
 KINDS = {"lengths": np.int32, "learned": np.int32, "images": np.int32, "hashes": np.uint64}
 """The arrays of `Findings`."""
+COUNTERS = ("shapes", "modes", "sides", "left_out")
+"""Its counters."""
 
 
 @dataclass(kw_only=True)
@@ -36,8 +39,11 @@ class Findings:
         hashes: of the text and the names of the images of each row, ``[rows]``.
         skipped: the rows that cannot be used, in their order.
         shapes: usable rows by format.
-        modes: images by PIL's mode; an image file that several rows share counts once in each process.
-        sides: images by their longer side in pixels, rounded up to a power of two.
+        modes: their images by PIL's mode; an image file that several rows share counts once in each process.
+        sides: their images by the longer side in pixels, rounded up to a power of two.
+        left_out: keys that are not read, by the number of usable rows that have each.
+
+    In the four counters, `limited_to` leaves the rows that are only too long.
     """
 
     numbers: range
@@ -49,6 +55,7 @@ class Findings:
     shapes: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     sides: Counter[int] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of_rows(cls, numbers: range) -> "Findings":
@@ -67,14 +74,15 @@ class Findings:
         """Add a usable row, by its place in the arrays; `text` is None for a row of tokens."""
         self.lengths[place], self.learned[place], self.images[place] = tokens, learned, len(row.images)
         content = text.encode() if text is not None else np.asarray(row.tokens).tobytes()
-        pictures = "\0".join(picture.identity for picture in row.images).encode()
+        pictures = "\0".join(picture.identity for picture in row.images).encode(errors="surrogatepass")
         self.hashes[place] = xxhash.xxh3_64_intdigest(content, xxhash.xxh3_64_intdigest(pictures))
         self.shapes[row.shape] += 1
+        self.left_out.update({*row.left_out})
 
     def skip(self, place: int, source: Source, error: UnusableRow) -> None:
         """Add a row that cannot be used."""
         number = self.numbers[place]
-        self.skipped.append(Skipped(number, *source.place(number), str(error)))
+        self.skipped.append(Skipped(number, *source.place(number), reason_of(error)))
 
     def merge(self, others: Iterable["Findings"]) -> None:
         """Add what was found in some of the rows."""
@@ -82,7 +90,7 @@ class Findings:
             for name in KINDS:
                 getattr(self, name)[np.asarray(other.numbers) - self.numbers.start] = getattr(other, name)
             self.skipped.extend(other.skipped)
-            for name in ("shapes", "modes", "sides"):
+            for name in COUNTERS:
                 getattr(self, name).update(getattr(other, name))
         self.skipped.sort()
 
@@ -106,12 +114,12 @@ class Findings:
         if not len(self):
             raise UserError(f"{title} has no rows.")
         if len(self.skipped) == len(self) or len(self.skipped) > max_skipped * len(self):
-            raise UserError(
-                f"{describe_skipped(title, self.skipped, len(self))} At most {max_skipped:.1%} may be skipped."
-            )
+            said = printable(describe_skipped(title, self.skipped, len(self)))
+            allowed = f"At most {max_skipped:.1%} may be skipped."
+            raise UserError(f"{said} {'No row can be used.' if len(self.skipped) == len(self) else allowed}")
 
 
-assert {*KINDS} < {each.name for each in fields(Findings)}
+assert {*KINDS, *COUNTERS} < {each.name for each in fields(Findings)}
 
 
 def examine(
@@ -147,8 +155,7 @@ def examine(
             try:
                 if not counts[1]:
                     raise UnusableRow("no token to learn")
-                for picture in row.images:
-                    images.check(picture)
+                images.check(row.images)
             except UnusableRow as error:
                 found.skip(place, source, error)
             else:
@@ -180,27 +187,42 @@ class _Images:
 
     def __init__(self, processor: GPTOSSVisionProcessor, decode: bool, found: Findings) -> None:
         self._processor, self._decode, self._found = processor, decode, found
-        self._of_files: dict[str, str | None] = {}
+        self._of_files: dict[str, tuple[str, int] | str] = {}
+        self._counted: set[str] = set()
 
-    def check(self, picture: Picture) -> None:
-        """Refuse an image that can't be used.
+    def check(self, pictures: Sequence[Picture]) -> None:
+        """Refuse a row whose images can't be used; count those of one whose images can.
 
         Raises:
-            UnusableRow: it is missing or broken.
+            UnusableRow: an image is missing or broken.
         """
-        file = picture.path if picture.size is None else None
-        if file in self._of_files:
-            if (reason := self._of_files[file]) is not None:
-                raise UnusableRow(reason)
-            return
-        reason = None
+        facts = [self._check(picture) for picture in pictures]
+        for picture, (mode, side) in zip(pictures, facts, strict=True):
+            if (file := _whole_file(picture)) not in self._counted:
+                self._found.modes[mode] += 1
+                self._found.sides[side] += 1
+                if file is not None and len(self._counted) < REMEMBERED:
+                    self._counted.add(file)
+
+    def _check(self, picture: Picture) -> tuple[str, int]:
+        """Mode, and longer side rounded up to a power of two."""
+        if (file := _whole_file(picture)) in self._of_files:
+            known = self._of_files[file]
+            if isinstance(known, str):
+                raise UnusableRow(known)
+            return known
         try:
             width, height, mode = picture.check(self._processor, self._decode)
+            known = mode, 1 << (max(width, height) - 1).bit_length()
         except UnusableRow as error:
-            reason = str(error)
+            known = str(error)
             raise
         finally:
             if file is not None and len(self._of_files) < REMEMBERED:
-                self._of_files[file] = reason
-        self._found.modes[mode] += 1
-        self._found.sides[1 << (max(width, height) - 1).bit_length()] += 1
+                self._of_files[file] = known
+        return known
+
+
+def _whole_file(picture: Picture) -> str | None:
+    """The file that an image is; None for a part of one, bytes, and an address."""
+    return picture.path if picture.size is None else None

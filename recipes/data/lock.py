@@ -1,9 +1,11 @@
 """What a check has found, written beside the data, so that training need not check again while nothing has changed.
 
 A lock is a safetensors file: the arrays of `Findings`, and in its metadata the files with sizes, times and hashes, the
-rows that are left out, the folders of images, and a hash of the processor. Images are not part of it.
+rows that are left out, the folders and the allowed hosts of images, and a hash of the processor. Images are not part of
+it.
 """
 
+import errno
 import json
 import os
 from collections import Counter
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from glob import has_magic
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -21,12 +24,12 @@ from safetensors.numpy import save
 from ...atomic import atomic_file
 from ...bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
 from ...errors import UserError
-from .findings import KINDS, Findings
+from .findings import COUNTERS, KINDS, Findings
 from .rows import Skipped
 from .sources.base import Source
 from .tokens import ALL, Learned
 
-VERSION = 2
+VERSION = 3
 CHUNK = 2**24
 FILE_FORMAT = ("auto_map", "image_processor_type", "processor_class")
 """Settings of an image processor that say how it is saved; some are there only after it was."""
@@ -44,10 +47,26 @@ class LockedFile:
 
 def lock_of(path: str | Path) -> Path:
     """Where the lock of a source is: beside a file or a folder; for a pattern in the folder in front of it."""
-    if not has_magic(str(path)) or Path(path).exists():
-        return Path(f"{str(path).rstrip('/')}.lock")
+    path = os.path.abspath(path)
+    if not has_magic(path) or Path(path).exists():
+        return Path(f"{path}.lock")
     folder = next(parent for parent in Path(path).parents if not has_magic(str(parent)))
     return folder / f"{xxhash.xxh3_64_hexdigest(str(Path(path).relative_to(folder)).encode())}.lock"
+
+
+def check_place(path: Path) -> None:
+    """Refuse a lock that could not be written, before the work whose result it holds.
+
+    Raises:
+        OSError: it is a folder, or its folder cannot be written.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise type(error)(f"{path} cannot be written ({error.strerror}); leave it out by --no-lock") from error
 
 
 def write_lock(
@@ -68,12 +87,14 @@ def write_lock(
         "version": VERSION,
         "kind": source.kind,
         "image_folders": _image_folders(source, path),
+        "allowed_hosts": sorted(source.allowed_hosts),
+        "seq_length": source.seq_length,
         "files": [_measured(file) for file in source.files],
         "processor": processor_hash(processor),
         "decoded": decode_images,
         "learned": asdict(learned_parts),
         "skipped": [list(row) for row in found.skipped],
-        **{name: dict(getattr(found, name)) for name in ("shapes", "modes", "sides")},
+        **{name: dict(getattr(found, name)) for name in COUNTERS},
     }
     arrays = {name: np.ascontiguousarray(getattr(found, name)) for name in KINDS}
     with atomic_file(path) as file:
@@ -116,6 +137,7 @@ def read_lock(
         skipped=[Skipped(*row) for row in record["skipped"]],
         shapes=Counter(record["shapes"]),
         modes=Counter(record["modes"]),
+        left_out=Counter(record["left_out"]),
         sides=Counter({int(side): count for side, count in record["sides"].items()}),
         **arrays,
     )
@@ -138,11 +160,16 @@ def _problem(
     for saved, file in zip(record["files"], source.files, strict=True):
         if changed := _changed(LockedFile(**saved), file):
             return changed
+    if record["seq_length"] != source.seq_length:
+        return f"its tokens were cut for seq_length {record['seq_length']}, and it is {source.seq_length} now"
     if any(len(array) != len(source) for array in arrays.values()):
         return f"it is of {len(arrays['lengths'])} rows, and there are {len(source)}"
     if record["image_folders"] != (folders := _image_folders(source, path)):
         before, now = (", ".join(each) or "none" for each in (record["image_folders"], folders))
         return f"images were looked up in {before}, and now in {now}, from {path.parent}"
+    if record["allowed_hosts"] != (hosts := sorted(source.allowed_hosts)):
+        before, now = (", ".join(each) or "none" for each in (record["allowed_hosts"], hosts))
+        return f"the allowed hosts were {before}, and are {now} now (`--allowed-hosts`, data.allowed_hosts)"
     if record["processor"] != processor_hash(processor):
         return "the processor is another"
     if record["learned"] != asdict(learned_parts):

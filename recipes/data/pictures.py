@@ -7,13 +7,13 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
@@ -34,6 +34,9 @@ BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 """How files of JPEG, PNG, GIF and WebP begin in base64."""
 LONGEST_NAME = 255
 """Bytes of the name of a file; images in base64 are longer, and "/9j/" may begin a path too."""
+LONGEST_PATH = 4096
+"""Characters of a path; longer texts are images in base64 of another format."""
+SCHEMES = ("data:", "http:", "https:", "file:")
 
 
 class UnusableRow(UserError):
@@ -149,12 +152,21 @@ class Pictures:
                 return self.members[value]
             case str() if value.startswith(BASE64) and len(value) > LONGEST_NAME:
                 return from_base64(value)
+            case str() if len(value) > LONGEST_PATH and not value.lower().startswith(SCHEMES):
+                raise UnusableRow(
+                    f"a text of {len(value):,} characters is no path, and no image in base64 that is known"
+                )
             case str():
                 return self._named(value)
             case bytes() | bytearray():
                 return Picture(f"of {len(value):,} bytes", content=bytes(value))
-            case {"bytes": bytes() as content, **rest}:
-                return Picture(str(rest.get("path") or f"of {len(content):,} bytes"), content=content)
+            case {"bytes": bytes() | bytearray() as content, **rest}:
+                return Picture(str(rest.get("path") or f"of {len(content):,} bytes"), content=bytes(content))
+            case {"bytes": str() as text, **rest}:  # as of a table that was written as JSON
+                picture = from_base64(text)
+                return replace(picture, name=str(rest.get("path") or picture.name))
+            case {"bytes": held} if held is not None:
+                raise UnusableRow(f'the "bytes" of an image are neither bytes nor base64 but {held!r:.40}')
             case {"path": str(name)} | {"url": str(name)}:
                 return self.find(name)
         raise UnusableRow(f"an image is neither a path, an address nor bytes but {value!r:.40}")
@@ -166,16 +178,30 @@ class Pictures:
         if scheme in ("http", "https"):
             return self._on_host(name)
         if scheme == "file":
-            return self._named(unquote(urlsplit(name).path))
+            return self._named(unquote(_split(name).path))
         return Picture(name, path=resolve_image(name, self.folder))
 
     def _on_host(self, address: str) -> Picture:
-        host = urlsplit(address).hostname
+        host = _split(address).hostname
+        if not host:
+            raise UnusableRow(f"image {address:.80} is an address without a host")
         if host not in self.hosts:
             raise UnusableRow(
                 f"image {address:.80} is on a network; download it, or allow the host by data.allowed_hosts=[{host}]"
             )
         return Picture(address, address=address, hosts=self.hosts)
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address.
+
+    Raises:
+        UnusableRow: it is malformed.
+    """
+    try:
+        return urlsplit(address)
+    except ValueError as error:
+        raise UnusableRow(f"image {address:.80} is no address ({error})") from error
 
 
 def _loaded(content: bytes) -> Image.Image:
@@ -209,7 +235,9 @@ class _Redirects(HTTPRedirectHandler):
         Raises:
             OSError: it leads to a host that is not allowed.
         """
-        if (host := urlsplit(newurl).hostname) not in self._hosts:
+        if not (host := urlsplit(newurl).hostname):
+            raise OSError(f"redirected to {newurl:.80}, an address without a host")
+        if host not in self._hosts:
             raise OSError(
                 f"redirected to {newurl:.80}, whose host is not allowed; data.allowed_hosts=[{host}] allows it"
             )

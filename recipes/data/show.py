@@ -1,7 +1,6 @@
 """What `data show` shows of sources: a few rows, chosen from the numbers of all, as the model receives them."""
 
 import base64
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,9 +33,6 @@ FIRST_TOKENS, LAST_TOKENS = 2000, 300
 """Tokens of a sample that are shown at most, from its start and its end; an image counts as one."""
 BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 """The byte that a character of a token stands for, in a byte-level BPE."""
-UNPRINTABLE = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffe\uffff\ud800-\udfff]"
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +130,7 @@ def show_files(
     *,
     rows_per_step: int | None = None,
     image_folder: Path | None = None,
+    allowed_hosts: frozenset[str] = frozenset(),
     learned_parts: Learned = ALL,
     strangest: int = 20,
 ) -> Iterator[ShownSource]:
@@ -145,6 +142,7 @@ def show_files(
         seq_length: longest row in tokens.
         rows_per_step: of a recipe.
         image_folder: as of `open_source`.
+        allowed_hosts: as of `open_source`.
         learned_parts: of chats.
         strangest: how many of the strangest rows are shown.
 
@@ -154,7 +152,7 @@ def show_files(
     """
     console = Console(stderr=True, highlight=False)
     for path in paths:
-        source = open_rows(path, image_folder, seq_length)
+        source = open_rows(path, image_folder, allowed_hosts, seq_length)
         found = read_lock(lock_of(path), source, processor, decode_images=False, learned_parts=learned_parts)
         if found is None:
             found = check_source(source, processor, learned_parts=learned_parts, console=console)
@@ -428,13 +426,3 @@ class _Tokens:
 def _bytes(token: str | None) -> bytes:
     """The bytes that a token stands for; none for a number without token."""
     return b"".join(bytes([BYTE_OF[each]]) if each in BYTE_OF else each.encode() for each in token or "")
-
-
-def printable(text: str) -> str:
-    """A text with visible signs for control characters, for those that change the direction, and half surrogates."""
-
-    def sign(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else f"\\u{code:04x}"
-
-    return UNPRINTABLE.sub(sign, text)

@@ -11,7 +11,8 @@ from markupsafe import Markup, escape
 from ..pages.charts import bar_chart
 from ..pages.environment import environment
 from .check import Check, histogram
-from .show import Shown, ShownSource, Span, printable
+from .printable import printable
+from .show import Shown, ShownSource, Span
 
 COMMAND = "data show"
 LINE_END = Markup("<s></s>\n")

@@ -5,7 +5,8 @@ from itertools import groupby
 from rich.console import Console
 from rich.text import Text
 
-from .show import Shown, ShownSource, Span, printable
+from .printable import printable
+from .show import Shown, ShownSource, Span
 
 STYLES = {"learned": "green underline", "given": "dim", "visual": "reverse yellow", "gap": "red"}
 LEARNED = ("⟦", "⟧")

@@ -4,7 +4,7 @@ import logging
 import re
 import tarfile
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -27,26 +27,15 @@ MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 """Key and extension, as webdataset and Energon split a name; members of other names belong to no sample."""
 SKIPPED = re.compile(r"__[^/]*__($|/)")
 """Members about the archive, which webdataset and Energon leave out."""
-IMAGES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "avif", "img"}
-TEXTS = ("txt", "text", "caption")
-DESCRIBE = {
-    "json",
-    *TEXTS,
-    "cls",
-    "cls2",
-    "class",
-    "index",
-    "inx",
-    "id",
-    "key",
-    "url",
-    "html",
-    "xml",
-    "yaml",
-    "csv",
-    "md",
+IMAGES = {
+    *("jpg", "jpeg", "jpe", "jfif", "jp2", "png", "webp", "avif", "gif", "bmp", "dib", "tif", "tiff", "ico", "tga"),
+    *("pcx", "ppm", "pgm", "pbm", "pnm", "img"),
 }
+TEXTS = ("txt", "text", "caption")
+DESCRIBE = {"json", *TEXTS, "cls", "cls2", "class", "index", "inx", "id", "key", "url"}
 """Extensions of members that are texts, or about the sample."""
+DOCUMENTS = {"html", "xml", "yaml", "csv", "md"}
+"""Extensions of texts that are read only where a field_map of Energon names them."""
 PLACE = np.dtype([("start", np.int64), ("end", np.int64)])
 
 
@@ -117,11 +106,12 @@ def parse_sample(
         for_training: as for `parse_record`.
 
     Raises:
-        UnusableRow: it has no text, members that are not read, or images that are in no place of the row.
+        UnusableRow: it has no text, members that are not read, or images that are in no place of the row. A text beside
+            the one that is read is no such member where it is a part of it, or of a value in the json.
     """
     refuse_unread(names)
     images = {extension: part for extension, part in parts.items() if isinstance(part, Picture)}
-    record = _record(parts)
+    record = _record(parts, names)
     if images and not has_own_images(record):
         record = {key: value for key, value in record.items() if key not in ("image", "images")}
         record["images"] = [images[extension] for extension in sorted(images, key=_natural)]
@@ -145,22 +135,40 @@ def refuse_unread(names: Mapping[str, str]) -> None:
         raise UnusableRow(f"{', '.join(unread)} is not read; members of a sample are images, json and txt")
 
 
-def _record(parts: Mapping[str, bytes | Picture]) -> dict[str, Any]:
-    texts = {extension: cast(bytes, parts[extension]) for extension in ("json", *TEXTS) if extension in parts}
-    record = parse_json(texts["json"]) if "json" in texts else {}
+def _record(parts: Mapping[str, bytes | Picture], names: Mapping[str, str]) -> dict[str, Any]:
+    record = parse_json(cast(bytes, parts["json"])) if "json" in parts else {}
     if not isinstance(record, dict):
         raise UnusableRow("the json is no object")
-    if any(record.get(key) is not None for key in (*CHATS, "texts", "text")):
-        return record
-    for extension in TEXTS:
-        if extension in texts:
-            try:
-                return record | {"text": texts[extension].decode()}
-            except UnicodeDecodeError as error:
-                raise UnusableRow(f"the {extension} is not in UTF-8 ({error})") from error
-    if isinstance(record.get("caption"), str):
-        return record | {"text": record["caption"]}
-    raise UnusableRow('neither a json with "messages", "text" or "caption", nor a txt')
+    used = "json"
+    if all(record.get(key) is None for key in (*CHATS, "texts", "text")):
+        used = next((extension for extension in TEXTS if extension in parts), "json")
+        if used != "json":
+            record = record | {"text": _decoded(parts, used)}
+        elif isinstance(record.get("caption"), str):
+            record = record | {"text": record["caption"]}
+        else:
+            raise UnusableRow('neither a json with "messages", "text" or "caption", nor a txt')
+    others = [extension for extension in parts if extension != used and _last(extension) in TEXTS]
+    held = list(_texts_in(record)) if others else []
+    if lost := [names[each] for each in others if not any(_decoded(parts, each).strip() in text for text in held)]:
+        raise UnusableRow(f"{', '.join(lost)} is not read, as the text is in {names[used]}")
+    return record
+
+
+def _decoded(parts: Mapping[str, bytes | Picture], extension: str) -> str:
+    try:
+        return cast(bytes, parts[extension]).decode()
+    except UnicodeDecodeError as error:
+        raise UnusableRow(f"the {extension} is not in UTF-8 ({error})") from error
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """The texts within a value of JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for held in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(held)
 
 
 def _spellings(name: str, extension: str) -> set[str]:
@@ -170,6 +178,11 @@ def _spellings(name: str, extension: str) -> set[str]:
 
 def _last(extension: str) -> str:
     return extension.rpartition(".")[2].lower()
+
+
+def is_document(extension: str) -> bool:
+    """Whether members of that extension are of `DOCUMENTS`."""
+    return _last(extension) in DOCUMENTS
 
 
 def is_image(extension: str) -> bool:

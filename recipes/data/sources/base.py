@@ -20,11 +20,13 @@ class Source(ABC):
         kind: what the files are, in a word or two.
         files: that are read, without images.
         pictures: where images are looked up; None for rows that have none, and for several sources.
+        seq_length: most tokens of a row that is cut from tokens; None for other rows.
     """
 
     kind: str
     files: tuple[Path, ...]
     pictures: Pictures | None = None
+    seq_length: int | None = None
 
     @property
     def title(self) -> str:
@@ -36,6 +38,11 @@ class Source(ABC):
     def image_folders(self) -> set[Path]:
         """The folders that relative paths of images start from."""
         return set() if self.pictures is None else {self.pictures.folder}
+
+    @property
+    def allowed_hosts(self) -> frozenset[str]:
+        """From which images may be fetched."""
+        return frozenset() if self.pictures is None else self.pictures.hosts
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -61,12 +68,18 @@ class Joined(Source):
         self.sources = sources
         self.kind = " and ".join(dict.fromkeys(source.kind for source in sources))
         self.files = tuple(file for source in sources for file in source.files)
+        self.seq_length = next((source.seq_length for source in sources if source.seq_length is not None), None)
         self._starts = list(accumulate((len(source) for source in sources), initial=0))
 
     @property
     def image_folders(self) -> set[Path]:
         """Those of all sources."""
         return {folder for source in self.sources for folder in source.image_folders}
+
+    @property
+    def allowed_hosts(self) -> frozenset[str]:
+        """Those of all sources."""
+        return frozenset(host for source in self.sources for host in source.allowed_hosts)
 
     def __len__(self) -> int:
         return self._starts[-1]

@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ..formats import CHATS, parse_record
 from ..json_values import parse_json
 from ..pictures import Picture, Pictures, UnusableRow
 from ..rows import Row
-from .archives import is_image, parse_sample, refuse_unread
+from .archives import is_document, is_image, parse_sample, refuse_unread
 from .base import Source, UnchangedFile
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class EnergonFolder(Source):
             decoded = {name: _picture(name, part) if is_image(name) else part for name, part in parts.items()}
             names = {name: f"{raw['__key__']}.{name}" for name in parts}
             return parse_sample(decoded, names, self.pictures, for_training=for_training)
-        refuse_unread({name: name for name in parts if self._factory.part_filter(name)})
+        refuse_unread({name: name for name in parts if self._is_mapped(name) and not is_document(name)})
         try:
             sample = self._factory.load_sample({name: raw[name] for name in raw if self._is_mapped(name)})
         except (KeyError, IndexError, ValueError) as error:
@@ -83,7 +84,8 @@ class EnergonFolder(Source):
         row = parse_record(RECORDS[self.sample_type](sample), self.pictures, for_training=for_training)
         if not row.images and (lost := [name for name in parts if is_image(name)]):
             raise UnusableRow(f"{', '.join(lost)} is not in the field_map, so the row would have no image")
-        return row
+        unmapped = (name for name in parts if not self._is_mapped(name))
+        return replace(row, left_out=(*row.left_out, *unmapped))
 
     def place(self, index: int) -> tuple[str, int | str]:
         """Its tar file and key."""

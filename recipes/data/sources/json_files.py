@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from io import BufferedReader, RawIOBase, TextIOWrapper
 from pathlib import Path
 from shutil import copyfileobj
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import zstandard
@@ -26,6 +26,8 @@ WINDOW = 2**23
 """Bytes of an array that are scanned at once."""
 LONGEST = 2**28
 """Bytes of a record."""
+LONGEST_WORD = 16
+"""Bytes of a literal or an escape, at the beginning of which `json` reports that it is not whole."""
 BLANK = b" \t\r\n"
 BLANKS, FIRST, NEXT = (re.compile(rf"[ \t\r\n]*{mark}[ \t\r\n]*") for mark in ("", r"\[", ","))
 LAST, END = re.compile(r"[ \t\r\n]*(\[[ \t\r\n]*)?\][ \t\r\n]*\Z"), re.compile(r"[ \t\r\n]*\Z")
@@ -147,30 +149,42 @@ def _records(plain: Path, path: Path) -> tuple[bool, Iterator[tuple[int, int, in
     """Whether each line is a record; and line, start and size of each record."""
     with plain.open("rb") as file:
         head = file.read(WINDOW)
-    start = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
-    text = head[start:].lstrip(BLANK)
-    is_array = text.startswith(b"[")
-    if not is_array and not _goes_over_lines(text):
-        return True, _lines(plain, start)
+        start = len(BYTE_ORDER_MARK) if head.startswith(BYTE_ORDER_MARK) else 0
+        text = head[start:].lstrip(BLANK)
+        is_array = text.startswith(b"[")
+        if not is_array and not _goes_over_lines(text, file):
+            return True, _lines(plain, start)
     return False, _values(plain, path, start, is_array)
 
 
-def _goes_over_lines(text: bytes) -> bool:
-    """Whether the first value is whole and does not end in its first line."""
-    first = text.partition(b"\n")[0]
-    try:
-        json.loads(first)
-    except RecursionError:
-        return False
-    except ValueError:
-        pass
-    else:
-        return False
-    try:
-        _, end = json.JSONDecoder().raw_decode(text.decode("latin-1"))
-    except (ValueError, RecursionError):
-        return False
-    return end > len(first)
+def _goes_over_lines(text: bytes, file: BinaryIO) -> bool:
+    """Whether the first value is whole and does not end in its first line.
+
+    Args:
+        text: how it begins.
+        file: where it goes on; read until it ends, is malformed, or is longer than a record may be.
+    """
+    while True:
+        first = text.partition(b"\n")[0]
+        try:
+            json.loads(first)
+        except RecursionError:
+            return False
+        except ValueError:
+            pass
+        else:
+            return False
+        try:
+            _, end = json.JSONDecoder().raw_decode(text.decode("latin-1"))
+        except RecursionError:
+            return False
+        except json.JSONDecodeError as error:
+            is_cut = error.msg.startswith("Unterminated string") or error.pos > len(text) - LONGEST_WORD
+            if not is_cut or len(text) > LONGEST or not (more := file.read(max(WINDOW, len(text)))):
+                return False
+            text += more
+        else:
+            return end > len(first)
 
 
 def _lines(path: Path, start: int) -> Iterator[tuple[int, int, int]]:

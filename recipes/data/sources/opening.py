@@ -75,7 +75,10 @@ def _matching(path: str) -> list[Path]:
         return [Path(path)]
     found = []
     for one in braceexpand(path):
-        matches = sorted(glob(one, recursive=True)) if has_magic(one) else [one] if Path(one).exists() else []
+        if has_magic(one):  # also of the locks beside the data
+            matches = [match for match in sorted(glob(one, recursive=True)) if not match.endswith(".lock")]
+        else:
+            matches = [one] if Path(one).exists() else []
         if not matches:
             raise UserError(f"no file matches {one}")
         found += map(Path, matches)

@@ -1,5 +1,6 @@
 """Tables: Parquet, and folders that `datasets` has saved, read by that library as memory-mapped Arrow."""
 
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,18 +51,27 @@ def open_parquet(path: Path, pictures: Pictures) -> Table:
     """Open a Parquet file by its copy in Arrow, which `datasets` writes into its cache when it first reads the file.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or has columns of a type that `datasets` does not read.
     """
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
 
     try:
+        with ParquetFile(path) as file:
+            is_empty = file.metadata.num_rows == 0
+        if is_empty:  # which `datasets` refuses
+            return Table(path, "Parquet", Dataset.from_dict({}), pictures)
         # A copy of a file that has changed is not used: its name has the time of the last change.
-        dataset = Dataset.from_parquet(str(path))
-    except (DatasetGenerationError, ValueError) as error:
-        if isinstance(error.__cause__, OSError) and error.__cause__.errno:  # such as a full disk
-            raise error.__cause__ from error
-        raise UserError(f"{path} is cut off or damaged ({error.__cause__ or error})") from error
+        dataset = Dataset.from_parquet(escape(str(path)))  # it takes a path as a pattern
+    except (ArrowInvalid, OSError, DatasetGenerationError, ValueError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno:  # such as a full disk
+            raise cause from error
+        is_damage = isinstance(cause, OSError) or isinstance(error, ArrowInvalid)  # of Arrow, on reading
+        problem = "is cut off or damaged" if is_damage else "cannot be read by `datasets`"
+        raise UserError(f"{path} {problem} ({cause})") from error
     return Table(path, "Parquet", dataset, pictures)
 
 

@@ -21,15 +21,18 @@ class TokenFile(Source):
     of a document is predicted once. Documents of one token are left out. A piece is always of one document.
 
     Raises:
-        UserError: the files don't fit each other, or hold more than text.
+        UserError: the files don't fit each other, or hold more than text; or `seq_length` is 1.
     """
 
     kind = "Megatron bin/idx"
+    seq_length: int
 
     def __init__(self, prefix: Path, seq_length: int) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds, and JSON needs none of it
 
         self.files = (prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx"))
+        if seq_length < 2:
+            raise UserError(f"{self.files[0]}: a piece needs 2 tokens to learn one, and seq_length is {seq_length}")
         self.seq_length = seq_length
         _check_sizes(*self.files)
         self._written = [UnchangedFile(file) for file in self.files]

@@ -122,6 +122,21 @@ def test_captions_in_txt_and_in_json_give_the_same_samples(folder, processor):
     assert_same(samples_of(path, processor), samples_of(folder / "data.jsonl", processor))
 
 
+def test_a_text_that_is_part_of_what_is_read_may_stand_beside_it(folder, processor):
+    record = ours(CONVERSATIONS[1], folder)
+    answer = CONVERSATIONS[1].turns[-1][-1]
+    path = write_tar(
+        folder / "data.tar",
+        {"json": record},
+        {"json": record, "txt": f"{answer}\n"},
+        {"json": record, "txt": ""},
+        {"txt": "A cat: a dog.", "caption": "A cat", "a.txt": "a dog."},
+    )
+    samples = samples_of(path, processor)
+    assert_same(samples[:3], samples[:1] * 3)
+    assert open_source(path).row(3).text == "A cat: a dog."
+
+
 def test_a_tenth_image_comes_after_the_ninth(folder, processor):
     order = [number % 3 == 0 for number in range(12)]
     images = {f"{number}.png": png(folder, "red" if red else "blue") for number, red in enumerate(order)}
@@ -136,7 +151,7 @@ def test_samples_are_those_of_webdataset(folder):
         ("__meta__/notes.txt", b"about the archive"),
         ("./a/x.y/one.txt", b"1"),
         ("./a/x.y/one.cls", b"1"),
-        ("b/one.seg.txt", b"2"),
+        ("b/one.seg.txt", b"3"),
         ("b/one.txt", b"3"),
         (".hidden.txt", b"0"),
         ("long/" * 40 + "two.txt", b"4"),
@@ -283,6 +298,12 @@ def test_an_index_that_cannot_be_kept_is_said_and_the_tar_is_read(folder, caches
         ({"txt": "A cat.", "png": b"no image"}, "image 000000.png is broken"),
         ({"json": {"text": "A cat.", "video": "a.mp4"}, "png": b"1"}, '"video" is not read'),
         ({"txt": b"\xff\xfe\xfd"}, "the txt is not in UTF-8"),
+        ({"txt": "Who?", "answer.txt": "A cat."}, "000000.answer.txt is not read, as the text is in 000000.txt"),
+        ({"txt": "Who?", "caption": "A cat."}, "000000.caption is not read, as the text is in 000000.txt"),
+        ({"json": ours(CONVERSATIONS[1], Path()), "txt": "A dog."}, "000000.txt is not read, as the text is in"),
+        ({"json": {"text": "A cat."}, "text": "A dog."}, "000000.text is not read, as the text is in 000000.json"),
+        ({"txt": "Hi", "md": "# A cat"}, "000000.md is not read"),
+        ({"txt": "Hi", "html": "<p>A cat</p>"}, "000000.html is not read"),
     ],
 )
 def test_a_sample_that_cannot_be_used_is_named(folder, processor, sample, why):

@@ -13,11 +13,14 @@ from PIL import Image
 
 from gpt_oss_vision.bridge.hf.image_processing_gpt_oss_vision import GPTOSSVisionImageProcessor
 from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProcessor
+from gpt_oss_vision.cli import main
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.check import Check, check_source, histogram, together
 from gpt_oss_vision.recipes.data.findings import KINDS, Findings, examine
 from gpt_oss_vision.recipes.data.lock import lock_of, processor_hash, read_lock, write_lock
 from gpt_oss_vision.recipes.data.sources.opening import open_source
+from gpt_oss_vision.recipes.data.tiny import tiny_processor
+from records import write_lines
 
 
 @pytest.fixture
@@ -96,6 +99,51 @@ def test_histograms_have_every_length_in_one_bar():
     assert histogram(np.array([], dtype=int)) == []
 
 
+def test_the_keys_that_are_not_read_are_counted_over_usable_rows(folder, processor):
+    rows = [{"text": f"A cat {i}.", "id": i} | ({"label": i} if i < 3 else {}) for i in range(12)]
+    write_lines(folder / "rows.jsonl", [*rows, {"text": " ", "id": 1}])
+    source = open_source(folder / "rows.jsonl")
+    check = Check(source=source, found=check_source(source, processor), seq_length=64)
+    assert dict(check.lines())["not read"] == "12 rows have `id`, 3 `label`"
+    assert check.as_json()["left_out"] == {"id": 12, "label": 3}
+    held = lock(folder / "rows.jsonl", processor), read(folder / "rows.jsonl", processor)
+    assert held[0].left_out == held[1].left_out == {"id": 12, "label": 3}
+
+
+def test_images_of_rows_that_are_skipped_are_not_counted(folder, processor):
+    rows = [{"text": "A cat.", "images": ["red.png", "gone.png"]}, {"text": "A cat.", "image": "blue.png"}]
+    write_lines(folder / "rows.jsonl", rows)
+    assert dict(examine(open_source(folder / "rows.jsonl"), processor).modes) == {"RGB": 1}
+    write_lines(folder / "rows.jsonl", [*rows, {"text": "A cat.", "image": "red.png"}])
+    assert dict(examine(open_source(folder / "rows.jsonl"), processor).modes) == {"RGB": 2}
+
+
+def test_names_that_cannot_be_printed_are_named(folder, processor):
+    names = ["half \ud800 gone.png", "\x1b[2J gone.png", f"{'a' * 4000}.png"]
+    write_lines(folder / "rows.jsonl", [{"text": "A cat.", "image": name} for name in names])
+    source = open_source(folder / "rows.jsonl")
+    found = check_source(source, processor)
+    check = Check(source=source, found=found, seq_length=64)
+    assert "\\ud800 gone.png is broken" in found.skipped[0].reason and "\u241b[2J" in found.skipped[1].reason
+    assert max(len(row.reason) for row in found.skipped) <= 401
+    for sentence in dict(check.lines())["skipped"], json.dumps(check.as_json()):
+        assert b"\x1b" not in sentence.encode()
+
+
+def test_an_image_whose_name_is_no_unicode_is_used(folder, processor):
+    name = "\udce9.png"  # of a file system in Latin-1
+    (folder / name).write_bytes((folder / "red.png").read_bytes())
+    write_lines(folder / "rows.jsonl", [{"text": "A cat.", "image": name}])
+    assert not examine(open_source(folder / "rows.jsonl"), processor).skipped
+
+
+def test_rows_of_which_none_can_be_used_are_refused_whatever_may_be_skipped(folder, processor):
+    write_lines(folder / "rows.jsonl", [{"text": " "}] * 5)
+    found = examine(open_source(folder / "rows.jsonl"), processor)
+    with pytest.raises(UserError, match=r"5 of 5 rows can't be used .*an empty text\. No row can be used\.$"):
+        found.refuse_too_many("rows.jsonl", 1.0)
+
+
 # --- locks
 
 
@@ -128,6 +176,14 @@ def test_a_lock_of_images_in_another_folder_is_refused(rows, processor, tmp_path
         read_lock(lock_of(rows), other, processor, decode_images=False)
 
 
+def test_a_lock_of_other_hosts_is_refused(rows, processor):
+    source = open_source(rows, allowed_hosts=frozenset({"b.org", "a.org"}))
+    write_lock(lock_of(rows), source, examine(source, processor), processor, decode_images=False)
+    assert read_lock(lock_of(rows), source, processor, decode_images=False) is not None
+    with pytest.raises(UserError, match=r"the allowed hosts were a\.org, b\.org, and are none now"):
+        read(rows, processor)
+
+
 @pytest.mark.parametrize("change", ["longer", "same size", "processor", "decoded", "damaged", "version"])
 def test_a_lock_that_does_not_fit_is_refused(rows, processor, change):
     lock(rows, processor)
@@ -145,7 +201,7 @@ def test_a_lock_that_does_not_fit_is_refused(rows, processor, change):
         lock_of(rows).write_bytes(lock_of(rows).read_bytes()[:100])
     else:
         whole = lock_of(rows).read_bytes()
-        lock_of(rows).write_bytes(whole.replace(b'\\"version\\": 2', b'\\"version\\": 9'))
+        lock_of(rows).write_bytes(whole.replace(b'\\"version\\": 3', b'\\"version\\": 9'))
     why = {
         "longer": r"rows.json has [\d,]+ bytes and had",
         "same size": "the content of .*rows.json has changed",
@@ -179,6 +235,68 @@ def test_the_lock_of_a_pattern_is_in_the_folder_in_front_of_it(folder):
     assert lock_of(f"{folder}/") == Path(f"{folder}.lock")
     assert lock_of(folder / "*" / "b?.jsonl").parent == folder
     assert lock_of(folder / "b?.jsonl") != lock_of(folder / "b*.jsonl")
+
+
+@pytest.mark.parametrize("name", [".", "a.jsonl", "*.jsonl", "*/b?.jsonl", "sub/../a.jsonl"])
+def test_the_lock_of_a_relative_path_is_that_of_the_absolute_one(folder, monkeypatch, name):
+    (folder / "sub").mkdir()
+    monkeypatch.chdir(folder)
+    assert lock_of(name) == lock_of(folder / name)
+    assert not lock_of(name).name.startswith(".")
+
+
+# --- the command
+
+
+@pytest.fixture
+def texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    (folder / "d").mkdir()
+    return write_lines(folder / "d" / "a.jsonl", [{"text": f"A cat {i}."} for i in range(3)])
+
+
+def test_a_pattern_is_checked_again_beside_its_lock(texts):
+    assert main(["data", "check", "d/*"]) == main(["data", "check", "d/*"]) == 0
+
+
+def test_hosts_are_given_to_the_check_and_are_in_the_lock(texts, processor):
+    assert main(["data", "check", str(texts), "--allowed-hosts", "b.org", "a.org"]) == 0
+    source = open_source(texts, allowed_hosts=frozenset({"a.org", "b.org"}))
+    assert read_lock(lock_of(texts), source, tiny_processor(), decode_images=False) is not None
+    assert main(["data", "show", str(texts), "--text", "--allowed-hosts", "a.org", "b.org"]) == 0
+    options = ["--to", "jsonl", "-o", "out", "--allowed-hosts", "a.org"]
+    assert main(["data", "convert", str(texts), *options]) == 0
+
+
+@pytest.mark.parametrize("what", ["a source", "the place of a lock"])
+def test_all_that_a_check_needs_is_looked_at_before_rows_are_checked(texts, capfd, what):
+    second = "missing.jsonl"
+    if what != "a source":
+        second = str(write_lines(texts.parent / "b.jsonl", [{"text": "A cat."}]))
+        lock_of(second).mkdir()
+    assert main(["data", "check", str(texts), second, "--json", "found.json"]) == 1
+    said = capfd.readouterr()
+    assert "JSON lines" not in said.out
+    assert ("missing.jsonl" if what == "a source" else "b.jsonl.lock cannot be written (it is a folder)") in said.err
+    assert not lock_of(texts).exists() and not Path("found.json").exists()
+
+
+def test_a_source_without_a_row_that_can_be_used_fails_whatever_may_be_skipped(texts):
+    empty = write_lines(texts.parent / "b.jsonl", [{"text": " "}])
+    assert main(["data", "check", str(texts), str(empty), "--max-skipped", "1"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "option"),
+    [
+        *((action, "--image-folder") for action in ("check", "show", "convert")),
+        *((action, "--processor") for action in ("check", "show")),
+    ],
+)
+def test_an_option_that_names_no_folder_is_refused(texts, capfd, action, option):
+    options = ["--to", "jsonl", "-o", "out"] if action == "convert" else []
+    assert main(["data", action, str(texts), option, "/nowhere", *options]) == 1
+    assert f"{option} /nowhere is no folder" in capfd.readouterr().err
 
 
 def test_an_image_that_rows_share_is_read_once(folder, processor, monkeypatch):

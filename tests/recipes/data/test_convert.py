@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data import convert as conversion
@@ -80,3 +81,64 @@ def test_a_folder_of_something_else_is_not_touched(rows, folder, tmp_path):
     convert([open_source(rows)], tmp_path / "out", "jsonl", max_skipped=0.2)
     with pytest.raises(UserError, match="holds a conversion of other data or with other options"):
         convert([open_source(rows)], tmp_path / "out", "webdataset", max_skipped=0.2)
+
+
+def texts(folder: Path, **image: str) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"A cat {i}."} | image) for i in range(4)))
+    return path
+
+
+def test_a_second_conversion_into_a_folder_is_refused_while_the_first_runs(folder, tmp_path, monkeypatch):
+    path, out, record = texts(folder), tmp_path / "out", conversion._record
+    refused = []
+
+    def second(*arguments: object) -> object:
+        monkeypatch.setattr(conversion, "_record", record)
+        with pytest.raises(UserError, match=f"another `data convert` writes into --out {out}"):
+            convert([open_source(path)], out, "jsonl")
+        refused.append(True)
+        return record(*arguments)
+
+    monkeypatch.setattr(conversion, "_record", second)
+    convert([open_source(path)], out, "jsonl")
+    assert refused
+    assert len((out / "00000" / "rows.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_conversion_is_not_continued_with_another_folder_of_images(folder, tmp_path):
+    path = texts(folder, image="red.png")
+    convert([open_source(path)], tmp_path / "out", "jsonl")
+    convert([open_source(path, image_folder=folder)], tmp_path / "out", "jsonl")
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(UserError, match="holds a conversion of other data or with other options"):
+        convert([open_source(path, image_folder=other)], tmp_path / "out", "jsonl")
+
+
+@pytest.mark.parametrize("to", ["webdataset", "jsonl"])
+def test_rows_whose_images_were_added_are_converted_by_the_same_command(rows, folder, processor, tmp_path, to):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"gone\.png"):
+        convert([open_source(rows)], out, to, rows_per_shard=2)
+    (folder / "gone.png").write_bytes((folder / "red.png").read_bytes())
+    said = convert([open_source(rows)], out, to, rows_per_shard=2)
+    assert said == f"5 rows are in {out}, in 3 shards."
+    assert len(samples_of(out / ("" if to == "webdataset" else "*/rows.jsonl"), processor)) == 5
+
+
+@pytest.mark.parametrize("kind", ["MPO", "JPEG2000", "ICO", "TGA", "DIB", "PCX"])
+def test_images_of_rare_formats_are_read_from_the_tar_files(folder, processor, tmp_path, kind):
+    image = Image.new("RGB", (16, 16), "red")
+    image.save(folder / "image.png", kind, **({"save_all": True, "append_images": [image]} if kind == "MPO" else {}))
+    path = texts(folder, image="image.png")
+    convert([open_source(path)], tmp_path / "out", "webdataset")
+    assert len(samples_of(tmp_path / "out", processor)) == 4
+
+
+def test_images_of_formats_that_tar_files_are_not_read_with_are_named(folder, tmp_path):
+    Image.new("RGB", (16, 16), "red").save(folder / "image.png", "SGI")
+    path = texts(folder, image="image.png")
+    with pytest.raises(UserError, match=r"image image\.png is of the format sgi, which is not read from tar files"):
+        convert([open_source(path)], tmp_path / "out", "webdataset")
+    assert convert([open_source(path)], tmp_path / "other", "jsonl").startswith("4 rows")

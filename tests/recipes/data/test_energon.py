@@ -22,7 +22,9 @@ from PIL import Image
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.dataset import ChatDataset
 from gpt_oss_vision.recipes.data.findings import examine
+from gpt_oss_vision.recipes.data.lock import lock_of, read_lock, write_lock
 from gpt_oss_vision.recipes.data.samples import encode_row
+from gpt_oss_vision.recipes.data.sources.base import Joined
 from gpt_oss_vision.recipes.data.sources.opening import open_source
 from records import CONVERSATIONS, Conversation, assert_same, llava, ours, png, samples_of, write_lines
 
@@ -79,6 +81,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], Sequence[dict[str, Any]]], str, dict[s
     ),
     "texts": (lambda folder: [{"txt": "It is a cat."}] * 2, "TextSample", {"text": "txt"}),
     "unmapped": (lambda folder: [image(folder) | {"txt": "It is a cat."}] * 2, "TextSample", {"text": "txt"}),
+    "beside": (
+        lambda folder: [image(folder) | {"jpg": b"1", "md": "It is a cat.", "txt": "Who?"}] * 2,
+        "CaptioningSample",
+        {"image": "png", "caption": "md"},
+    ),
     "interleaved": (
         lambda folder: [{"json": ["It is a cat.", " A dog."]}] * 2,
         "InterleavedSample",
@@ -216,6 +223,12 @@ def test_a_sample_whose_images_the_field_map_leaves_out_is_refused(prepared, pro
         pytest.fail("no row was refused")
 
 
+def test_members_that_the_field_map_leaves_out_are_named(prepared):
+    row = open_source(prepared / "beside").row(0)
+    assert row.text.endswith("It is a cat.") and len(row.images) == 1
+    assert sorted(row.left_out) == ["jpg", "txt"]
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -298,6 +311,22 @@ def test_tokens_that_are_cut_off_are_named(tokens, name, why):
 def test_tokens_need_the_length_of_a_row(tokens):
     with pytest.raises(UserError, match="holds tokens, which are cut into rows for training alone"):
         open_source(tokens)
+
+
+def test_a_piece_of_one_token_is_refused(tokens):
+    with pytest.raises(UserError, match="a piece needs 2 tokens to learn one, and seq_length is 1"):
+        open_source(tokens, seq_length=1)
+
+
+def test_a_lock_of_tokens_that_were_cut_for_another_length_is_refused(tokens, processor):
+    source = open_source(tokens, seq_length=9)
+    path = lock_of(tokens)
+    write_lock(path, source, examine(source, processor), processor, decode_images=False)
+    assert read_lock(path, Joined([source]), processor, decode_images=False) is not None
+    other = open_source(tokens, seq_length=8)
+    assert len(other) == len(source)
+    with pytest.raises(UserError, match="its tokens were cut for seq_length 9, and it is 8 now"):
+        read_lock(path, other, processor, decode_images=False)
 
 
 def test_tokens_outside_the_vocabulary_cannot_be_used(tmp_path, processor):

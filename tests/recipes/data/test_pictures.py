@@ -1,5 +1,7 @@
 """Images on hosts, in parts of files and as bytes; images that are too large or broken."""
 
+import base64
+import re
 import struct
 import threading
 import zlib
@@ -56,7 +58,7 @@ def address(server: ThreadingHTTPServer) -> str:
     return f"http://127.0.0.1:{server.server_port}"
 
 
-def find(folder: Path, name: str, *hosts: str) -> Picture:
+def find(folder: Path, name: object, *hosts: str) -> Picture:
     return Pictures(folder, frozenset(hosts)).find(name)
 
 
@@ -159,6 +161,36 @@ def test_a_jpeg_has_the_pixels_of_pil(folder, processor, kind, place):
     assert isinstance(found, np.ndarray) == (place != "file" and kind not in ("grey", "four inks", "turned"))
     pixels = [processor.image_processor(image)["pixel_values"][0] for image in (found, by_pil)]
     np.testing.assert_array_equal(*pixels)
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("http://[bad/a.png", r"image http://\[bad/a.png is no address \(Invalid IPv6 URL\)"),
+        ("file://[x", r"image file://\[x is no address"),
+        ("http:///a.png", "is an address without a host"),
+    ],
+)
+def test_an_address_that_is_malformed_is_named(folder, processor, address, why):
+    write_lines(folder / "data.jsonl", [{"text": "A cat.", "image": address}, {"text": "A cat."}])
+    [skipped] = examine(open_source(folder / "data.jsonl"), processor).skipped
+    assert re.search(why, skipped.reason) and "allowed_hosts" not in skipped.reason
+
+
+def test_an_object_with_bytes_in_base64_is_these_bytes_and_not_its_path(folder):
+    content = (folder / "blue.png").read_bytes()
+    picture = find(folder, {"bytes": base64.b64encode(content).decode(), "path": "red.png"})
+    assert (picture.name, picture.read()) == ("red.png", content)
+    assert find(folder, {"bytes": None, "path": "red.png"}).read() == (folder / "red.png").read_bytes()
+    for wrong in ([137, 80], "no base64!", 7):
+        with pytest.raises(UnusableRow, match=r"neither bytes nor base64|not in base64"):
+            find(folder, {"bytes": wrong, "path": "red.png"})
+
+
+def test_a_long_text_that_is_no_image_has_a_short_reason(folder):
+    with pytest.raises(UnusableRow) as found:
+        find(folder, base64.b64encode(b"BM" + bytes(9000)).decode())
+    assert "12,004 characters" in str(found.value) and len(str(found.value)) < 200
 
 
 def test_an_image_on_a_host_is_fetched_once(folder, address, server):

@@ -21,9 +21,10 @@ from gpt_oss_vision.cli import main
 from gpt_oss_vision.recipes.data.check import Check
 from gpt_oss_vision.recipes.data.findings import Findings, examine
 from gpt_oss_vision.recipes.data.lock import lock_of, write_lock
+from gpt_oss_vision.recipes.data.printable import printable
 from gpt_oss_vision.recipes.data.rows import Row
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, encode_row
-from gpt_oss_vision.recipes.data.show import Choice, ShownSource, choose, distances, image_of, printable, show_row
+from gpt_oss_vision.recipes.data.show import Choice, ShownSource, choose, distances, image_of, show_row
 from gpt_oss_vision.recipes.data.show_page import page_of
 from gpt_oss_vision.recipes.data.show_text import print_text
 from gpt_oss_vision.recipes.data.sources.base import Source

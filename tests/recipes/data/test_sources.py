@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import webdataset
 import zstandard
@@ -19,6 +21,7 @@ from gpt_oss_vision.bridge.hf.processing_gpt_oss_vision import GPTOSSVisionProce
 from gpt_oss_vision.errors import UserError
 from gpt_oss_vision.recipes.data.dataset import ChatDataset
 from gpt_oss_vision.recipes.data.findings import examine
+from gpt_oss_vision.recipes.data.sources import json_files
 from gpt_oss_vision.recipes.data.sources.opening import open_source
 from records import (
     CONVERSATIONS,
@@ -284,6 +287,26 @@ def test_a_parquet_that_has_changed_is_read_anew(folder, processor):
         assert open_source(folder / "data.parquet").row(0).text == text
 
 
+@pytest.mark.parametrize("first", [2**23, 2**24 + 7, 100])
+def test_records_over_several_lines_may_be_longer_than_the_window(folder, processor, first):
+    rows = [{"text": "A cat.", "note": "a" * first}, {"text": "A dog.", "note": "b"}]
+    (folder / "data.json").write_text("\n".join(json.dumps(row, indent=1) for row in rows))
+    source = open_source(folder / "data.json")
+    assert (source.kind, len(source)) == ("JSON", 2)
+    write_lines(folder / "data.jsonl", rows)
+    source = open_source(folder / "data.jsonl")
+    assert (source.kind, len(source)) == ("JSON lines", 2)
+
+
+def test_a_record_over_several_lines_may_be_cut_by_the_window_anywhere(folder, monkeypatch):
+    record = {"text": "A cat \u00e9\ud83d\ude00.", "n": [True, None, -1.5e-7, float("-inf")], "deep": {"a": "b"}}
+    path = folder / "data.json"
+    path.write_text(json.dumps(record, indent=1) * 2)
+    for window in range(2, path.stat().st_size // 2):
+        monkeypatch.setattr(json_files, "WINDOW", window)
+        assert len(open_source(path)) == 2, window
+
+
 # --- folders and files of other kinds
 
 
@@ -368,6 +391,37 @@ def test_a_parquet_that_is_cut_off_is_named(folder):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"data.parquet is cut off or damaged"):
         open_source(path)
+
+
+def test_a_parquet_that_is_damaged_within_is_named(folder):
+    path = folder / "data.parquet"
+    Dataset.from_list([{"text": f"{i} cats." * 20} for i in range(5000)]).to_parquet(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:3000] + b"\xff" * 6000 + content[9000:])
+    with pytest.raises(UserError, match=r"data.parquet is cut off or damaged"):
+        open_source(path)
+
+
+def test_a_column_that_datasets_does_not_read_is_no_damage(folder):
+    column = pyarrow.array([[("a", 1)]], type=pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["A cat."], "map": column}), folder / "data.parquet")
+    with pytest.raises(UserError, match=r"data.parquet cannot be read by `datasets` \(Arrow type map"):
+        open_source(folder / "data.parquet")
+
+
+def test_a_parquet_without_rows_is_a_source_without_rows(folder, processor):
+    Dataset.from_list([{"text": "A cat."}]).to_parquet(folder / "0.parquet")
+    empty = pyarrow.table({"text": pyarrow.array([], type=pyarrow.string())})
+    pyarrow.parquet.write_table(empty, folder / "1.parquet")
+    assert len(open_source(folder / "1.parquet")) == 0
+    assert len(samples_of(folder, processor)) == 1
+
+
+@pytest.mark.parametrize("name", ["n[1].parquet", "n*.parquet", "n?.parquet"])
+def test_a_parquet_whose_name_looks_like_a_pattern_is_read_itself(folder, name):
+    Dataset.from_list([{"text": "A dog."}]).to_parquet(folder / "n1.parquet")
+    Dataset.from_list([{"text": "A cat."}]).to_parquet(folder / name)
+    assert open_source(folder / name).row(0).text == "A cat."
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "tar", "parquet", "saved"])
