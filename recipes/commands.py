@@ -90,7 +90,8 @@ def _add_data_command(actions: argparse._SubParsersAction, run: Callable[..., in
     add(
         "--learned-turns", choices=("all", "last"), default="all", help="as data.learned_turns of the run (%(default)s)"
     )
-    add("--learned-channels", choices=("all", "final"), default="all", help="as data.learned_channels (%(default)s)")
+    channels = ("all", "final", "final_and_thinking")
+    add("--learned-channels", choices=channels, default="all", help="as data.learned_channels (%(default)s)")
     return add
 
 
@@ -148,7 +149,7 @@ def check(
     allowed_hosts: Sequence[str],
     decode: bool,
     learned_turns: Literal["all", "last"],
-    learned_channels: Literal["all", "final"],
+    learned_channels: Literal["all", "final", "final_and_thinking"],
     max_skipped: float,
     json: Path | None,
     no_lock: bool,
@@ -198,7 +199,7 @@ def show(
     image_folder: Path | None,
     allowed_hosts: Sequence[str],
     learned_turns: Literal["all", "last"],
-    learned_channels: Literal["all", "final"],
+    learned_channels: Literal["all", "final", "final_and_thinking"],
     out: Path | None,
     overwrite: bool,
     rows: int,

@@ -58,7 +58,7 @@ def convert(
         A sentence: what is there now.
 
     Raises:
-        UserError: `out` holds something else, or too many rows cannot be read.
+        UserError: `out` holds something else, or too many rows cannot be read, or none can.
         OSError: a file cannot be read or written.
     """
     source = Joined(sources)
@@ -75,6 +75,8 @@ def convert(
     with _claimed(out, record):
         skipped = _write_shards(source, shards, out, to)
     said = printable(describe_skipped(source.title, skipped, len(source)))
+    if len(skipped) == len(source):
+        raise UserError(f"{said} So nothing was converted.")
     if len(skipped) > max_skipped * len(source):
         raise UserError(f"{said} At most {max_skipped:.1%} may be left out.")
     written = len(source) - len(skipped)

@@ -176,6 +176,8 @@ def _read(
             return row, check_text(row, processor)
         if (largest := int(row.tokens.max())) >= len(processor.tokenizer):
             raise UnusableRow(f"token {largest} is outside the vocabulary of {len(processor.tokenizer):,}")
+        if (row.tokens == processor.image_token_id).any():
+            raise UnusableRow(f"token {processor.image_token_id} is the place of an image, and there is none")
     except UnusableRow as error:
         found.skip(place, source, error)
         return None

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG
-from .json_values import parse_json
+from .json_values import parse_json, texts_in
 from .pictures import Picture, Pictures, UnusableRow, from_base64
 from .rows import Row
 from .tools import call_of, definitions_of, name_results
@@ -203,18 +203,9 @@ def _refuse_untold(record: Mapping[str, Any], row: Row) -> None:
     parts = [part for message in row.messages or () for part in message["content"] if part["type"] == "text"]
     told = "\n".join([row.text or "", *(part["text"] for part in parts)])
     for key in untold:
-        texts = [text.replace(IMAGE_TAG, "").strip() for text in _texts_in(record[key])]
+        texts = [text.replace(IMAGE_TAG, "").strip() for text in texts_in(record[key])]
         if texts and not any(text in told for text in texts):
             raise UnusableRow(f"{json.dumps(key)} is not read, and its text is not in the row")
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (text for held in value.values() for text in _texts_in(held))
-    elif isinstance(value, list | tuple):
-        yield from (text for held in value for text in _texts_in(held))
 
 
 def _is_empty_text(value: Any) -> bool:

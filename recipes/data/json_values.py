@@ -1,6 +1,7 @@
 """Values of JSON texts, of which no key is lost."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from .pictures import UnusableRow
@@ -29,3 +30,12 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 DECODER = json.JSONDecoder(object_pairs_hook=_without_repetition)
 """`json.loads` would make one for each text."""
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """The texts within a value of JSON; keys are none."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for held in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(held)

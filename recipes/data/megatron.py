@@ -34,7 +34,7 @@ from .samples import Batch, LossWeights, Sample, collate, collate_pack, weighted
 from .sources.base import Source
 from .sources.opening import open_source
 from .tiny import write_processor
-from .tokens import Learned
+from .tokens import Channels, Learned
 
 PIECES, PIECE_SIZE = 64, 2**16
 """Of a fingerprint."""
@@ -170,7 +170,7 @@ class ChatDatasetProvider(DatasetProvider):
     loss_weights: LossWeights = "token"
     """Whether the loss is a mean over learned tokens, over samples, or with the weight √n of a sample of n tokens."""
     learned_turns: Literal["all", "last"] = "all"
-    learned_channels: Literal["all", "final"] = "all"
+    learned_channels: Channels = "all"
     """Which parts of chats are learned (`samples.Learned`)."""
     dataloader_type: Literal["single"] | None = "single"
     most_images = None  # of a row or a pack of the training data, once they are built; no field

@@ -14,17 +14,20 @@ from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG, GPTOSSVisionProces
 from .rows import Row
 
 
+Channels = Literal["all", "final", "final_and_thinking"]
+
+
 @dataclass(frozen=True, slots=True)
 class Learned:
     """Which parts of a chat are learned; texts without turns are learned whole.
 
     Attributes:
         turns: those of the assistant, or the last one: its messages behind the last message of someone else.
-        channels: all (analysis, commentary with calls of tools, final), or the final one.
+        channels: all (analysis, commentary with calls of tools, final), the final one, or final and analysis.
     """
 
     turns: Literal["all", "last"] = "all"
-    channels: Literal["all", "final"] = "all"
+    channels: Channels = "all"
 
 
 ALL = Learned()
@@ -155,7 +158,10 @@ class _Messages:
 
     def learned(self, parts: Learned) -> np.ndarray:
         """Which messages are learned, ``[messages]``."""
-        kept = self.answers() if parts.channels == "final" else self._of_assistant
+        kept = self._of_assistant if parts.channels == "all" else self.answers()
+        if parts.channels == "final_and_thinking":
+            thoughts = self._holds(_words(self._tokenizer)[2], self._channels + 1) & (self._channels < self.lasts)
+            kept = kept | (self._of_assistant & thoughts)
         return kept & self._in_last_turn(self._of_assistant) if parts.turns == "last" else kept
 
     def answers(self) -> np.ndarray:
@@ -206,9 +212,9 @@ def _codes(tokenizer: Any) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _words(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens of "assistant" and of "final"."""
-    return tuple(tokenizer.encode(word, add_special_tokens=False) for word in ("assistant", "final"))
+def _words(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    """The tokens of "assistant", "final" and "analysis"."""
+    return tuple(tokenizer.encode(word, add_special_tokens=False) for word in ("assistant", "final", "analysis"))
 
 
 @contextmanager

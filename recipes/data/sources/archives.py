@@ -4,7 +4,8 @@ import logging
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -14,7 +15,7 @@ import xxhash
 from ....atomic import atomic_file
 from ....errors import UserError
 from ..formats import CHATS, has_own_images, parse_record
-from ..json_values import parse_json
+from ..json_values import parse_json, texts_in
 from ..pictures import Picture, Pictures, UnusableRow
 from ..rows import Row
 from .base import Source, UnchangedFile
@@ -119,7 +120,8 @@ def parse_sample(
     row = parse_record(record, Pictures(pictures.folder, pictures.hosts, members), for_training=for_training)
     if lost := [names[extension] for extension, image in images.items() if image not in row.images]:
         raise UnusableRow(f"{', '.join(lost)} is not among the images that the json names")
-    return row
+    others = [names[extension] for extension in parts if extension != "json" and _last(extension) == "json"]
+    return replace(row, left_out=(*row.left_out, *others))
 
 
 def refuse_unread(names: Mapping[str, str]) -> None:
@@ -149,7 +151,7 @@ def _record(parts: Mapping[str, bytes | Picture], names: Mapping[str, str]) -> d
         else:
             raise UnusableRow('neither a json with "messages", "text" or "caption", nor a txt')
     others = [extension for extension in parts if extension != used and _last(extension) in TEXTS]
-    held = list(_texts_in(record)) if others else []
+    held = list(texts_in(record)) if others else []
     if lost := [names[each] for each in others if not any(_decoded(parts, each).strip() in text for text in held)]:
         raise UnusableRow(f"{', '.join(lost)} is not read, as the text is in {names[used]}")
     return record
@@ -160,15 +162,6 @@ def _decoded(parts: Mapping[str, bytes | Picture], extension: str) -> str:
         return cast(bytes, parts[extension]).decode()
     except UnicodeDecodeError as error:
         raise UnusableRow(f"the {extension} is not in UTF-8 ({error})") from error
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    """The texts within a value of JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for held in value.values() if isinstance(value, dict) else value:
-            yield from _texts_in(held)
 
 
 def _spellings(name: str, extension: str) -> set[str]:

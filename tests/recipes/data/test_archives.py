@@ -122,6 +122,12 @@ def test_captions_in_txt_and_in_json_give_the_same_samples(folder, processor):
     assert_same(samples_of(path, processor), samples_of(folder / "data.jsonl", processor))
 
 
+def test_a_second_json_is_named_as_not_read(folder):
+    path = write_tar(folder / "data.tar", {"json": {"text": "A cat.", "id": 7}, "meta.json": {"text": "A dog."}})
+    row = open_source(path).row(0)
+    assert row.text == "A cat." and row.left_out == ("id", "000000.meta.json")
+
+
 def test_a_text_that_is_part_of_what_is_read_may_stand_beside_it(folder, processor):
     record = ours(CONVERSATIONS[1], folder)
     answer = CONVERSATIONS[1].turns[-1][-1]

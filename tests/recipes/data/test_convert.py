@@ -49,6 +49,12 @@ def test_too_many_rows_that_cannot_be_read_are_an_error(rows, tmp_path):
         convert([open_source(rows)], tmp_path / "out", "jsonl")
 
 
+def test_no_row_that_can_be_read_is_an_error_whatever_may_be_left_out(folder, tmp_path):
+    (folder / "rows.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"1 of 1 rows can't be used .* So nothing was converted\."):
+        convert([open_source(folder / "rows.jsonl")], tmp_path / "out", "jsonl", max_skipped=1.0)
+
+
 @pytest.mark.parametrize("to", ["webdataset", "jsonl"])
 def test_a_conversion_that_was_killed_goes_on(folder, tmp_path, monkeypatch, to):
     path, out = folder / "rows.jsonl", tmp_path / "out"

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from gpt_oss_vision.recipes.data.pictures import Picture, Pictures, UnusableRow,
 from gpt_oss_vision.recipes.data.rows import Row, Skipped, render
 from gpt_oss_vision.recipes.data.samples import IGNORE_INDEX, collate, encode_row
 from gpt_oss_vision.recipes.data.sources.opening import open_source
-from gpt_oss_vision.recipes.data.tokens import Learned, count_tokens, loss_mask_of, short_ids
+from gpt_oss_vision.recipes.data.tokens import Channels, Learned, count_tokens, loss_mask_of, short_ids
 from records import write_lines
 
 SEQ_LENGTH = 64
@@ -136,6 +136,8 @@ ANSWERS = "<|channel|>final<|message|>two<|return|>", "<|channel|>final<|message
         ("last", "all", THOUGHT + "<|start|>assistant" + ANSWERS[1]),
         ("all", "final", "".join(ANSWERS)),
         ("last", "final", ANSWERS[1]),
+        ("all", "final_and_thinking", ANSWERS[0] + THOUGHT + "<|start|>assistant" + ANSWERS[1]),
+        ("last", "final_and_thinking", THOUGHT + "<|start|>assistant" + ANSWERS[1]),
     ],
 )
 def test_the_parts_that_are_learned_are_chosen(folder, processor, turns, channels, expected):
@@ -168,13 +170,13 @@ def test_the_mask_is_that_of_the_chat_templates_generation_blocks(folder, proces
 
 
 words = st.sampled_from(
-    ["<|start|>", "<|channel|>", "<|end|>", "assistant", "assist", "final", "user", " a", "<image>"]
+    ["<|start|>", "<|channel|>", "<|end|>", "assistant", "assist", "final", "analysis", "user", " a", "<image>"]
 )
 
 
 @given(st.lists(st.lists(words, min_size=1, max_size=8).map("".join), min_size=1, max_size=5))
 @pytest.mark.parametrize(
-    "parts", [Learned(turns, channels) for turns in ("all", "last") for channels in ("all", "final")]
+    "parts", [Learned(turns, channels) for turns in ("all", "last") for channels in get_args(Channels)]
 )
 def test_tokens_of_rows_together_are_those_of_each_alone(processor, parts, texts):
     images = [(Picture("one.png"),) * text.count("<image>") for text in texts]

@@ -168,6 +168,8 @@ def test_a_length_in_epochs_or_tokens_counts_what_was_read_with_another_batch(le
     assert "steps         9 of 20 rows" in output.read_text()
     assert forked.run(*large, output=output) == 0
     assert [*losses(out)] == [*range(1, 10)]
+    rates = [entry["learning_rate"] for entry in steps_of(out)]
+    assert rates[6] > rates[7] > rates[8] == pytest.approx(3e-5, rel=0.5)  # a hundredth of the highest
     output.unlink()
     assert forked.run(*large, output=output) == 0
     assert "sft is finished: 9 steps are in" in output.read_text()
