@@ -13,7 +13,6 @@ import numpy as np
 from ...bridge.hf.processing_gpt_oss_vision import IMAGE_TAG, GPTOSSVisionProcessor
 from .rows import Row
 
-
 Channels = Literal["all", "final", "final_and_thinking"]
 
 
