@@ -177,7 +177,7 @@ def compare_rows_with(folder: Path, dataset: Any) -> dict[str, Any]:
         dataset: of the run that continues it.
     """
     saved = read_run_config(str(folder / "run_config.yaml"))
-    dataset.rows_before = saved["dataset"].get("usable_rows")
+    dataset.rows_before = (saved.get("dataset") or {}).get("usable_rows")  # a converted checkpoint has no dataset
     return saved
 
 

@@ -417,7 +417,7 @@ def complete_steps(
     if tokens is None and epochs is None:
         return
     rows = math.ceil(tokens / config.model.seq_length) if epochs is None else config.dataset.batch_rows(epochs)
-    batch: int = config.train.global_batch_size
+    batch: Any = config.train.global_batch_size
     config.train.train_iters = done + math.ceil(max(0, rows - consumed) / batch)
     if config.scheduler.lr_decay_iters is None and consumed != done * batch:
         # Megatron counts samples, as steps of the batch size of now: the learning rate ends with the run.

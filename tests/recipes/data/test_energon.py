@@ -337,6 +337,7 @@ def test_tokens_outside_the_vocabulary_cannot_be_used(tmp_path, processor):
     builder.finalize(str(tmp_path / "data.idx"))
     found = examine(open_source(tmp_path / "data", seq_length=8), processor)
     assert [row.reason for row in found.skipped] == [f"token {size} is outside the vocabulary of {size}"]
+    assert found.lengths.tolist() == [4, 0, 4]
 
 
 def test_a_placeholder_among_tokens_cannot_be_used(tmp_path, processor):
@@ -348,4 +349,4 @@ def test_a_placeholder_among_tokens_cannot_be_used(tmp_path, processor):
     assert [row.reason for row in found.skipped] == [
         f"token {processor.image_token_id} is the place of an image, and there is none"
     ]
-    assert found.lengths.tolist() == [4, 0, 4]
+    assert found.lengths.tolist() == [3, 0]
