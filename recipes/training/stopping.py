@@ -8,8 +8,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from types import FrameType
 from typing import Any
 
@@ -55,6 +56,12 @@ class StopRequests(Callback):
                 raise Stopped
             os.write(terminal_descriptor(), self._announcement().encode())
         if self.save is not None:
+            self._save(frame)
+
+    def _save(self, frame: FrameType | None) -> None:
+        # Megatron-Bridge 0.6.2's handler prints first: where the signal comes while the run prints, Python refuses
+        # that (`RuntimeError: reentrant call`), and the run would end without being saved.
+        with redirect_stdout(StringIO()):
             self.save(signal.SIGTERM, frame)
 
     def on_train_start(self, context: CallbackContext) -> None:
@@ -62,7 +69,7 @@ class StopRequests(Callback):
         self.save = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, self.handle)
         if self.received is not None:  # the time limit was over before the first step, which is done all the same
-            self.save(signal.SIGTERM, None)
+            self._save(None)
 
     def _leave_on_second_interrupt(self) -> None:
         now = time.monotonic()

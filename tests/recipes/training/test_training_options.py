@@ -1,7 +1,10 @@
 """The log and the options of a run, in Megatron-Bridge's own training loop."""
 
+import io
 import json
 import re
+import signal
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from gpt_oss_vision.recipes.quickstart.settings import Settings
 from gpt_oss_vision.recipes.training import log
 from gpt_oss_vision.recipes.training.log import Callback, CallbackContext
 from gpt_oss_vision.recipes.training.metrics import Metrics
+from gpt_oss_vision.recipes.training.stopping import stop_requests
 from gpt_oss_vision.recipes.training.train import train
 
 
@@ -219,6 +223,31 @@ def test_the_losses_of_validation_and_test_data_are_written_once(out: Path, tmp_
     metrics.update()
     assert metrics.steps.keys() == {1, 2}
     assert (metrics.validation, metrics.test) == ({2: held_out[0]["validation_loss"]}, {2: held_out[1]["test_loss"]})
+
+
+def stopped_while_printing() -> list[bool]:
+    """Whether Megatron-Bridge has seen a signal that came in the middle of a print."""
+    from megatron.bridge.training.utils.sig_utils import DistributedSignalHandler
+
+    class Raw(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, content: Any, /) -> int:
+            signal.raise_signal(signal.SIGTERM)
+            return len(content)
+
+    printed = io.TextIOWrapper(io.BufferedWriter(Raw()))
+    with stop_requests() as requests, DistributedSignalHandler() as handler:
+        requests.save = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, requests.handle)
+        with redirect_stdout(printed):
+            print("step 1", flush=True)
+        return handler.signals_received()
+
+
+def test_a_signal_that_comes_while_the_run_prints_is_seen():
+    assert cpu.run_ranks(1, stopped_while_printing) == [[True]]
 
 
 def layerless_run(out: Path, settings: Settings) -> None:
