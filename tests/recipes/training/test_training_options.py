@@ -250,6 +250,19 @@ def test_a_signal_that_comes_while_the_run_prints_is_seen():
     assert cpu.run_ranks(1, stopped_while_printing) == [[True]]
 
 
+def printed_by_the_handler() -> str:
+    from megatron.bridge.training.utils.sig_utils import DistributedSignalHandler
+
+    with redirect_stdout(io.StringIO()) as printed, DistributedSignalHandler():
+        signal.raise_signal(signal.SIGTERM)
+    return printed.getvalue()
+
+
+@pytest.mark.upstream
+def test_megatron_bridge_still_prints_in_its_signal_handler():
+    assert "Received signal" in cpu.run_ranks(1, printed_by_the_handler)[0]
+
+
 def layerless_run(out: Path, settings: Settings) -> None:
     config = training_config(out, write_digits(out / "digits", settings.seed), settings)
     config.checkpoint.save = None
