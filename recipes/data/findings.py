@@ -43,7 +43,7 @@ class Findings:
         sides: their images by the longer side in pixels, rounded up to a power of two.
         left_out: keys that are not read, by the number of usable rows that have each.
 
-    In the four counters, `limited_to` leaves the rows that are only too long.
+    The four counters include the rows that `limited_to` skips because they are too long.
     """
 
     numbers: range

@@ -57,10 +57,21 @@ ENDINGS = tuple(
 """Of names of media."""
 EMBEDDED = ("data:image/", "data:video/", "data:audio/", "/9j/", "iVBORw0KGgo")
 """How media begin that are written as texts; the last two are JPEG and PNG in base64."""
-TOLD = ("answer", "answers", "completion", "instruction", "label", "output", "prompt", "question", "response", "target")
-"""Keys whose texts belong to a row, and may be there again for themselves."""
-TOLD_BEFORE = ("system_message", "system_prompt")
-"""Those of a system message."""
+ANSWER_TEXTS = (
+    "answer",
+    "answers",
+    "completion",
+    "instruction",
+    "label",
+    "output",
+    "prompt",
+    "question",
+    "response",
+    "target",
+)
+"""Keys of questions and answers. They may repeat what the row has; other texts would not be learned."""
+SYSTEM_TEXTS = ("system_message", "system_prompt")
+"""Keys of system messages."""
 PREFERENCES = ("chosen", "rejected", "kto_tag")
 """Keys of rows that say which answers are better: others must not be learned."""
 ABOUT_PARTS = {"annotations", "cache_control", "detail", "format", "id", "media_type", "mime_type"}
@@ -90,7 +101,7 @@ def parse_record(record: Any, pictures: Pictures, *, for_training: bool = True) 
     images = [pictures.find(image) for image in _listed(record)]
     row = _parsed_row(record, images, pictures, for_training)
     _refuse_named_media(record, beside_images=bool(row.images))
-    _refuse_untold(record, row)
+    _refuse_unread_texts(record, row)
     return row
 
 
@@ -186,8 +197,8 @@ def _has_bytes(value: Any) -> bool:
     return isinstance(value, bytes) or (isinstance(value, list | tuple) and any(map(_has_bytes, value)))
 
 
-def _refuse_untold(record: Mapping[str, Any], row: Row) -> None:
-    """Refuse a row with an answer, an instruction or a system prompt under a key that is not read, unless it is told.
+def _refuse_unread_texts(record: Mapping[str, Any], row: Row) -> None:
+    """Refuse a row with a question, an answer or a system message under a key that is not read, unless the row has it.
 
     Raises:
         UnusableRow: it has one.
@@ -197,14 +208,14 @@ def _refuse_untold(record: Mapping[str, Any], row: Row) -> None:
         raise UnusableRow(f"{', '.join(map(json.dumps, preferences))} is not read: rows of preferences are not learned")
     if row.messages is not None and isinstance(record.get("label"), bool):
         raise UnusableRow('"label" is not read: rows of preferences are not learned')
-    untold = [key for key in others if key in (*TOLD, *TOLD_BEFORE)]
-    if not untold:
+    unread = [key for key in others if key in (*ANSWER_TEXTS, *SYSTEM_TEXTS)]
+    if not unread:
         return
     parts = [part for message in row.messages or () for part in message["content"] if part["type"] == "text"]
-    told = "\n".join([row.text or "", *(part["text"] for part in parts)])
-    for key in untold:
+    held = "\n".join([row.text or "", *(part["text"] for part in parts)])
+    for key in unread:
         texts = [text.replace(IMAGE_TAG, "").strip() for text in texts_in(record[key])]
-        if texts and not any(text in told for text in texts):
+        if texts and not any(text in held for text in texts):
             raise UnusableRow(f"{json.dumps(key)} is not read, and its text is not in the row")
 
 
@@ -272,7 +283,7 @@ def _turns(texts: Any) -> Iterator[dict[str, Any]]:
                 raise UnusableRow(f'a turn of "texts" without "{role}"')
             yield {"role": role, "content": turn[role]}
         _refuse_media_beside(turn, ("user", "assistant"), 'a turn of "texts"')
-        for key in ("system", *TOLD, *TOLD_BEFORE, *PREFERENCES):
+        for key in ("system", *ANSWER_TEXTS, *SYSTEM_TEXTS, *PREFERENCES):
             if not _is_empty_text(turn.get(key, "")):
                 raise UnusableRow(f'a turn of "texts" has {json.dumps(key)}, which is not read')
 

@@ -105,7 +105,7 @@ def _sample(
 
 
 def _pixels_of(rows: Sequence[Row], processor: GPTOSSVisionProcessor) -> Iterator[np.ndarray]:
-    """The pixels of all images of some rows, by one call, which costs as much as a quarter of an image."""
+    """The pixels of all images of some rows, by one call of the image processor, whose checks take 0.1 ms."""
     images = (picture.decoded() for row in rows for picture in row.images)
     return iter(processor.image_processor(images)["pixel_values"])
 

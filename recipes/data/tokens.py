@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Any, Literal
 
@@ -125,7 +125,7 @@ def targets_of(
     """
     messages = _Messages(input_ids, np.array([len(input_ids)]) if lengths is None else lengths, processor.tokenizer)
     end, return_ = processor.tokenizer.convert_tokens_to_ids(["<|end|>", "<|return|>"])
-    lasts = messages.lasts[messages.answers()]
+    lasts = messages.lasts[messages.answers]
     targets = input_ids.copy()
     targets[lasts[input_ids[lasts] == end]] = return_
     return targets
@@ -157,12 +157,13 @@ class _Messages:
 
     def learned(self, parts: Learned) -> np.ndarray:
         """Which messages are learned, ``[messages]``."""
-        kept = self._of_assistant if parts.channels == "all" else self.answers()
+        kept = self._of_assistant if parts.channels == "all" else self.answers
         if parts.channels == "final_and_thinking":
             thoughts = self._holds(_words(self._tokenizer)[2], self._channels + 1) & (self._channels < self.lasts)
             kept = kept | (self._of_assistant & thoughts)
         return kept & self._in_last_turn(self._of_assistant) if parts.turns == "last" else kept
 
+    @cached_property
     def answers(self) -> np.ndarray:
         """Which messages are the assistant's in the final channel, or in none, ``[messages]``."""
         final = (self._channels >= self.lasts) | self._holds(_words(self._tokenizer)[1], self._channels + 1)
@@ -171,7 +172,7 @@ class _Messages:
     def at_which_generation_stops(self) -> np.ndarray:
         """Which messages are answers or calls, ``[messages]``."""
         call = self._tokenizer.convert_tokens_to_ids("<|call|>")
-        return self.answers() | (self._ids[self.lasts] == call)
+        return self.answers | (self._ids[self.lasts] == call)
 
     def _in_last_turn(self, answers: np.ndarray) -> np.ndarray:
         """Whether each message is behind the last one of someone else that an answer follows."""

@@ -202,9 +202,10 @@ def complete(config: ConfigContainer, stage: Stage, folder: Path, digits: Path, 
         config.dataset.folder = str(digits)
     derive(config, stage.given, stage.recipe_settings)
     config.dataset.prepare()
-    done = start_of(config.checkpoint)
-    before = (0, 0) if done is None else (done[0], consumed_by(done[1]))
-    complete_steps(config, stage.tokens, stage.epochs, *before)
+    if stage.tokens is not None or stage.epochs is not None:
+        done = start_of(config.checkpoint)
+        before = (0, 0) if done is None else (done[0], consumed_by(done[1]))
+        complete_steps(config, stage.tokens, stage.epochs, *before)
 
 
 def _check_weights(stage: Stage, weights: Path | None) -> None:
